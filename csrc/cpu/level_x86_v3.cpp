@@ -1,0 +1,11 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Before every include: no function of this file may be compiled for another target.
+#pragma GCC target("arch=x86-64-v3")
+#define TORCHCE_LEVEL x86_v3
+#define TORCHCE_LEVEL_BYTES 32
+#include "kernels.inc"
+
+namespace torchce::cpu {
+const Kernels kX86V3Kernels = TORCHCE_KERNELS("x86-64-v3");
+}
+#endif

@@ -1,0 +1,11 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Before every include: no function of this file may be compiled for another target.
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define TORCHCE_LEVEL x86_v4
+#define TORCHCE_LEVEL_BYTES 64
+#include "kernels.inc"
+
+namespace torchce::cpu {
+const Kernels kX86V4Kernels = TORCHCE_KERNELS("x86-64-v4");
+}
+#endif

@@ -1,0 +1,45 @@
+// The SIMD levels the CPU kernels are compiled for, and the choice among them at run time.
+//
+// level_*.cpp each compile kernels.inc for one level, with the level's namespace and vector width as macros. Explicit
+// levels rather than GCC's target_clones: clones cannot be templates, their choice cannot be overridden from outside, and
+// vectors wider than the baseline's would be split before the clone's target applies.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace torchce::cpu {
+
+// What one chunk of rows or elements adds to the reduced loss. Chunks are the same for every number of threads, and are
+// summed in order.
+struct Partial {
+  double loss = 0;
+  double weight = 0;      // of the rows kept: the divisor of a mean over class indices
+  int64_t bad_row = -1;   // first row whose target is no class, or -1
+};
+
+struct Kernels {
+  const char* name;
+  void (*softmax_ce_forward)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end, Partial*);
+  void (*softmax_ce_backward)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
+  void (*softmax_ce_backward_target)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
+  void (*sigmoid_bce_forward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end, Partial*);
+  void (*sigmoid_bce_backward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
+  void (*sigmoid_bce_backward_target)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TORCHCE_X86_LEVELS 1
+extern const Kernels kX86V4Kernels;  // AVX-512
+extern const Kernels kX86V3Kernels;  // AVX2 and FMA
+#endif
+extern const Kernels kBaselineKernels;
+
+// The widest level of this machine, or the one that the environment variable TORCHCE_CPU_LEVEL names.
+const Kernels& kernels();
+
+// Names of the levels this machine can run, widest first, ending with a null.
+const char* const* available_levels();
+
+}  // namespace torchce::cpu

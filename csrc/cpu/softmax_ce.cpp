@@ -1,0 +1,112 @@
+// The softmax_ce ops on the CPU: rows spread over cores in chunks that do not depend on how many there are.
+#include "../host/softmax_ce.h"
+
+#include <algorithm>
+
+#include "levels.h"
+#include "reduce.h"
+
+namespace torchce::cpu {
+namespace {
+
+using namespace host;
+using host::softmax_ce::BackwardCall;
+using host::softmax_ce::ForwardCall;
+using host::softmax_ce::GradientOf;
+
+// Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows.
+int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
+  constexpr int64_t kLogits = 1 << 15, kStrip = 64;
+  const int64_t fitting = kLogits / std::max<int64_t>(rows.classes, 1);
+  if (rows.logits_strides.classes == 1) return std::max<int64_t>(fitting, 1);
+  return std::max<int64_t>(fitting / kStrip, 1) * kStrip;
+}
+
+template <class A>
+void write_totals(const ForwardCall& call, double divisor) {
+  const auto& rows = call.problem.rows;
+  double class_weights = double(rows.classes);
+  if (rows.weight != nullptr) {
+    const A* weight = static_cast<const A*>(rows.weight);
+    class_weights = 0;
+    for (int64_t k = 0; k < rows.classes; ++k) class_weights += weight[k];
+  }
+  A* totals = static_cast<A*>(call.args.totals);
+  totals[0] = A(divisor);
+  totals[1] = A(class_weights);
+}
+
+[[noreturn]] void throw_bad_target(const ForwardCall& call, int64_t row) {
+  Tensor target = call.problem.target;
+  const auto& rows = call.problem.rows;
+  const auto& strides = rows.target_strides;
+  const int64_t i = row / rows.inner * strides.outer + row % rows.inner * strides.inner;
+  const int64_t value = rows.target_dtype == DType::int64   ? static_cast<const int64_t*>(rows.target)[i]
+                        : rows.target_dtype == DType::int32 ? static_cast<const int32_t*>(rows.target)[i]
+                                                            : static_cast<const uint8_t*>(rows.target)[i];
+  std::ostringstream message;
+  message << "Target " << value << " is out of bounds. (row " << row << " of " << call.problem.count() << ", "
+          << rows.classes << " classes)";
+  throw std::out_of_range(message.str());
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                           int64_t ignore_index, double label_smoothing,
+                                           std::optional<ScalarType> dtype) {
+  ForwardCall call = host::softmax_ce::prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing,
+                                                       dtype);
+  const int64_t count = call.problem.count();
+  const Partial total = sum_over_chunks(count, rows_per_chunk(call.problem.rows),
+                                        [&](int64_t begin, int64_t end, Partial* partial) {
+                                          kernels().softmax_ce_forward(call.args, begin, end, partial);
+                                        });
+  if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
+  const double divisor = call.problem.probabilities() ? double(count) : total.weight;
+  if (call.problem.rows.dtype == DType::float64) {
+    write_totals<double>(call, divisor);
+  } else {
+    write_totals<float>(call, divisor);
+  }
+  store_reduced(call.problem.rows.reduction, total.loss, divisor, call.args.loss_dtype, call.args.loss);
+  return {call.loss, call.statistics, call.totals};
+}
+
+Tensor run_backward(BackwardCall call, GradientOf of) {
+  const auto kernel =
+      of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
+  for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
+                 [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
+  return call.grad;
+}
+
+Tensor backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
+                Tensor totals, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return run_backward(host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight,
+                                                         statistics, totals, reduction, ignore_index, label_smoothing),
+                      GradientOf::logits);
+}
+
+void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
+                       Tensor totals, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  run_backward(host::softmax_ce::prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
+                                                  statistics, totals, reduction, ignore_index, label_smoothing),
+               GradientOf::logits_in_place);
+}
+
+Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
+                       Tensor totals, int64_t reduction, double label_smoothing) {
+  return run_backward(host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight,
+                                                         statistics, totals, reduction, 0, label_smoothing),
+                      GradientOf::target);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchce, CPU, m) {
+  m.impl("softmax_ce_forward", TORCH_BOX(&forward));
+  m.impl("softmax_ce_backward", TORCH_BOX(&backward));
+  m.impl("softmax_ce_backward_", TORCH_BOX(&backward_in_place));
+  m.impl("softmax_ce_backward_target", TORCH_BOX(&backward_target));
+}
+
+}  // namespace torchce::cpu

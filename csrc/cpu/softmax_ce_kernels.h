@@ -1,0 +1,75 @@
+// Softmax cross entropy of a range of rows.
+//
+// Two ways to lay rows on SIMD lanes:
+// - along a row: lanes hold neighbouring classes. For rows whose classes are adjacent in memory and fill a few vectors.
+// - across rows: lanes hold neighbouring rows, classes come one after another. For class dimensions with a stride
+//   ([N, C, d1...], transposed logits) and for rows too short to fill vectors. Rows that are adjacent in memory are
+//   loaded as vectors, others lane by lane, so every stride is right.
+// Either way a row is read twice, first for its maximum and then for its sums; the second time it comes out of cache.
+#pragma once
+
+#include "softmax_ce_across.h"
+#include "softmax_ce_along.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL {
+
+// Below this many classes lanes run across rows.
+constexpr int64_t kFewestClassesAlong = 32;
+
+template <class Target>
+bool lanes_run_along(const softmax_ce::Rows& rows) {
+  return rows.classes >= kFewestClassesAlong && rows.logits_strides.classes == 1 &&
+         (!Target::kProbabilities || rows.target_strides.classes == 1);
+}
+
+// Calls f with the logits' storage type and the kind of target (softmax_ce_target.h).
+template <class F>
+void with_problem_types(const softmax_ce::Rows& rows, F f) {
+  with_float_type(rows.dtype, [&](auto logits) {
+    using T = decltype(logits);
+    if (rows.target_dtype == rows.dtype) {
+      f(logits, Probabilities<T>{});
+    } else if (rows.target_dtype == DType::float32) {
+      if constexpr (sizeof(T) < sizeof(float)) f(logits, Probabilities<float>{});
+    } else if (rows.label_smoothing != 0) {
+      f(logits, SmoothedIndices{});
+    } else {
+      f(logits, Indices{});
+    }
+  });
+}
+
+inline void softmax_ce_forward(const softmax_ce::Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
+    using T = decltype(logits);
+    using Target = decltype(target);
+    if (lanes_run_along<Target>(call.rows)) {
+      along::forward<T, Target>(call, row_begin, row_end, partial);
+    } else {
+      across::forward<T, Target>(call, row_begin, row_end, partial);
+    }
+  });
+}
+
+inline void softmax_ce_backward(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
+    using T = decltype(logits);
+    using Target = decltype(target);
+    if (lanes_run_along<Target>(call.rows) && call.grad_strides.classes == 1) {
+      along::backward<T, Target>(call, row_begin, row_end);
+    } else {
+      across::backward<T, Target>(call, row_begin, row_end);
+    }
+  });
+}
+
+// The gradient of probabilities that require one.
+inline void softmax_ce_backward_target(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
+    using T = decltype(logits);
+    using Target = decltype(target);
+    if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);
+  });
+}
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL

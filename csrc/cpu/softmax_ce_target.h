@@ -1,0 +1,98 @@
+// What the rows' targets can be, and the coefficients u_k (math/softmax_ce.h) they put on the classes.
+#pragma once
+
+#include "../math/softmax_ce.h"
+#include "dispatch_types.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL {
+
+struct Indices {
+  static constexpr bool kProbabilities = false;
+  static constexpr bool kSpread = false;  // the loss has terms for every class, not only for the target
+};
+struct SmoothedIndices {
+  static constexpr bool kProbabilities = false;
+  static constexpr bool kSpread = true;
+};
+template <class P>
+struct Probabilities {
+  static constexpr bool kProbabilities = true;
+  static constexpr bool kSpread = true;
+  using Storage = P;
+};
+
+// Where row r = n * S + s stands.
+struct RowPosition {
+  int64_t n, s;
+  RowPosition(const softmax_ce::Rows& rows, int64_t r)
+      : n(rows.inner == 1 ? r : r / rows.inner), s(rows.inner == 1 ? 0 : r % rows.inner) {}
+  int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
+};
+
+enum class RowKind { kept, ignored, bad };
+
+// The class index of one row and what hangs on it.
+template <class A>
+struct IndexedRow {
+  RowKind kind = RowKind::kept;
+  int64_t index = 0;  // a class even where the row is not kept, so that reading its logit is safe
+  A weight = 1;
+  A hot = 0;
+  A uniform = 0;
+
+  IndexedRow(const softmax_ce::Rows& rows, RowPosition at) {
+    const int64_t target = target_at(rows, at);
+    if (target == rows.ignore_index) {
+      kind = RowKind::ignored;
+    } else if (target < 0 || target >= rows.classes) {
+      kind = RowKind::bad;
+    } else {
+      index = target;
+    }
+    if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
+    const softmax_ce::IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
+    hot = coefficients.hot;
+    uniform = coefficients.uniform;
+  }
+
+  static int64_t target_at(const softmax_ce::Rows& rows, RowPosition at) {
+    const int64_t i = at.offset(rows.target_strides);
+    switch (rows.target_dtype) {
+      case DType::int64:
+        return static_cast<const int64_t*>(rows.target)[i];
+      case DType::int32:
+        return static_cast<const int32_t*>(rows.target)[i];
+      default:
+        return static_cast<const uint8_t*>(rows.target)[i];
+    }
+  }
+};
+
+// What the upstream gradient multiplies a row with.
+template <class A>
+A row_grad_output(const softmax_ce::Backward& call, RowPosition at) {
+  if (call.rows.reduction == Reduction::none) {
+    return load_as<A>(call.grad_output_dtype, call.grad_output, at.offset(call.grad_output_strides));
+  }
+  const A grad_output = load_as<A>(call.grad_output_dtype, call.grad_output, 0);
+  return call.rows.reduction == Reduction::mean ? grad_output / static_cast<const A*>(call.totals)[0] : grad_output;
+}
+
+template <class A>
+A sum_of_class_weights(const softmax_ce::Backward& call) {
+  return static_cast<const A*>(call.totals)[1];
+}
+
+// Pointers into the row statistics.
+template <class A>
+struct Statistics {
+  A* max;
+  A* sum;
+  A* spread;  // A = sum_k u_k, of probability targets
+  Statistics(const softmax_ce::Rows& rows, const void* data)
+      : max(static_cast<A*>(const_cast<void*>(data))),
+        sum(max + rows.outer * rows.inner),
+        spread(sum + rows.outer * rows.inner) {}
+};
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL

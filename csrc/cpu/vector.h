@@ -1,0 +1,188 @@
+// Short vectors of the accumulation type, as wide as the registers of the SIMD level being compiled.
+//
+// Included by kernels that are compiled once a level (levels.h); everything with a linker symbol lives in that level's
+// namespace. The vectors are GNU vector extensions: the compiler of any architecture turns them into its instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../math/elementary.h"
+#include "levels.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL {
+
+constexpr int kBytes = TORCHCE_LEVEL_BYTES;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+
+template <class A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using V = Floats;
+};
+template <>
+struct LanesOf<double> {
+  using V = Doubles;
+};
+template <class A>
+using Lanes = typename LanesOf<A>::V;
+template <class A>
+constexpr int kLanes = kBytes / int(sizeof(A));
+
+#define TORCHCE_SIMD inline __attribute__((always_inline))
+
+// Storage types of 16-bit floats: bits, converted on load and store.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr bool kSixteenBits = sizeof(T) == sizeof(uint16_t);
+
+template <class T>
+struct AccumulateOf {
+  using A = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using A = double;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::A;
+
+// widen: the float values of 16-bit storage; narrow: the nearest 16-bit values, ties to even. I is int32_t or a vector of it.
+
+template <class I>
+TORCHCE_SIMD I widen_bits(BFloat16, I bits) {
+  return bits << 16;
+}
+
+template <class I>
+TORCHCE_SIMD I narrow_bits(BFloat16, I bits) {
+  const I rounded = ((bits + 0x7fff) + ((bits >> 16) & 1)) >> 16;
+  return math::select((bits & 0x7fffffff) > 0x7f800000, I{} + 0x7fc0, rounded);
+}
+
+template <class I>
+TORCHCE_SIMD I widen_bits(Half, I bits) {
+  const I magnitude = (bits & 0x7fff) << 13;
+  const I scaled = math::to_bits(math::from_bits(magnitude) * 0x1p112f);  // subnormals become normal on the way
+  const I finite_or_not = math::select(magnitude >= 0x7c00 << 13, magnitude | 0x7f800000, scaled);
+  return finite_or_not | ((bits & 0x8000) << 16);
+}
+
+template <class I>
+TORCHCE_SIMD I narrow_bits(Half, I bits) {
+  const I magnitude = bits & 0x7fffffff;
+  const I normal = (magnitude + ((magnitude >> 13) & 1) + (0xfff - (112 << 23))) >> 13;
+  // Adding 1/2 leaves a subnormal half in the low mantissa bits, rounded by the addition itself.
+  const I subnormal = math::to_bits(math::from_bits(magnitude) + 0.5f) - 0x3f000000;
+  const I special = math::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00);
+  const I small = math::select(magnitude < 0x38800000, subnormal, normal);
+  return math::select(magnitude >= 0x47800000, special, small) | ((bits >> 16) & 0x8000);
+}
+
+// One element to and from the accumulation type.
+
+template <class A, class T>
+TORCHCE_SIMD A load_one(const T* p) {
+  return A(*p);
+}
+template <class A>
+TORCHCE_SIMD A load_one(const BFloat16* p) {
+  return math::from_bits(widen_bits(BFloat16{}, int32_t(p->bits)));
+}
+template <class A>
+TORCHCE_SIMD A load_one(const Half* p) {
+  return math::from_bits(widen_bits(Half{}, int32_t(p->bits)));
+}
+
+template <class T, class A>
+TORCHCE_SIMD void store_one(T* p, A value) {
+  *p = T(value);
+}
+template <class A>
+TORCHCE_SIMD void store_one(BFloat16* p, A value) {
+  p->bits = uint16_t(narrow_bits(BFloat16{}, math::to_bits(float(value))));
+}
+template <class A>
+TORCHCE_SIMD void store_one(Half* p, A value) {
+  p->bits = uint16_t(narrow_bits(Half{}, math::to_bits(float(value))));
+}
+
+// kLanes<A> consecutive elements to and from a vector.
+
+template <class A, class T>
+TORCHCE_SIMD Lanes<A> load(const T* p) {
+  if constexpr (kSixteenBits<T> && sizeof(A) == sizeof(double)) {
+    Lanes<A> v{};  // a float64 problem with 16-bit gradients: rare enough to go lane by lane
+    for (int l = 0; l < kLanes<A>; ++l) v[l] = load_one<A>(p + l);
+    return v;
+  } else if constexpr (kSixteenBits<T>) {
+    typedef uint16_t Bits __attribute__((vector_size(kBytes / 2)));
+    Bits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return math::from_bits(widen_bits(T{}, __builtin_convertvector(bits, Ints)));
+  } else {
+    typedef T Stored __attribute__((vector_size(sizeof(T) * kLanes<A>)));
+    Stored stored;
+    std::memcpy(&stored, p, sizeof stored);
+    return __builtin_convertvector(stored, Lanes<A>);
+  }
+}
+
+template <class T, class V>
+TORCHCE_SIMD void store(T* p, V value) {
+  if constexpr (kSixteenBits<T> && sizeof(value[0]) == sizeof(double)) {
+    for (int l = 0; l < kLanes<double>; ++l) store_one(p + l, value[l]);
+  } else if constexpr (kSixteenBits<T>) {
+    typedef uint16_t Bits __attribute__((vector_size(kBytes / 2)));
+    const Bits bits = __builtin_convertvector(narrow_bits(T{}, math::to_bits(value)), Bits);
+    std::memcpy(p, &bits, sizeof bits);
+  } else {
+    typedef T Stored __attribute__((vector_size(sizeof(T) * (sizeof(V) / sizeof(value[0])))));
+    const Stored stored = __builtin_convertvector(value, Stored);
+    std::memcpy(p, &stored, sizeof stored);
+  }
+}
+
+template <class A>
+TORCHCE_SIMD Lanes<A> broadcast(A value) {
+  return Lanes<A>{} + value;
+}
+
+// (0, 1, 2, ...)
+template <class A>
+TORCHCE_SIMD Lanes<A> lane_numbers() {
+  Lanes<A> v;
+  for (int l = 0; l < kLanes<A>; ++l) v[l] = A(l);
+  return v;
+}
+
+// Folds halves onto each other, so that the order is fixed and short.
+template <class A, class F>
+TORCHCE_SIMD A fold(Lanes<A> v, F combine) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof lanes);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lanes[l] = combine(lanes[l], lanes[l + width]);
+  }
+  return lanes[0];
+}
+template <class A>
+TORCHCE_SIMD A sum_of(Lanes<A> v) {
+  return fold<A>(v, [](A a, A b) { return a + b; });
+}
+template <class A>
+TORCHCE_SIMD A max_of(Lanes<A> v) {
+  return fold<A>(v, [](A a, A b) { return b > a ? b : a; });
+}
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -1,0 +1,177 @@
+// From the tensors of a softmax_ce op to the canonical problem: rows of logits [N, C, S].
+//
+// Logits come as [C], [N, C] or [N, C, d1...dk]; the dimensions after the classes are one dimension S in disguise whenever
+// one stride leads through them all, as in every contiguous, channels_last or transposed tensor. Where none does (a slice
+// of an inner dimension, say) that operand is copied. Views made in Python would do the same at microseconds each.
+#pragma once
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace torchce::host {
+
+namespace softmax_ce {
+
+using namespace torchce::softmax_ce;
+
+// The stride that leads through dimensions [first, end) in order, if there is one. Sizes of 1 have no say.
+inline std::optional<int64_t> merged_stride(const Sizes& sizes, const Sizes& strides, size_t first) {
+  int64_t stride = 1, expected = 0;
+  bool any = false;
+  for (size_t d = sizes.size(); d-- > first;) {
+    if (sizes[d] == 1) continue;
+    if (!any) {
+      stride = strides[d];
+    } else if (strides[d] != expected) {
+      return std::nullopt;
+    }
+    any = true;
+    expected = strides[d] * sizes[d];
+  }
+  return stride;
+}
+
+// Strides of an operand shaped as the logits (classes: 1) or as the logits without their classes (classes: 0). `t` becomes
+// a contiguous copy where no strides describe it.
+inline RowStrides row_strides(Tensor& t, int classes) {
+  for (;;) {
+    const Sizes sizes = sizes_of(t), strides = strides_of(t);
+    const bool batched = int64_t(sizes.size()) > classes;
+    const auto inner = merged_stride(sizes, strides, batched ? 1 + classes : sizes.size());
+    if (inner) {
+      RowStrides result{};
+      if (batched) result.outer = strides[0];
+      if (classes == 1) result.classes = strides[batched ? 1 : 0];
+      result.inner = *inner;
+      return result;
+    }
+    t = torch::stable::contiguous(t);
+  }
+}
+
+struct Problem {
+  Tensor logits, target;
+  std::optional<Tensor> weight;
+  Sizes row_sizes;  // the logits' without the classes
+  Rows rows;
+
+  int64_t count() const { return rows.outer * rows.inner; }
+  bool probabilities() const { return is_floating(rows.target_dtype); }
+  ScalarType accumulation() const { return accumulation_type(rows.dtype); }
+};
+
+inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                            int64_t ignore_index, double label_smoothing) {
+  Problem p{logits, target, weight, {}, {}};
+  const Sizes sizes = sizes_of(logits);
+  check(!sizes.empty(), "logits: expected at least one dimension, got a scalar");
+  const size_t class_dim = sizes.size() == 1 ? 0 : 1;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (d != class_dim) p.row_sizes.push_back(sizes[d]);
+  }
+  Rows& rows = p.rows;
+  rows.outer = class_dim == 1 ? sizes[0] : 1;
+  rows.classes = sizes[class_dim];
+  rows.inner = 1;
+  for (size_t d = 2; d < sizes.size(); ++d) rows.inner *= sizes[d];
+  rows.dtype = float_dtype_of(logits, "logits");
+  rows.target_dtype = dtype_of(target, "target");
+  const Sizes& wanted = p.probabilities() ? sizes : p.row_sizes;
+  check(sizes_of(target) == wanted, "target: expected shape ", to_string(wanted), " for logits of shape ",
+        to_string(sizes), ", got ", to_string(sizes_of(target)));
+  check_same_device(target, logits, "target");
+  if (p.probabilities()) {
+    const bool sixteen_bits = rows.dtype == DType::bfloat16 || rows.dtype == DType::float16;
+    check(rows.target_dtype == rows.dtype || (sixteen_bits && rows.target_dtype == DType::float32),
+          "target: probabilities must have the logits' dtype, or float32 for 16-bit logits");
+  }
+  if (weight) {
+    check(weight->scalar_type() == p.accumulation() && weight->is_contiguous() &&
+              sizes_of(*weight) == Sizes{rows.classes},
+          "weight: expected a contiguous ", torch::headeronly::toString(p.accumulation()), " tensor of shape [",
+          rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ",
+          to_string(sizes_of(*weight)));
+    check_same_device(*weight, logits, "weight");
+  }
+  rows.logits_strides = row_strides(p.logits, 1);
+  rows.target_strides = row_strides(p.target, p.probabilities() ? 1 : 0);
+  rows.logits = p.logits.const_data_ptr();
+  rows.target = p.target.const_data_ptr();
+  rows.weight = weight ? weight->const_data_ptr() : nullptr;
+  rows.ignore_index = ignore_index;
+  rows.label_smoothing = label_smoothing;
+  rows.reduction = reduction_of(reduction);
+  return p;
+}
+
+struct ForwardCall {
+  Problem problem;
+  Tensor loss, statistics, totals;
+  Forward args;
+};
+
+// Checks and allocates a forward op; args is complete.
+inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                   int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
+  const ScalarType loss_type = dtype.value_or(logits.scalar_type());
+  const Sizes loss_sizes = p.rows.reduction == Reduction::none ? p.row_sizes : Sizes{};
+  Tensor loss = empty(loss_sizes, loss_type, logits);
+  Tensor statistics = empty({p.probabilities() ? 3 : 2, p.count()}, p.accumulation(), logits);
+  Tensor totals = empty({2}, p.accumulation(), logits);
+  Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), statistics.mutable_data_ptr(),
+               totals.mutable_data_ptr()};
+  check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
+  return {p, loss, statistics, totals, args};
+}
+
+struct BackwardCall {
+  Problem problem;
+  Tensor grad_output, statistics, totals, grad;
+  Backward args;
+};
+
+enum class GradientOf { logits, logits_in_place, target };
+
+// Checks and allocates a backward op; args is complete.
+inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor logits, Tensor target,
+                                     std::optional<Tensor> weight, Tensor statistics, Tensor totals, int64_t reduction,
+                                     int64_t ignore_index, double label_smoothing) {
+  Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
+  const Sizes loss_sizes = p.rows.reduction == Reduction::none ? p.row_sizes : Sizes{};
+  check(sizes_of(grad_output) == loss_sizes, "grad_output: expected the loss's shape ", to_string(loss_sizes), ", got ",
+        to_string(sizes_of(grad_output)));
+  check_same_device(grad_output, logits, "grad_output");
+  const auto check_saved = [&](const Tensor& t, const Sizes& sizes, const char* name) {
+    check(sizes_of(t) == sizes && t.scalar_type() == p.accumulation() && t.is_contiguous(), name,
+          ": not what the forward returned");
+    check_same_device(t, logits, name);
+  };
+  check_saved(statistics, {p.probabilities() ? 3 : 2, p.count()}, "statistics");
+  check_saved(totals, {2}, "totals");
+  check(of != GradientOf::target || p.probabilities(), "target: class indices have no gradient");
+
+  Backward args{};
+  args.grad_output_dtype = float_dtype_of(grad_output, "grad_output");
+  args.grad_output_strides = row_strides(grad_output, 0);
+  args.grad_output = grad_output.const_data_ptr();
+  args.statistics = statistics.const_data_ptr();
+  args.totals = totals.const_data_ptr();
+  Tensor grad = logits;
+  if (of == GradientOf::logits_in_place) {
+    check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
+    check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
+  } else {
+    const Tensor& like = of == GradientOf::target ? target : logits;
+    grad = empty_like(like, like.scalar_type());
+  }
+  Tensor described = grad;  // a fresh gradient always has strides, so this is never copied
+  args.grad_strides = row_strides(described, 1);
+  args.grad = grad.mutable_data_ptr();
+  args.rows = p.rows;
+  return {p, grad_output, statistics, totals, grad, args};
+}
+
+}  // namespace softmax_ce
+}  // namespace torchce::host

@@ -1,0 +1,144 @@
+// What the host code of every op needs from torch's stable ABI: checks, element types, shapes, allocation.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+
+namespace torchce::host {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// torchce.functional checks what a user passed and explains it; the ops check what keeps memory safe.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (__builtin_expect(!condition, 0)) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+}
+
+inline Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+inline Sizes strides_of(const Tensor& t) {
+  const auto strides = t.strides();
+  return Sizes(strides.begin(), strides.end());
+}
+
+inline std::string to_string(const Sizes& sizes) {
+  std::ostringstream out;
+  for (size_t d = 0; d < sizes.size(); ++d) out << (d == 0 ? "[" : ", ") << sizes[d];
+  out << (sizes.empty() ? "[]" : "]");
+  return out.str();
+}
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Long:
+      return DType::int64;
+    case ScalarType::Int:
+      return DType::int32;
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return DType::uint8;
+    default:
+      check(false, name, ": no kernel reads dtype ", torch::headeronly::toString(type));
+      return DType::float32;
+  }
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
+
+inline bool is_floating(DType dtype) { return dtype <= DType::float16; }
+
+inline DType float_dtype_of(const Tensor& t, const char* name) {
+  const DType dtype = dtype_of(t, name);
+  check(is_floating(dtype), name, ": expected a floating dtype, got ", torch::headeronly::toString(t.scalar_type()));
+  return dtype;
+}
+
+inline ScalarType accumulation_type(DType dtype) {
+  return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& logits, const char* name) {
+  check(t.device() == logits.device(), name, " and logits are on different devices");
+}
+
+inline Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return strides;
+}
+
+// Whether the elements fill one block of memory, each place once, in whatever order of dimensions.
+inline bool is_dense(const Sizes& sizes, const Sizes& strides) {
+  std::vector<size_t> left;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] > 1) left.push_back(d);
+  }
+  for (int64_t expected = 1; !left.empty();) {
+    size_t i = 0;
+    while (i < left.size() && strides[left[i]] != expected) ++i;
+    if (i == left.size()) return false;
+    expected *= sizes[left[i]];
+    left.erase(left.begin() + i);
+  }
+  return true;
+}
+
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type, const Tensor& like) {
+  AtenTensorHandle handle = nullptr;
+  const auto device = like.device();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
+  return empty_strided(sizes, contiguous_strides(sizes), type, like);
+}
+
+// As torch.empty_like: the layout of t where it is dense, else contiguous.
+inline Tensor empty_like(const Tensor& t, ScalarType type) {
+  const Sizes sizes = sizes_of(t), strides = strides_of(t);
+  return empty_strided(sizes, is_dense(sizes, strides) ? strides : contiguous_strides(sizes), type, t);
+}
+
+inline Reduction reduction_of(int64_t reduction) {
+  check(0 <= reduction && reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  return Reduction(reduction);
+}
+
+}  // namespace torchce::host

@@ -1,0 +1,146 @@
+// exp, log and log1p for float, double and short vectors of them, for host and device.
+//
+// Every formula of the project is a template over V: a float or double on the device, a SIMD vector of them on the CPU
+// (csrc/cpu/vector.h). On the device the names below are CUDA's own functions; on the CPU the float versions are
+// polynomials without branches or tables, so that one instruction stream serves all lanes, and the double versions call
+// libm lane by lane. tests/test_elementary.py holds the float versions to 2 ulp over every float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define TORCHCE_HD __host__ __device__ __forceinline__
+#else
+#define TORCHCE_HD inline __attribute__((always_inline))
+#endif
+
+namespace torchce::math {
+
+constexpr float kInfinityF = __builtin_huge_valf();
+
+// mask ? a : b, for a bool and scalars as for a lane mask and vectors.
+template <class M, class V>
+TORCHCE_HD V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+template <class V>
+TORCHCE_HD V abs(V x) {
+  return select(x < V{}, -x, x);
+}
+
+#if defined(__CUDACC__)
+
+TORCHCE_HD float exp(float x) { return ::expf(x); }
+TORCHCE_HD double exp(double x) { return ::exp(x); }
+TORCHCE_HD float log(float x) { return ::logf(x); }
+TORCHCE_HD double log(double x) { return ::log(x); }
+TORCHCE_HD float log1p_unit(float x) { return ::log1pf(x); }
+TORCHCE_HD double log1p_unit(double x) { return ::log1p(x); }
+
+#else
+
+// The bits of a float, or of every lane of a vector of floats, and back.
+template <class F>
+struct BitsOf {
+  typedef int32_t type __attribute__((vector_size(sizeof(F))));
+};
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <class I>
+struct FloatsOf {
+  typedef float type __attribute__((vector_size(sizeof(I))));
+};
+template <>
+struct FloatsOf<int32_t> {
+  using type = float;
+};
+template <class F>
+TORCHCE_HD typename BitsOf<F>::type to_bits(F x) {
+  typename BitsOf<F>::type bits;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+template <class I>
+TORCHCE_HD typename FloatsOf<I>::type from_bits(I bits) {
+  typename FloatsOf<I>::type x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// libm in every lane, where V holds doubles.
+template <class V, class F>
+TORCHCE_HD V each_lane(V x, F function) {
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(double); ++lane) x[lane] = function(x[lane]);
+  return x;
+}
+template <class V>
+constexpr bool kOfDoubles = sizeof(decltype(V{}[0])) == sizeof(double);
+template <>
+inline constexpr bool kOfDoubles<float> = false;
+
+TORCHCE_HD double exp(double x) { return __builtin_exp(x); }
+TORCHCE_HD double log(double x) { return __builtin_log(x); }
+TORCHCE_HD double log1p_unit(double x) { return __builtin_log1p(x); }
+
+// e^x. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n (1 + r + r^2 P(r)); P is a minimax fit on |r| <= ln 2 / 2 with a
+// relative error of 2^-28. 2^n is applied in two steps, so that subnormal results are right as well. NaN stays NaN.
+template <class F>
+TORCHCE_HD F exp(F x) {
+  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return exp(lane); });
+  else {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
+  x = select(x > 89.0f, F{} + 89.0f, x);     // e^89 rounds to infinity
+  const F shifted = x * 1.44269504f + kRound;
+  const F n = shifted - kRound;
+  const auto exponent = to_bits(shifted) - to_bits(F{} + kRound);
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
+  p = p * r + 4.16683873612e-2f;
+  p = p * r + 1.66665206898e-1f;
+  p = p * r + 4.99999934517e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const auto half = exponent >> 1;
+  return p * from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23);
+  }
+}
+
+// 2 atanh(u) for |u| <= 1/3: 2u + u^3 Q(u^2), Q a minimax fit with a relative error of 2^-27.7.
+template <class F>
+TORCHCE_HD F two_atanh(F u) {
+  const F z = u * u;
+  F q = z * 2.8024458897e-1f + 2.79991410648e-1f;
+  q = q * z + 4.00216990601e-1f;
+  q = q * z + 6.66664131327e-1f;
+  return u * 2.0f + u * z * q;
+}
+
+// log(x) for x >= 1, infinity or NaN: what a sum of exponentials that holds its own maximum can be.
+// x = 2^n m with m in [1/sqrt 2, sqrt 2), log x = n ln 2 + 2 atanh((m - 1) / (m + 1)).
+template <class F>
+TORCHCE_HD F log(F x) {
+  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return log(lane); });
+  else {
+  const auto bits = to_bits(x);
+  const auto n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3: 1/sqrt 2
+  const F m = from_bits(bits - (n << 23));
+  const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
+  const F y = nf * 0.693359375f + (two_atanh((m - 1.0f) / (m + 1.0f)) - nf * 2.12194440e-4f);
+  return select(x < kInfinityF, y, x);
+  }
+}
+
+// log(1 + x) for 0 <= x <= 1, or NaN: 2 atanh(x / (2 + x)).
+template <class F>
+TORCHCE_HD F log1p_unit(F x) {
+  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return log1p_unit(lane); });
+  else return two_atanh(x / (x + 2.0f));
+}
+
+#endif
+
+}  // namespace torchce::math

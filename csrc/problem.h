@@ -1,0 +1,84 @@
+// The two canonical problems, as plain structs: what the host code of an op hands to a CPU or CUDA kernel.
+// No torch header here, so that kernels and their emulation need none.
+#pragma once
+
+#include <cstdint>
+
+namespace torchce {
+
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // torch's numbers
+
+// Element types the kernels read. The accumulation type is double for float64 and float for the rest.
+enum class DType : int { float64, float32, bfloat16, float16, int64, int32, uint8 };
+
+// Steps, in elements, along the outer (N), class (C) and inner (S) dimension. Operands without classes leave that 0.
+struct RowStrides {
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
+};
+
+namespace softmax_ce {
+
+// Rows of logits [N, C, S]; row r = n * S + s. Shared by forward and backward.
+struct Rows {
+  int64_t outer;    // N
+  int64_t classes;  // C
+  int64_t inner;    // S
+  const void* logits;  // [N, C, S]
+  RowStrides logits_strides;
+  DType dtype;  // of the logits
+  const void* target;  // indices [N, S] or probabilities [N, C, S]
+  RowStrides target_strides;
+  DType target_dtype;  // an integer type: indices
+  const void* weight;  // [C] of the accumulation type, or null: all ones
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+};
+
+// Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
+// A = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, sum of the class weights).
+// Both are of the accumulation type.
+struct Forward {
+  Rows rows;
+  void* loss;  // [N, S] contiguous, or one element
+  DType loss_dtype;
+  void* statistics;
+  void* totals;
+};
+
+struct Backward {
+  Rows rows;
+  const void* grad_output;  // [N, S] with strides, or one element
+  RowStrides grad_output_strides;
+  DType grad_output_dtype;
+  const void* statistics;
+  const void* totals;
+  void* grad;  // [N, C, S] in the logits' (for the target's gradient, the target's) dtype; may be the logits themselves
+  RowStrides grad_strides;
+};
+
+}  // namespace softmax_ce
+
+namespace sigmoid_bce {
+
+constexpr int kMaxDims = 8;
+
+// Elements of one shape, after dimensions that all operands step through evenly were merged: the last is the innermost.
+// A broadcast operand has stride 0 where it repeats, so weights of shape [C] or [C, 1, 1] cost no memory.
+enum Operand { kLogits, kTarget, kWeight, kPosWeight, kGradOutput, kOutput, kOperands };
+
+struct Elements {
+  int dims;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kOperands][kMaxDims];
+  int64_t numel;
+  const void* data[kOperands];  // null: an operand that is absent (weights of one; no unreduced loss)
+  DType dtypes[kOperands];      // weights are of the accumulation type
+  Reduction reduction;
+  void* output;  // unreduced loss, gradient (may be the logits themselves), or the one reduced loss
+};
+
+}  // namespace sigmoid_bce
+}  // namespace torchce
