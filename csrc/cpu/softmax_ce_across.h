@@ -244,7 +244,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   if constexpr (Target::kProbabilities) {
     fill([&](int l) { return spread[l] = row_grad_output<A>(call, RowPosition(rows, row + l)); },
          [&](int l, A g) { return g * statistics.spread[row + l]; });
-    write_classes([](V g, int) { return g; });
+    write_classes([](auto g, int) { return g; });
   } else {
     const IndexedStrip<A, W> targets(rows, row, count);
     const A sum_weights = sum_of_class_weights<A>(call);

@@ -84,7 +84,7 @@ TORCHCE_SIMD RowSums<A> row_sums(const T* x, int64_t classes, A max, const Coeff
       gaps += weighted_gap(u, logits, max_lanes);
     }
   };
-  const auto all = [](V v) { return v; };
+  const auto all = [](auto v) { return v; };
 
   int64_t k = 0;
   while (k + L <= classes) {

@@ -130,10 +130,11 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
   return empty_strided(sizes, contiguous_strides(sizes), type, like);
 }
 
-// As torch.empty_like: the layout of t where it is dense, else contiguous.
+// As torch.empty_like: the layout of t where it is dense, else the one torch chooses.
 inline Tensor empty_like(const Tensor& t, ScalarType type) {
   const Sizes sizes = sizes_of(t), strides = strides_of(t);
-  return empty_strided(sizes, is_dense(sizes, strides) ? strides : contiguous_strides(sizes), type, t);
+  const bool dense = is_dense(sizes, strides);
+  return empty_strided(sizes, dense ? strides : strides_of(torch::stable::empty_like(t)), type, t);
 }
 
 inline Reduction reduction_of(int64_t reduction) {

@@ -1,0 +1,106 @@
+"""Modules, each a subclass of torch's own: ``isinstance``, ``state_dict``, pickling and ``repr`` hold."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torchce import functional
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    r"""Softmax cross entropy between logits and class indices or probabilities.
+
+    A drop-in replacement for :class:`torch.nn.CrossEntropyLoss`; see :func:`torchce.functional.cross_entropy` for the
+    shapes, dtypes and errors.
+
+    Args:
+        weight (Tensor, optional): a weight for each class, ``[C]``.
+        size_average (bool, optional): deprecated, see ``reduction``.
+        ignore_index (int): a class index whose rows have no loss and no gradient. Default: -100
+        reduce (bool, optional): deprecated, see ``reduction``.
+        reduction (str): ``'none'``, ``'mean'`` or ``'sum'``. Default: ``'mean'``
+        label_smoothing (float): the part of each target spread evenly over all classes, at most 1. Default: 0.0
+
+    Keyword Args:
+        inplace_backward (bool): let the gradient overwrite the logits. Default: ``False``
+
+    Example::
+
+        >>> loss = torchce.CrossEntropyLoss()
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> loss(logits, torch.tensor([0, 3]))
+        tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace_backward = inplace_backward
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
+        )
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    r"""Binary cross entropy between logits and targets, the sigmoid included.
+
+    A drop-in replacement for :class:`torch.nn.BCEWithLogitsLoss`; see
+    :func:`torchce.functional.binary_cross_entropy_with_logits` for the shapes, dtypes and errors.
+
+    Args:
+        weight (Tensor, optional): a weight for each element, broadcast to the input's shape.
+        size_average (bool, optional): deprecated, see ``reduction``.
+        reduce (bool, optional): deprecated, see ``reduction``.
+        reduction (str): ``'none'``, ``'mean'`` or ``'sum'``. Default: ``'mean'``
+        pos_weight (Tensor, optional): a weight for positive targets, broadcast to the input's shape.
+
+    Keyword Args:
+        inplace_backward (bool): let the gradient overwrite the logits. Default: ``False``
+
+    Example::
+
+        >>> loss = torchce.BCEWithLogitsLoss()
+        >>> logits = torch.zeros(3, requires_grad=True)
+        >>> loss(logits, torch.tensor([0.0, 1.0, 1.0]))
+        tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.inplace_backward = inplace_backward
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            inplace_backward=self.inplace_backward,
+        )

@@ -1,0 +1,233 @@
+"""The compiled ops of ``torch.ops.torchce``, typed, each with its fake right below.
+
+Throughout, ``reduction`` is torch's number (0 none, 1 mean, 2 sum) and *acc* is the accumulation dtype: float64 for
+float64 logits, else float32. Schemas are in ``csrc/library.cpp``; the ops check what memory safety needs, and
+:mod:`torchce.functional` what a user should be told.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchce import _C  # noqa: F401  (importing it registers the ops)
+
+_ops = torch.ops.torchce
+
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels were built and loaded."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("torchce::softmax_ce_forward", "CUDA")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a kernel computes in, for logits of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softmax_ce_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax cross entropy.
+
+    Shape:
+        - logits: ``[C]``, ``[N, C]`` or ``[N, C, d1...dk]``, any strides
+        - target: class indices, the logits' shape without ``C``; or probabilities, the logits' shape
+        - weight: ``[C]``, acc
+        - loss: the index target's shape for reduction 0, else a scalar; ``dtype``, or the logits'
+        - statistics: ``[2, rows]`` acc, max and sum of exp(x - max); a third row for probabilities, their total
+        - totals: ``[2]`` acc, the divisor of the mean and the sum of the class weights
+
+    Raises:
+        IndexError: on the CPU, if a class index is out of range and not ``ignore_index``.
+    """
+    return _softmax_ce_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+
+
+_softmax_ce_forward = _ops.softmax_ce_forward.default
+
+
+@torch.library.register_fake("torchce::softmax_ce_forward")
+def _(logits, target, weight, reduction, ignore_index, label_smoothing, dtype):  # type: ignore[no-untyped-def]
+    class_dim = min(1, logits.dim() - 1)
+    row_shape = [*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]]
+    rows = 1
+    for size in row_shape:
+        rows = rows * size
+    acc = accumulation_dtype(logits.dtype)
+    loss = logits.new_empty(row_shape if reduction == 0 else [], dtype=dtype or logits.dtype)
+    statistics = logits.new_empty([3 if target.is_floating_point() else 2, rows], dtype=acc)
+    return loss, statistics, logits.new_empty([2], dtype=acc)
+
+
+def softmax_ce_backward(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    totals: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient of :func:`softmax_ce_forward` with respect to the logits, in their shape, dtype and layout.
+
+    Shape:
+        - grad_output: the loss's
+        - the rest as in and out of the forward
+    """
+    return _softmax_ce_backward(
+        grad_output, logits, target, weight, statistics, totals, reduction, ignore_index, label_smoothing
+    )
+
+
+_softmax_ce_backward = _ops.softmax_ce_backward.default
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward")
+def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits)
+
+
+def softmax_ce_backward_(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    totals: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """:func:`softmax_ce_backward`, written over the logits, which must be dense."""
+    _softmax_ce_backward_(
+        grad_output, logits, target, weight, statistics, totals, reduction, ignore_index, label_smoothing
+    )
+
+
+_softmax_ce_backward_ = _ops.softmax_ce_backward_.default
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward_")
+def _(*_):  # type: ignore[no-untyped-def]
+    return None
+
+
+def softmax_ce_backward_target(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    totals: Tensor,
+    reduction: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient of :func:`softmax_ce_forward` with respect to target probabilities, in their shape, dtype and layout."""
+    return _softmax_ce_backward_target(
+        grad_output, logits, target, weight, statistics, totals, reduction, label_smoothing
+    )
+
+
+_softmax_ce_backward_target = _ops.softmax_ce_backward_target.default
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward_target")
+def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(target)
+
+
+def sigmoid_bce_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Sigmoid binary cross entropy.
+
+    Shape:
+        - logits: any shape, any strides
+        - target: the logits' shape; the logits' dtype, float32, bool, uint8 or int64
+        - weight, pos_weight: broadcast to the logits' shape, acc
+        - loss: the logits' shape and layout for reduction 0, else a scalar; ``dtype``, or the logits'
+    """
+    return _sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+
+
+_sigmoid_bce_forward = _ops.sigmoid_bce_forward.default
+
+
+@torch.library.register_fake("torchce::sigmoid_bce_forward")
+def _(logits, target, weight, pos_weight, reduction, dtype):  # type: ignore[no-untyped-def]
+    dtype = dtype or logits.dtype
+    return torch.empty_like(logits, dtype=dtype) if reduction == 0 else logits.new_empty([], dtype=dtype)
+
+
+def sigmoid_bce_backward(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+) -> Tensor:
+    """Gradient of :func:`sigmoid_bce_forward` with respect to the logits, in their shape, dtype and layout."""
+    return _sigmoid_bce_backward(grad_output, logits, target, weight, pos_weight, reduction)
+
+
+_sigmoid_bce_backward = _ops.sigmoid_bce_backward.default
+
+
+@torch.library.register_fake("torchce::sigmoid_bce_backward")
+def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits)
+
+
+def sigmoid_bce_backward_(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+) -> None:
+    """:func:`sigmoid_bce_backward`, written over the logits, which must be dense."""
+    _sigmoid_bce_backward_(grad_output, logits, target, weight, pos_weight, reduction)
+
+
+_sigmoid_bce_backward_ = _ops.sigmoid_bce_backward_.default
+
+
+@torch.library.register_fake("torchce::sigmoid_bce_backward_")
+def _(*_):  # type: ignore[no-untyped-def]
+    return None
+
+
+def sigmoid_bce_backward_target(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+) -> Tensor:
+    """Gradient of :func:`sigmoid_bce_forward` with respect to the target, in its shape, dtype and layout."""
+    return _sigmoid_bce_backward_target(grad_output, logits, target, weight, pos_weight, reduction)
+
+
+_sigmoid_bce_backward_target = _ops.sigmoid_bce_backward_target.default
+
+
+@torch.library.register_fake("torchce::sigmoid_bce_backward_target")
+def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(target)
