@@ -157,7 +157,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
   for (int64_t k = 0; k < rows.classes; ++k) {
     for (int w = 0; w < W; ++w) {
       const V x = logits.at(k, w);
-      sum[w] += math::exp(x - max[w]);
+      sum[w] += math::exp_of_negative(x - max[w]);
       if constexpr (Target::kSpread) {
         const V u = coefficients.at(k, w);
         sum_coefficients[w] += u;

@@ -77,7 +77,7 @@ TORCHCE_SIMD RowSums<A> row_sums(const T* x, int64_t classes, A max, const Coeff
 
   const auto add = [&](int64_t k, auto mask, V& sum, V& sum_coefficients, V& gaps) {
     const V logits = load<A>(x + k);
-    sum += mask(math::exp(logits - max_lanes));
+    sum += mask(math::exp_of_negative(logits - max_lanes));
     if constexpr (Target::kSpread) {
       const V u = mask(coefficients.at(k));
       sum_coefficients += u;

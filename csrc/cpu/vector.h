@@ -166,23 +166,26 @@ TORCHCE_SIMD Lanes<A> lane_numbers() {
   return v;
 }
 
-// Folds halves onto each other, so that the order is fixed and short.
-template <class A, class F>
-TORCHCE_SIMD A fold(Lanes<A> v, F combine) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, sizeof lanes);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) lanes[l] = combine(lanes[l], lanes[l + width]);
+// Folds the upper half of the lanes onto the lower until one is left, so that the order is fixed and short.
+template <class A, class V, class F>
+TORCHCE_SIMD A fold(V v, F combine) {
+  if constexpr (sizeof(V) == 2 * sizeof(A)) {
+    return combine(A(v[0]), A(v[1]));
+  } else {
+    typedef A Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half lower, upper;
+    std::memcpy(&lower, &v, sizeof lower);
+    std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
+    return fold<A>(combine(lower, upper), combine);
   }
-  return lanes[0];
 }
 template <class A>
 TORCHCE_SIMD A sum_of(Lanes<A> v) {
-  return fold<A>(v, [](A a, A b) { return a + b; });
+  return fold<A>(v, [](auto a, auto b) { return a + b; });
 }
 template <class A>
 TORCHCE_SIMD A max_of(Lanes<A> v) {
-  return fold<A>(v, [](A a, A b) { return b > a ? b : a; });
+  return fold<A>(v, [](auto a, auto b) { return math::select(b > a, b, a); });
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -20,12 +20,12 @@ struct Problem {
 // Strides of `t` over `sizes`, 0 where it is broadcast.
 inline Sizes broadcast_strides(const Tensor& t, const Sizes& sizes, const char* name) {
   const Sizes own = sizes_of(t), strides = strides_of(t);
-  check(own.size() <= sizes.size(), name, ": shape ", to_string(own), " does not broadcast to ", to_string(sizes));
+  check(own.size() <= sizes.size(), name, ": shape ", own, " does not broadcast to ", sizes);
   Sizes result(sizes.size(), 0);
   for (size_t i = 0; i < own.size(); ++i) {
     const size_t d = sizes.size() - own.size() + i;
-    check(own[i] == sizes[d] || own[i] == 1, name, ": shape ", to_string(own), " does not broadcast to ",
-          to_string(sizes));
+    check(own[i] == sizes[d] || own[i] == 1, name, ": shape ", own, " does not broadcast to ",
+          sizes);
     if (own[i] != 1) result[d] = strides[i];
   }
   return result;
@@ -67,8 +67,8 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   const Sizes sizes = sizes_of(logits);
   e.reduction = reduction_of(reduction);
   e.numel = logits.numel();
-  check(sizes_of(target) == sizes, "target: expected the logits' shape ", to_string(sizes), ", got ",
-        to_string(sizes_of(target)));
+  check(sizes_of(target) == sizes, "target: expected the logits' shape ", sizes, ", got ",
+        sizes_of(target));
   Sizes strides[kOperands];
   for (Sizes& s : strides) s.assign(sizes.size(), 0);
 
@@ -97,8 +97,8 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   add_weight(kPosWeight, pos_weight, "pos_weight");
   if (grad_output) {
     const Sizes loss_sizes = e.reduction == Reduction::none ? sizes : Sizes{};
-    check(sizes_of(*grad_output) == loss_sizes, "grad_output: expected the loss's shape ", to_string(loss_sizes),
-          ", got ", to_string(sizes_of(*grad_output)));
+    check(sizes_of(*grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes,
+          ", got ", sizes_of(*grad_output));
     add(kGradOutput, *grad_output, "grad_output", float_dtype_of(*grad_output, "grad_output"));
   }
   if (output != nullptr) {
@@ -126,7 +126,7 @@ inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<T
   Problem p = make_problem(logits, target, weight, pos_weight, std::nullopt, unreduced ? &loss : nullptr, reduction);
   p.elements.dtypes[kOutput] = dtype_of(loss_type, "dtype");
   p.elements.output = loss.mutable_data_ptr();
-  return {p, loss};
+  return {std::move(p), loss};
 }
 
 struct BackwardCall {
@@ -141,7 +141,7 @@ inline BackwardCall prepare_backward(Tensor grad_output, Tensor logits, Tensor t
   check(!in_place || is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
   Tensor grad = in_place ? logits : empty_like(written, written.scalar_type());
   Problem p = make_problem(logits, target, weight, pos_weight, grad_output, &grad, reduction);
-  return {p, grad};
+  return {std::move(p), grad};
 }
 
 }  // namespace sigmoid_bce

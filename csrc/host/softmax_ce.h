@@ -78,8 +78,8 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   rows.dtype = float_dtype_of(logits, "logits");
   rows.target_dtype = dtype_of(target, "target");
   const Sizes& wanted = p.probabilities() ? sizes : p.row_sizes;
-  check(sizes_of(target) == wanted, "target: expected shape ", to_string(wanted), " for logits of shape ",
-        to_string(sizes), ", got ", to_string(sizes_of(target)));
+  check(sizes_of(target) == wanted, "target: expected shape ", wanted, " for logits of shape ",
+        sizes, ", got ", sizes_of(target));
   check_same_device(target, logits, "target");
   if (p.probabilities()) {
     const bool sixteen_bits = rows.dtype == DType::bfloat16 || rows.dtype == DType::float16;
@@ -91,7 +91,7 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
               sizes_of(*weight) == Sizes{rows.classes},
           "weight: expected a contiguous ", torch::headeronly::toString(p.accumulation()), " tensor of shape [",
           rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ",
-          to_string(sizes_of(*weight)));
+          sizes_of(*weight));
     check_same_device(*weight, logits, "weight");
   }
   rows.logits_strides = row_strides(p.logits, 1);
@@ -123,7 +123,7 @@ inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<T
   Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), statistics.mutable_data_ptr(),
                totals.mutable_data_ptr()};
   check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
-  return {p, loss, statistics, totals, args};
+  return {std::move(p), loss, statistics, totals, args};
 }
 
 struct BackwardCall {
@@ -140,8 +140,8 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
                                      int64_t ignore_index, double label_smoothing) {
   Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
   const Sizes loss_sizes = p.rows.reduction == Reduction::none ? p.row_sizes : Sizes{};
-  check(sizes_of(grad_output) == loss_sizes, "grad_output: expected the loss's shape ", to_string(loss_sizes), ", got ",
-        to_string(sizes_of(grad_output)));
+  check(sizes_of(grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes, ", got ",
+        sizes_of(grad_output));
   check_same_device(grad_output, logits, "grad_output");
   const auto check_saved = [&](const Tensor& t, const Sizes& sizes, const char* name) {
     check(sizes_of(t) == sizes && t.scalar_type() == p.accumulation() && t.is_contiguous(), name,
@@ -170,7 +170,7 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
   args.grad_strides = row_strides(described, 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
-  return {p, grad_output, statistics, totals, grad, args};
+  return {std::move(p), grad_output, statistics, totals, grad, args};
 }
 
 }  // namespace softmax_ce

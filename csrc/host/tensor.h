@@ -21,7 +21,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// torchce.functional checks what a user passed and explains it; the ops check what keeps memory safe.
+inline std::ostream& operator<<(std::ostream& out, const Sizes& sizes) {
+  for (size_t d = 0; d < sizes.size(); ++d) out << (d == 0 ? "[" : ", ") << sizes[d];
+  return out << (sizes.empty() ? "[]" : "]");
+}
+
+// torchce.functional checks what a user passed and explains it; the ops check what keeps memory safe. The message is put
+// together only when it is needed: building strings would cost a small problem more than its kernel.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (__builtin_expect(!condition, 0)) {
@@ -39,13 +45,6 @@ inline Sizes sizes_of(const Tensor& t) {
 inline Sizes strides_of(const Tensor& t) {
   const auto strides = t.strides();
   return Sizes(strides.begin(), strides.end());
-}
-
-inline std::string to_string(const Sizes& sizes) {
-  std::ostringstream out;
-  for (size_t d = 0; d < sizes.size(); ++d) out << (d == 0 ? "[" : ", ") << sizes[d];
-  out << (sizes.empty() ? "[]" : "]");
-  return out.str();
 }
 
 inline DType dtype_of(ScalarType type, const char* name) {

@@ -32,8 +32,8 @@ TORCHCE_HD V abs(V x) {
 
 #if defined(__CUDACC__)
 
-TORCHCE_HD float exp(float x) { return ::expf(x); }
-TORCHCE_HD double exp(double x) { return ::exp(x); }
+TORCHCE_HD float exp_of_negative(float x) { return ::expf(x); }
+TORCHCE_HD double exp_of_negative(double x) { return ::exp(x); }
 TORCHCE_HD float log(float x) { return ::logf(x); }
 TORCHCE_HD double log(double x) { return ::log(x); }
 TORCHCE_HD float log1p_unit(float x) { return ::log1pf(x); }
@@ -82,30 +82,30 @@ constexpr bool kOfDoubles = sizeof(decltype(V{}[0])) == sizeof(double);
 template <>
 inline constexpr bool kOfDoubles<float> = false;
 
-TORCHCE_HD double exp(double x) { return __builtin_exp(x); }
+TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 TORCHCE_HD double log(double x) { return __builtin_log(x); }
 TORCHCE_HD double log1p_unit(double x) { return __builtin_log1p(x); }
 
-// e^x. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n (1 + r + r^2 P(r)); P is a minimax fit on |r| <= ln 2 / 2 with a
-// relative error of 2^-28. 2^n is applied in two steps, so that subnormal results are right as well. NaN stays NaN.
+// e^x for x <= 0, or NaN. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n e^r; the polynomial is a minimax fit of e^r on
+// |r| <= ln 2 / 2 with a relative error of 2^-28. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are right too.
 template <class F>
-TORCHCE_HD F exp(F x) {
-  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return exp(lane); });
-  else {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
-  x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
-  x = select(x > 89.0f, F{} + 89.0f, x);     // e^89 rounds to infinity
-  const F shifted = x * 1.44269504f + kRound;
-  const F n = shifted - kRound;
-  const auto exponent = to_bits(shifted) - to_bits(F{} + kRound);
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
-  F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
-  p = p * r + 4.16683873612e-2f;
-  p = p * r + 1.66665206898e-1f;
-  p = p * r + 4.99999934517e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const auto half = exponent >> 1;
-  return p * from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23);
+TORCHCE_HD F exp_of_negative(F x) {
+  if constexpr (kOfDoubles<F>) {
+    return each_lane(x, [](double lane) { return exp_of_negative(lane); });
+  } else {
+    // Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the mantissa; 64 + 127 makes it the exponent's bits.
+    constexpr float kRound = 12582912.0f + 64.0f + 127.0f;
+    x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
+    const F shifted = x * 1.44269504f + kRound;
+    const F n = shifted - kRound;
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+    F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
+    p = p * r + 4.16683873612e-2f;
+    p = p * r + 1.66665206898e-1f;
+    p = p * r + 4.99999934517e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * from_bits(to_bits(shifted) << 23) * 0x1p-64f;
   }
 }
 
@@ -123,22 +123,26 @@ TORCHCE_HD F two_atanh(F u) {
 // x = 2^n m with m in [1/sqrt 2, sqrt 2), log x = n ln 2 + 2 atanh((m - 1) / (m + 1)).
 template <class F>
 TORCHCE_HD F log(F x) {
-  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return log(lane); });
-  else {
-  const auto bits = to_bits(x);
-  const auto n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3: 1/sqrt 2
-  const F m = from_bits(bits - (n << 23));
-  const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
-  const F y = nf * 0.693359375f + (two_atanh((m - 1.0f) / (m + 1.0f)) - nf * 2.12194440e-4f);
-  return select(x < kInfinityF, y, x);
+  if constexpr (kOfDoubles<F>) {
+    return each_lane(x, [](double lane) { return log(lane); });
+  } else {
+    const auto bits = to_bits(x);
+    const auto n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3: 1/sqrt 2
+    const F m = from_bits(bits - (n << 23));
+    const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
+    const F y = nf * 0.693359375f + (two_atanh((m - 1.0f) / (m + 1.0f)) - nf * 2.12194440e-4f);
+    return select(x < kInfinityF, y, x);
   }
 }
 
 // log(1 + x) for 0 <= x <= 1, or NaN: 2 atanh(x / (2 + x)).
 template <class F>
 TORCHCE_HD F log1p_unit(F x) {
-  if constexpr (kOfDoubles<F>) return each_lane(x, [](double lane) { return log1p_unit(lane); });
-  else return two_atanh(x / (x + 2.0f));
+  if constexpr (kOfDoubles<F>) {
+    return each_lane(x, [](double lane) { return log1p_unit(lane); });
+  } else {
+    return two_atanh(x / (x + 2.0f));
+  }
 }
 
 #endif

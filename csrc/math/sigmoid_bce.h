@@ -20,14 +20,14 @@ TORCHCE_HD V loss(V x, V target, V weight, V pos_weight) {
   const V magnitude = math::abs(x);
   const V a = math::select(x < V{}, pos_weight * target, one - target);
   const V linear = math::select(a == V{}, V{}, a * magnitude);  // 0 * inf = 0: a certain and right answer costs nothing
-  const V softness = math::log1p_unit(math::exp(-magnitude));
+  const V softness = math::log1p_unit(math::exp_of_negative(-magnitude));
   return weight * (linear + (one + (pos_weight - one) * target) * softness);
 }
 
 template <class V>
 TORCHCE_HD V gradient(V x, V target, V weight, V pos_weight) {
   const V one = V{} + 1;
-  const V e = math::exp(-math::abs(x));
+  const V e = math::exp_of_negative(-math::abs(x));
   const V larger = one / (one + e);
   const V smaller = e * larger;
   const V p = math::select(x < V{}, smaller, larger);
@@ -39,7 +39,7 @@ template <class V>
 TORCHCE_HD V target_gradient(V x, V weight, V pos_weight) {
   const V one = V{} + 1;
   const V negative_part = math::select(x < V{}, -x, V{});
-  const V softplus = negative_part + math::log1p_unit(math::exp(-math::abs(x)));
+  const V softplus = negative_part + math::log1p_unit(math::exp_of_negative(-math::abs(x)));
   // Without pos_weight the softplus has no part in it, whatever its value (0 * inf would be NaN).
   const V curved = math::select(pos_weight == one, V{}, (pos_weight - one) * softplus);
   return weight * (curved - x);

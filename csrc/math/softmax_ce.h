@@ -52,7 +52,7 @@ TORCHCE_HD V spread_loss(V uniform, V sum_coefficients, V sum_gaps, V log_sum) {
 // p_j times whatever the row multiplies it with: scale = grad_output * A / sum
 template <class V>
 TORCHCE_HD V scaled_probability(V x, V max, V scale) {
-  return math::exp(x - max) * scale;
+  return math::exp_of_negative(x - max) * scale;
 }
 
 // d loss / d t_j = -(1 - eps) w_j (x_j - lse)
