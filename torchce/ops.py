@@ -7,6 +7,9 @@ float64 logits, else float32. Schemas are in ``csrc/library.cpp``; the ops check
 
 from __future__ import annotations
 
+from importlib import import_module, util
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -15,9 +18,24 @@ from torchce import _C  # noqa: F401  (importing it registers the ops)
 _ops = torch.ops.torchce
 
 
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """The CUDA kernels' module where this torch can use it, and a line that says why or why not."""
+    if util.find_spec("torchce._cuda") is None:
+        return None, "not built"
+    if torch.version.cuda is None:
+        return None, f"built, but torch {torch.__version__} has no CUDA"
+    try:
+        return import_module("torchce._cuda"), "loaded"
+    except ImportError as error:  # another major version of CUDA, say: the CPU kernels still serve
+        return None, f"built, but not loadable: {error}"
+
+
+cuda_module, cuda_status = _load_cuda()
+
+
 def has_cuda() -> bool:
     """Whether CUDA kernels were built and loaded."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("torchce::softmax_ce_forward", "CUDA")
+    return cuda_module is not None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

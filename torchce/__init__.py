@@ -1,0 +1,19 @@
+"""Fused softmax cross entropy and sigmoid binary cross entropy for PyTorch, drop-in for torch's own losses."""
+
+from __future__ import annotations
+
+from importlib import util as _util
+
+if _util.find_spec("torchce._C") is None:
+    raise ImportError(
+        "torchce._C is not built: run `pip install .` (or `python setup.py build_ext --inplace`) in torchce's source folder"
+    )
+
+from torchce import functional
+from torchce._build_info import build_info
+from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss
+from torchce.patch import patch_torch
+
+__version__ = "0.1.0"
+
+__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "build_info", "functional", "patch_torch"]
