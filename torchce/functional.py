@@ -12,7 +12,6 @@ torch raises, with a message that names the argument, or answers where only torc
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -50,15 +49,17 @@ def _reduction_number(reduction: str, size_average: bool | None, reduce: bool | 
 
 def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
     """Whether kernels exist for these kinds of tensors, whatever their shapes."""
-    device = input.device
-    if input.dtype not in _LOGIT_DTYPES or device.type not in _DEVICES:
+    if type(input) not in _PLAIN_TENSORS:
         return False
-    for tensor in (input, *others):
+    device = input.device
+    if input.dtype not in _LOGIT_DTYPES or device.type not in _DEVICES or input.layout != torch.strided or input.is_nested:
+        return False
+    for tensor in others:
         if tensor is not None and (
             type(tensor) not in _PLAIN_TENSORS
+            or tensor.device != device
             or tensor.layout != torch.strided
             or tensor.is_nested
-            or tensor.device != device
         ):
             return False
     if device.type == "cuda" and not ops.has_cuda():
@@ -66,8 +67,25 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
     return not (in_forward_ad() or in_functorch())
 
 
+def _no_kernels(**tensors: Tensor | None) -> str:
+    """What :func:`_have_kernels` did not find, in words."""
+    kinds = ", ".join(
+        f"{name}: {tensor.dtype} {type(tensor).__name__} on {tensor.device}"
+        if isinstance(tensor, Tensor)
+        else f"{name}: {type(tensor).__name__}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return f"no kernel for {kinds}"
+
+
 def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _autocast(input: Tensor) -> bool:
+    device = input.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -154,17 +172,10 @@ def cross_entropy(
         )
         return loss
     number = _reduction_number(reduction, size_average, reduce)
-    probabilities = target.shape == input.shape
-    problem = None
-    if type(ignore_index) is not int:
-        if isinstance(ignore_index, (bool, float)):
-            problem = f"ignore_index: expected an integer, got {ignore_index!r}"
-        else:
-            ignore_index = operator.index(ignore_index)
-    if problem is None and _have_kernels(input, target, weight) and not _requires_grad(weight):
-        problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing, probabilities)
+    if _have_kernels(input, target, weight) and not _requires_grad(weight):
+        problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
     else:
-        problem = problem or f"input: no kernel for a {input.dtype} {input.device.type} tensor like this one"
+        problem = _no_kernels(input=input, target=target, weight=weight)
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, _REDUCTION_NAMES[number], label_smoothing)
         return _explain(problem, _torch_cross_entropy, *arguments)
@@ -172,7 +183,7 @@ def cross_entropy(
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
     dtype = None
-    if probabilities:
+    if target.is_floating_point():
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
@@ -183,15 +194,29 @@ def cross_entropy(
             target = target.to(torch.promote_types(input.dtype, target.dtype))
             if target.dtype != input.dtype and input.dtype not in _SIXTEEN_BITS:
                 input = input.to(target.dtype)
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type):
+    if input.dtype != torch.float64 and _autocast(input):
         dtype = torch.float32
     if weight is not None:
         weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
     smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
-    return softmax_ce(input, target, weight, number, ignore_index, smoothing, dtype, inplace_backward)
+    return softmax_ce(input, target, weight, number, int(ignore_index), smoothing, dtype, inplace_backward)
 
 
 _REDUCTION_NAMES = ("none", "mean", "sum")
+
+
+def _is_integer(value: object) -> bool:
+    """Whether torch's argument parser takes ``value`` for an int: numpy's scalars and 0-d tensors, but no bool."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """Whether torch's argument parser takes ``value`` for a float."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad
+    return hasattr(value, "__float__")
 
 
 def _cross_entropy_problem(
@@ -200,16 +225,19 @@ def _cross_entropy_problem(
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    probabilities: bool,
 ) -> str | None:
     """What keeps the kernels from taking this call, naming the argument and both values."""
+    if type(ignore_index) is not int and not _is_integer(ignore_index):
+        return f"ignore_index: expected an integer, got {ignore_index!r}"
+    if type(label_smoothing) is not float and not _is_number(label_smoothing):
+        return f"label_smoothing: expected a number, got {label_smoothing!r}"
     shape = input.shape
     if not shape:
         return "input: expected at least one dimension, got a scalar"
     classes = shape[0] if len(shape) == 1 else shape[1]
     if classes == 0:
         return f"input: expected at least one class, got shape {list(shape)}"
-    if probabilities:
+    if target.shape == shape:
         if not target.is_floating_point():
             return f"target: expected floating point probabilities for the input's shape, got {target.dtype}"
         if ignore_index >= 0:
@@ -299,7 +327,7 @@ def binary_cross_entropy_with_logits(
     if _have_kernels(input, target, weight, pos_weight) and not (_requires_grad(weight) or _requires_grad(pos_weight)):
         problem = _bce_problem(input, target, weight, pos_weight)
     else:
-        problem = f"input: no kernel for a {input.dtype} {input.device.type} tensor like this one"
+        problem = _no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
     if problem is not None:
         arguments = (input, target, weight, None, None, _REDUCTION_NAMES[number], pos_weight)
         return _explain(problem, _torch_bce_with_logits, *arguments)
@@ -307,11 +335,13 @@ def binary_cross_entropy_with_logits(
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
     dtype = target.dtype if target.is_floating_point() else input.dtype
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.promote_types(torch.promote_types(input.dtype, dtype), torch.float32)
+    if _autocast(input):
+        dtype = torch.promote_types(dtype, torch.float32)
     if target.is_floating_point():
-        if target.dtype not in (input.dtype, torch.float32):
-            target = target.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        if target.dtype == torch.float64:
+            input = input.to(torch.float64)
+        elif target.dtype not in (input.dtype, torch.float32):
+            target = target.to(ops.accumulation_dtype(input.dtype))
     elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
         target = target.to(torch.int64)
     acc = ops.accumulation_dtype(input.dtype)
@@ -326,9 +356,9 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if target.shape != input.shape:
         return f"target: expected the input's shape {list(input.shape)}, got {list(target.shape)}"
-    if target.dtype.is_complex:
-        return f"target: expected a real dtype, got {target.dtype}"
-    for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        if tensor is not None and tensor.is_complex():
+            return f"{name}: expected a real dtype, got {tensor.dtype}"
         if tensor is not None and not _broadcasts_to(tensor.shape, input.shape):
             return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
     if pos_weight is not None and not pos_weight.is_floating_point():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torchce import ops
 from torchce.inplace import Overwritten
-from torchce.transforms import in_functorch
+from torchce.transforms import differentiates_backward
 
 
 def gradients(
@@ -74,7 +74,7 @@ class SigmoidBCE(Function):
         logits = saved[1]
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         grad_logits = grad_target = None
-        if torch.is_grad_enabled() or in_functorch():
+        if differentiates_backward():
             grad_logits, grad_target = gradients(*saved)
         else:
             if needs_target:  # first: the logits it reads may be overwritten next

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from torchce import ops
 from torchce.inplace import Overwritten
-from torchce.transforms import in_functorch
+from torchce.transforms import differentiates_backward
 
 Options = tuple[int, int, float]
 """reduction, ignore_index and label_smoothing, as the ops take them."""
@@ -103,7 +103,7 @@ class SoftmaxCE(Function):
         reduction, _, label_smoothing = ctx.options
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         grad_logits = grad_target = None
-        if torch.is_grad_enabled() or in_functorch():
+        if differentiates_backward():
             grad_logits, grad_target = gradients(grad_output, logits, target, weight, ctx.options)
         else:
             saved = (grad_output, logits, target, weight, statistics, totals)
