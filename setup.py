@@ -57,7 +57,9 @@ def make_plan(machine: Machine, environ: Mapping[str, str]) -> Plan:
     if machine.torch_version is None:
         raise CannotBuild("torch is not installed, and nothing can be built without it: pip install 'torch>=2.10'")
     if version_tuple(machine.torch_version) < OLDEST_TORCH:
-        raise CannotBuild(f"torch {machine.torch_version} is too old, and nothing will be built: torch >= 2.10 is needed")
+        raise CannotBuild(
+            f"torch {machine.torch_version} is too old, and nothing will be built: torch >= 2.10 is needed"
+        )
     if machine.compiler is None:
         raise CannotBuild("no C++ compiler found, and nothing will be built: install g++ or set CXX")
     lines = [f"_C with {machine.compiler} for torch {machine.torch_version}"]
@@ -118,7 +120,9 @@ def this_machine(argv: list[str], environ: Mapping[str, str]) -> Machine:
     return Machine(
         torch_version=torch and torch.__version__,
         torch_cuda=torch and torch.version.cuda,
-        compiler=next(filter(None, (shutil.which(name) for name in (environ.get("CXX") or "c++", "g++", "clang++"))), None),
+        compiler=next(
+            filter(None, (shutil.which(name) for name in (environ.get("CXX") or "c++", "g++", "clang++"))), None
+        ),
         cuda_root=cuda_root,
         cuda_version=nvcc_version(cuda_root),
         gpu_visible=bool(torch and torch.cuda.is_available()),
@@ -136,7 +140,15 @@ def make_extensions(machine: Machine, plan: Plan) -> list:
 
     torch_target = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
     # No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
-    host = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    host = [
+        "-O3",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+    ]
     cxx = [*host, torch_target, f'-DTORCHCE_TORCH_VERSION="{machine.torch_version}"']
     include_dirs = [pybind11.get_include()]
     cpu = cpp_extension.CppExtension(

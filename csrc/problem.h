@@ -22,12 +22,12 @@ namespace softmax_ce {
 
 // Rows of logits [N, C, S]; row r = n * S + s. Shared by forward and backward.
 struct Rows {
-  int64_t outer;    // N
-  int64_t classes;  // C
-  int64_t inner;    // S
+  int64_t outer;       // N
+  int64_t classes;     // C
+  int64_t inner;       // S
   const void* logits;  // [N, C, S]
   RowStrides logits_strides;
-  DType dtype;  // of the logits
+  DType dtype;         // of the logits
   const void* target;  // indices [N, S] or probabilities [N, C, S]
   RowStrides target_strides;
   DType target_dtype;  // an integer type: indices

@@ -6,7 +6,7 @@ from importlib import util as _util
 
 if _util.find_spec("torchce._C") is None:
     raise ImportError(
-        "torchce._C is not built: run `pip install .` (or `python setup.py build_ext --inplace`) in torchce's source folder"
+        "torchce._C is not built: run `pip install .` or `python setup.py build_ext --inplace` in torchce's folder"
     )
 
 from torchce import functional

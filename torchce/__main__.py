@@ -8,7 +8,9 @@ from torchce import build_info
 def _cell(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return {True: "yes", False: "no", None: "-"}.get(value, str(value)) if not isinstance(value, str) else value  # type: ignore[call-overload, no-any-return]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 r"""The two losses as functions, with the signatures and semantics of :mod:`torch.nn.functional`.
 
-Here every accepted input becomes one that the kernels take, and every other goes to torch's own function: it raises what
-torch raises, with a message that names the argument, or answers where only torch can. That happens for
+Here every accepted input becomes one that the kernels take, and every other goes to torch's own function: it raises
+what torch raises, with a message that names the argument, or answers where only torch can. That happens for
 
 - devices other than CPU, CUDA and meta, layouts other than strided, nested tensors, and tensor subclasses without
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 from torch.nn.parameter import Buffer, Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch._subclasses.fake_tensor import FakeTensor
 
 from torchce import inplace, ops
 from torchce.sigmoid_bce import sigmoid_bce
@@ -52,7 +52,12 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
     if type(input) not in _PLAIN_TENSORS:
         return False
     device = input.device
-    if input.dtype not in _LOGIT_DTYPES or device.type not in _DEVICES or input.layout != torch.strided or input.is_nested:
+    if (
+        input.dtype not in _LOGIT_DTYPES
+        or device.type not in _DEVICES
+        or input.layout != torch.strided
+        or input.is_nested
+    ):
         return False
     for tensor in others:
         if tensor is not None and (
@@ -111,8 +116,8 @@ def cross_entropy(
     r"""Softmax cross entropy between logits and class indices or probabilities.
 
     A drop-in replacement for :func:`torch.nn.functional.cross_entropy`, computed in one pass each way: softmax
-    probabilities are never stored, and 16-bit logits are never copied to float32. For logits x of one row, class weights w,
-    target class y, s = ``label_smoothing`` and lse = max + log sum exp(x - max):
+    probabilities are never stored, and 16-bit logits are never copied to float32. For logits x of one row, class
+    weights w, target class y, s = ``label_smoothing`` and lse = max + log sum exp(x - max):
 
     .. math:: (1 - s)\, w_y\, (\mathrm{lse} - x_y) + \frac{s}{C} \sum_k w_k\, (\mathrm{lse} - x_k)
 
@@ -270,8 +275,8 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     r"""Binary cross entropy between logits and targets, the sigmoid included.
 
-    A drop-in replacement for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed in one pass each way
-    without intermediate tensors. For logit x, target t, weight w and positive weight c:
+    A drop-in replacement for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed in one pass each
+    way without intermediate tensors. For logit x, target t, weight w and positive weight c:
 
     .. math:: w \left( (1 - t)\, x + (1 + (c - 1)\, t)\, (\max(-x, 0) + \log(1 + e^{-|x|})) \right)
 
@@ -297,8 +302,8 @@ def binary_cross_entropy_with_logits(
         - output: a scalar, or with ``reduction='none'`` the input's shape, in its memory format
 
     Returns:
-        Tensor: the loss, in the dtype torch gives it: the target's (the input's for bool and integer targets), or float32
-        for all but float64 under autocast.
+        Tensor: the loss, in the dtype torch gives it: the target's (the input's for bool and integer targets), or
+        float32 for all but float64 under autocast.
 
     Raises:
         ValueError, RuntimeError: what torch raises for the same call.

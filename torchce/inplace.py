@@ -10,7 +10,7 @@ def refusal(logits: Tensor) -> str | None:
     """Why a gradient cannot overwrite ``logits``, or None where it can."""
     if logits.requires_grad and logits.is_leaf:
         return "input is a leaf that requires grad: its own values would be lost"
-    if not torch._prims_common.is_non_overlapping_and_dense(logits):
+    if not torch.ops.aten.is_non_overlapping_and_dense.default(logits):
         return f"input has overlapping or scattered memory (shape {list(logits.shape)}, strides {logits.stride()})"
     return None
 

@@ -19,7 +19,7 @@ _REPLACEMENTS: list[tuple[ModuleType, str, Any]] = [
 ]
 
 
-class patch_torch:  # noqa: N801  (called like a function)
+class patch_torch:
     """Makes ``torch.nn`` and ``torch.nn.functional`` use torchce's losses.
 
     Code that looks the losses up there afterwards, torch's own modules included, gets torchce's; names imported before

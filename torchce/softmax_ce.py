@@ -1,8 +1,8 @@
 """Autograd of softmax cross entropy.
 
-Saved for backward: the logits and target that came in, two numbers a row (three for probability targets) and two for the
-whole; never probabilities. A gradient that will itself be differentiated (``create_graph=True``) or that comes in batches
-(``is_grads_batched``) is computed by :func:`gradients`, the kernels' formula in torch's own operations.
+Saved for backward: the logits and target that came in, two numbers a row (three for probability targets) and two for
+the whole; never probabilities. A gradient that will itself be differentiated (``create_graph=True``) or that comes in
+batches (``is_grads_batched``) is computed by :func:`gradients`, the kernels' formula in torch's own operations.
 """
 
 from __future__ import annotations

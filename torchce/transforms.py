@@ -11,16 +11,16 @@ def in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# Dynamo does not model the call above; told so, it runs it while tracing, when the transforms it traces are on the stack.
-# This is what torch.compiler.assume_constant_result does, without importing torch._dynamo.
+# Dynamo does not model the call above; told so, it runs it while tracing, when the transforms it traces are on the
+# stack. This is what torch.compiler.assume_constant_result does, without importing torch._dynamo.
 in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def differentiates_backward() -> bool:
     """In a backward: whether it must consist of operations that torch can transform again.
 
-    That is so with ``create_graph=True`` and in a batched backward. While ``torch.compile`` traces a backward, grad mode is
-    on as well, but what it traces is the first derivative only.
+    That is so with ``create_graph=True`` and in a batched backward. While ``torch.compile`` traces a backward, grad
+    mode is on as well, but what it traces is the first derivative only.
     """
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or in_functorch()
 

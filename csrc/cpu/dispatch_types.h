@@ -29,9 +29,8 @@ TORCHCE_SIMD void store_as(DType dtype, void* data, int64_t i, A value) {
 template <class A>
 TORCHCE_SIMD A load_as(DType dtype, const void* data, int64_t i) {
   A value{};
-  with_float_type(dtype, [&](auto storage) {
-    value = A(load_one<A>(static_cast<const decltype(storage)*>(data) + i));
-  });
+  with_float_type(dtype,
+                  [&](auto storage) { value = A(load_one<A>(static_cast<const decltype(storage)*>(data) + i)); });
   return value;
 }
 

@@ -1,8 +1,8 @@
 // The SIMD levels the CPU kernels are compiled for, and the choice among them at run time.
 //
 // level_*.cpp each compile kernels.inc for one level, with the level's namespace and vector width as macros. Explicit
-// levels rather than GCC's target_clones: clones cannot be templates, their choice cannot be overridden from outside, and
-// vectors wider than the baseline's would be split before the clone's target applies.
+// levels rather than GCC's target_clones: clones cannot be templates, their choice cannot be overridden from outside,
+// and vectors wider than the baseline's would be split before the clone's target applies.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace torchce::cpu {
 // summed in order.
 struct Partial {
   double loss = 0;
-  double weight = 0;      // of the rows kept: the divisor of a mean over class indices
-  int64_t bad_row = -1;   // first row whose target is no class, or -1
+  double weight = 0;     // of the rows kept: the divisor of a mean over class indices
+  int64_t bad_row = -1;  // first row whose target is no class, or -1
 };
 
 struct Kernels {

@@ -19,8 +19,8 @@ Tensor forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::
   const Partial total = sum_over_chunks(elements.numel, kChunk, [&](int64_t begin, int64_t end, Partial* partial) {
     kernels().sigmoid_bce_forward(elements, begin, end, partial);
   });
-  store_reduced(elements.reduction, total.loss, double(elements.numel),
-                elements.dtypes[torchce::sigmoid_bce::kOutput], elements.output);
+  store_reduced(elements.reduction, total.loss, double(elements.numel), elements.dtypes[torchce::sigmoid_bce::kOutput],
+                elements.output);
   return call.loss;
 }
 
@@ -33,9 +33,9 @@ Tensor run_backward(const BackwardCall& call, Kernel kernel) {
 
 Tensor backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                 std::optional<Tensor> pos_weight, int64_t reduction) {
-  return run_backward(host::sigmoid_bce::prepare_backward(grad_output, logits, target, weight, pos_weight, reduction,
-                                                          logits),
-                      kernels().sigmoid_bce_backward);
+  return run_backward(
+      host::sigmoid_bce::prepare_backward(grad_output, logits, target, weight, pos_weight, reduction, logits),
+      kernels().sigmoid_bce_backward);
 }
 
 void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
@@ -47,9 +47,9 @@ void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::op
 
 Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                        std::optional<Tensor> pos_weight, int64_t reduction) {
-  return run_backward(host::sigmoid_bce::prepare_backward(grad_output, logits, target, weight, pos_weight, reduction,
-                                                          target),
-                      kernels().sigmoid_bce_backward_target);
+  return run_backward(
+      host::sigmoid_bce::prepare_backward(grad_output, logits, target, weight, pos_weight, reduction, target),
+      kernels().sigmoid_bce_backward_target);
 }
 
 }  // namespace

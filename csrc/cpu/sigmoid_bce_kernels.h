@@ -100,8 +100,10 @@ TORCHCE_SIMD void with_types(const Elements& problem, F f) {
 // The gradient of the target has the target's type, that of the logits theirs.
 template <bool kFirst, class First, class Second>
 auto pick(First first, Second second) {
-  if constexpr (kFirst) return first;
-  else return second;
+  if constexpr (kFirst)
+    return first;
+  else
+    return second;
 }
 
 template <class A>
@@ -163,9 +165,8 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
         });
       } else {
         V sum{};
-        reduce(offsets, length, [&](int64_t, int count, V v) {
-          sum += math::select(lane_numbers<A>() < A(count), v, V{});
-        });
+        reduce(offsets, length,
+               [&](int64_t, int count, V v) { sum += math::select(lane_numbers<A>() < A(count), v, V{}); });
         partial->loss += sum_of<A>(sum);
       }
     });

@@ -50,16 +50,16 @@ void write_totals(const ForwardCall& call, double divisor) {
   throw std::out_of_range(message.str());
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                                           int64_t ignore_index, double label_smoothing,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
                                            std::optional<ScalarType> dtype) {
-  ForwardCall call = host::softmax_ce::prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                                       dtype);
+  ForwardCall call =
+      host::softmax_ce::prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
   const int64_t count = call.problem.count();
-  const Partial total = sum_over_chunks(count, rows_per_chunk(call.problem.rows),
-                                        [&](int64_t begin, int64_t end, Partial* partial) {
-                                          kernels().softmax_ce_forward(call.args, begin, end, partial);
-                                        });
+  const Partial total =
+      sum_over_chunks(count, rows_per_chunk(call.problem.rows), [&](int64_t begin, int64_t end, Partial* partial) {
+        kernels().softmax_ce_forward(call.args, begin, end, partial);
+      });
   if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
   const double divisor = call.problem.probabilities() ? double(count) : total.weight;
   if (call.problem.rows.dtype == DType::float64) {
@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::op
 }
 
 Tensor run_backward(BackwardCall call, GradientOf of) {
-  const auto kernel =
-      of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
+  const auto kernel = of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
   for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
   return call.grad;
@@ -86,15 +85,16 @@ Tensor backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<
                       GradientOf::logits);
 }
 
-void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
-                       Tensor totals, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                       Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing) {
   run_backward(host::softmax_ce::prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
                                                   statistics, totals, reduction, ignore_index, label_smoothing),
                GradientOf::logits_in_place);
 }
 
-Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
-                       Tensor totals, int64_t reduction, double label_smoothing) {
+Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                       Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
   return run_backward(host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight,
                                                          statistics, totals, reduction, 0, label_smoothing),
                       GradientOf::target);

@@ -1,8 +1,8 @@
 // Softmax cross entropy with lanes across rows: a strip of neighbouring rows goes through the classes together.
 //
-// A strip is W vectors wide where all its rows are adjacent in memory (one row apart: one element apart), so that several
-// cache lines of a class are read at once; elsewhere it is one vector wide and its lanes are gathered. A strip with fewer
-// rows than lanes (the last of a range) repeats its last row in the idle lanes and never stores those.
+// A strip is W vectors wide where all its rows are adjacent in memory (one row apart: one element apart), so that
+// several cache lines of a class are read at once; elsewhere it is one vector wide and its lanes are gathered. A strip
+// with fewer rows than lanes (the last of a range) repeats its last row in the idle lanes and never stores those.
 #pragma once
 
 #include "softmax_ce_target.h"
@@ -124,7 +124,8 @@ struct Wide {
   static constexpr int value = W;
 };
 template <class A, class F>
-TORCHCE_SIMD void for_each_strip(const Rows& rows, const RowStrides& strides, int64_t row_begin, int64_t row_end, F body) {
+TORCHCE_SIMD void for_each_strip(const Rows& rows, const RowStrides& strides, int64_t row_begin, int64_t row_end,
+                                 F body) {
   constexpr int64_t kWideRows = kWide * kLanes<A>;
   for (int64_t row = row_begin; row < row_end;) {
     if (row + kWideRows <= row_end && Strip<A, char, 1>::adjacent_rows(rows, strides, row, kWideRows)) {
@@ -178,7 +179,8 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
     for (int w = 0; w < W; ++w) {
       const V log_sum = math::log(sum[w]);
       V v = hot_loss(targets.hot.lanes(w), hot_logits.lanes(w), max[w], log_sum);
-      if constexpr (Target::kSpread) v += spread_loss(broadcast(targets.uniform), sum_coefficients[w], gaps[w], log_sum);
+      if constexpr (Target::kSpread)
+        v += spread_loss(broadcast(targets.uniform), sum_coefficients[w], gaps[w], log_sum);
       loss.set(w, math::select(targets.kept.lanes(w) == V{}, V{}, v));
     }
     for (int l = 0; l < count; ++l) {
@@ -302,7 +304,8 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
     for (int64_t k = 0; k < rows.classes; ++k) {
       const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k]);
       for (int w = 0; w < W; ++w) {
-        const V g = target_gradient(logits.at(k, w), class_weight, max.lanes(w), log_sum.lanes(w), A(rows.label_smoothing));
+        const V g =
+            target_gradient(logits.at(k, w), class_weight, max.lanes(w), log_sum.lanes(w), A(rows.label_smoothing));
         grad.put(k, w, g * grad_output.lanes(w));
       }
     }

@@ -1,8 +1,9 @@
 // Softmax cross entropy with lanes along each row. Rows have at least one full vector of adjacent classes.
 //
 // Bulk and remainder: vectors start at 0, L, 2L, ... and the last one at C - L, so it overlaps its neighbour unless L
-// divides C (C = 1001, L = 16: it covers 985..1000, of which 985..991 were done before). Sums mask what was done before.
-// A gradient that overwrites its logits would transform the overlap twice, so the last vector is read before any is written.
+// divides C (C = 1001, L = 16: it covers 985..1000, of which 985..991 were done before). Sums mask what was done
+// before. A gradient that overwrites its logits would transform the overlap twice, so the last vector is read before
+// any is written.
 #pragma once
 
 #include "softmax_ce_target.h"

@@ -57,7 +57,8 @@ struct AccumulateOf<double> {
 template <class T>
 using Accumulate = typename AccumulateOf<T>::A;
 
-// widen: the float values of 16-bit storage; narrow: the nearest 16-bit values, ties to even. I is int32_t or a vector of it.
+// widen: the float values of 16-bit storage; narrow: the nearest 16-bit values, ties to even. I is int32_t or a vector
+// of it.
 
 template <class I>
 TORCHCE_SIMD I widen_bits(BFloat16, I bits) {

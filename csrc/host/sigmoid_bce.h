@@ -24,8 +24,7 @@ inline Sizes broadcast_strides(const Tensor& t, const Sizes& sizes, const char* 
   Sizes result(sizes.size(), 0);
   for (size_t i = 0; i < own.size(); ++i) {
     const size_t d = sizes.size() - own.size() + i;
-    check(own[i] == sizes[d] || own[i] == 1, name, ": shape ", own, " does not broadcast to ",
-          sizes);
+    check(own[i] == sizes[d] || own[i] == 1, name, ": shape ", own, " does not broadcast to ", sizes);
     if (own[i] != 1) result[d] = strides[i];
   }
   return result;
@@ -60,15 +59,15 @@ inline void merge_dimensions(const Sizes& sizes, const Sizes (&strides)[kOperand
 }
 
 // `output` is what the op writes with the logits' shape (unreduced loss or gradient), or null where it only reduces.
-inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                            std::optional<Tensor> grad_output, const Tensor* output, int64_t reduction) {
+inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                            std::optional<Tensor> pos_weight, std::optional<Tensor> grad_output, const Tensor* output,
+                            int64_t reduction) {
   Problem p{logits, target, weight, pos_weight, grad_output, {}};
   Elements& e = p.elements;
   const Sizes sizes = sizes_of(logits);
   e.reduction = reduction_of(reduction);
   e.numel = logits.numel();
-  check(sizes_of(target) == sizes, "target: expected the logits' shape ", sizes, ", got ",
-        sizes_of(target));
+  check(sizes_of(target) == sizes, "target: expected the logits' shape ", sizes, ", got ", sizes_of(target));
   Sizes strides[kOperands];
   for (Sizes& s : strides) s.assign(sizes.size(), 0);
 
@@ -97,8 +96,8 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   add_weight(kPosWeight, pos_weight, "pos_weight");
   if (grad_output) {
     const Sizes loss_sizes = e.reduction == Reduction::none ? sizes : Sizes{};
-    check(sizes_of(*grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes,
-          ", got ", sizes_of(*grad_output));
+    check(sizes_of(*grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes, ", got ",
+          sizes_of(*grad_output));
     add(kGradOutput, *grad_output, "grad_output", float_dtype_of(*grad_output, "grad_output"));
   }
   if (output != nullptr) {
@@ -118,7 +117,8 @@ struct ForwardCall {
 
 // Checks and allocates a forward op.
 inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                   std::optional<Tensor> pos_weight, int64_t reduction, std::optional<ScalarType> dtype) {
+                                   std::optional<Tensor> pos_weight, int64_t reduction,
+                                   std::optional<ScalarType> dtype) {
   const ScalarType loss_type = dtype.value_or(logits.scalar_type());
   check(is_floating(dtype_of(loss_type, "dtype")), "dtype: expected a floating dtype");
   const bool unreduced = reduction_of(reduction) == Reduction::none;

@@ -1,8 +1,9 @@
 // From the tensors of a softmax_ce op to the canonical problem: rows of logits [N, C, S].
 //
-// Logits come as [C], [N, C] or [N, C, d1...dk]; the dimensions after the classes are one dimension S in disguise whenever
-// one stride leads through them all, as in every contiguous, channels_last or transposed tensor. Where none does (a slice
-// of an inner dimension, say) that operand is copied. Views made in Python would do the same at microseconds each.
+// Logits come as [C], [N, C] or [N, C, d1...dk]; the dimensions after the classes are one dimension S in disguise
+// whenever one stride leads through them all, as in every contiguous, channels_last or transposed tensor. Where none
+// does (a slice of an inner dimension, say) that operand is copied. Views made in Python would do the same at
+// microseconds each.
 #pragma once
 
 #include <tuple>
@@ -32,8 +33,8 @@ inline std::optional<int64_t> merged_stride(const Sizes& sizes, const Sizes& str
   return stride;
 }
 
-// Strides of an operand shaped as the logits (classes: 1) or as the logits without their classes (classes: 0). `t` becomes
-// a contiguous copy where no strides describe it.
+// Strides of an operand shaped as the logits (classes: 1) or as the logits without their classes (classes: 0). `t`
+// becomes a contiguous copy where no strides describe it.
 inline RowStrides row_strides(Tensor& t, int classes) {
   for (;;) {
     const Sizes sizes = sizes_of(t), strides = strides_of(t);
@@ -78,8 +79,8 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   rows.dtype = float_dtype_of(logits, "logits");
   rows.target_dtype = dtype_of(target, "target");
   const Sizes& wanted = p.probabilities() ? sizes : p.row_sizes;
-  check(sizes_of(target) == wanted, "target: expected shape ", wanted, " for logits of shape ",
-        sizes, ", got ", sizes_of(target));
+  check(sizes_of(target) == wanted, "target: expected shape ", wanted, " for logits of shape ", sizes, ", got ",
+        sizes_of(target));
   check_same_device(target, logits, "target");
   if (p.probabilities()) {
     const bool sixteen_bits = rows.dtype == DType::bfloat16 || rows.dtype == DType::float16;
@@ -90,8 +91,7 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
     check(weight->scalar_type() == p.accumulation() && weight->is_contiguous() &&
               sizes_of(*weight) == Sizes{rows.classes},
           "weight: expected a contiguous ", torch::headeronly::toString(p.accumulation()), " tensor of shape [",
-          rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ",
-          sizes_of(*weight));
+          rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ", sizes_of(*weight));
     check_same_device(*weight, logits, "weight");
   }
   rows.logits_strides = row_strides(p.logits, 1);

@@ -26,8 +26,8 @@ inline std::ostream& operator<<(std::ostream& out, const Sizes& sizes) {
   return out << (sizes.empty() ? "[]" : "]");
 }
 
-// torchce.functional checks what a user passed and explains it; the ops check what keeps memory safe. The message is put
-// together only when it is needed: building strings would cost a small problem more than its kernel.
+// torchce.functional checks what a user passed and explains it; the ops check what keeps memory safe. The message is
+// put together only when it is needed: building strings would cost a small problem more than its kernel.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (__builtin_expect(!condition, 0)) {

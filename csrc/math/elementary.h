@@ -86,8 +86,9 @@ TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 TORCHCE_HD double log(double x) { return __builtin_log(x); }
 TORCHCE_HD double log1p_unit(double x) { return __builtin_log1p(x); }
 
-// e^x for x <= 0, or NaN. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n e^r; the polynomial is a minimax fit of e^r on
-// |r| <= ln 2 / 2 with a relative error of 2^-28. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are right too.
+// e^x for x <= 0, or NaN. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n e^r; the polynomial is a minimax fit of
+// e^r on |r| <= ln 2 / 2 with a relative error of 2^-28. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results
+// are right too.
 template <class F>
 TORCHCE_HD F exp_of_negative(F x) {
   if constexpr (kOfDoubles<F>) {
