@@ -1,0 +1,232 @@
+"""One tolerance for the whole suite, and one way to run ours, torch's and the reference on the same problem.
+
+The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of the
+output dtype at that value plus 1e-6 of the value's condition (reference.py). Two places are stricter than the rule:
+16-bit results are rounded once from float32 and so are not granted torch's error (torch rounds at every step), and
+float64 gets 1e-13, so that a float32 step in a float64 kernel cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import reference
+import torch
+from reference import Truth
+from torch import Tensor
+
+import torchce.functional
+
+RELATIVE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+# No power of two below, so that a gradient factor that is lost, squared or applied twice shows.
+SCALAR_GRAD_OUTPUT = -2.625
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance between neighbours of `dtype` at `value` (float64), down to the subnormals."""
+    finfo = torch.finfo(dtype)
+    _, exponent = torch.frexp(value)  # value = m * 2^exponent with m in [0.5, 1)
+    spacing = torch.ldexp(torch.full_like(value, finfo.eps), exponent - 1)
+    return spacing.clamp_min(finfo.smallest_normal * finfo.eps)
+
+
+def assert_accurate(
+    what: str,
+    ours: Tensor,
+    truth: Truth,
+    theirs: Tensor | None = None,
+    describe: Callable[[tuple[int, ...]], str] = str,
+) -> None:
+    """Hold `ours` to the rule above; on failure print the worst element and its inputs.
+
+    Args:
+        ours: our result, any floating dtype and device
+        theirs: torch's for the same inputs; None where torch has no answer
+        describe: the inputs behind the element at an index, in words
+    """
+    assert ours.shape == truth.value.shape, f"{what}: shape {ours.shape}, not {truth.value.shape}"
+    if ours.numel() == 0:
+        return
+    value = reference.float64(ours)
+    expected = truth.value.to(ours.dtype).to(torch.float64)  # overflows where the dtype does
+
+    error = (value - truth.value).abs()
+    relative = RELATIVE[ours.dtype] * truth.condition
+    allowed = ulp(truth.value, ours.dtype) + relative.nan_to_num(nan=0.0, posinf=0.0)
+    if theirs is not None and ours.dtype not in SIXTEEN_BIT:
+        their_error = (reference.float64(theirs) - truth.value).abs()
+        allowed = allowed + their_error.nan_to_num(nan=0.0, posinf=0.0)
+
+    same = (value == expected) | (value.isnan() & expected.isnan())
+    good = torch.where(expected.isfinite(), error <= allowed, same)
+    if bool(good.all()):
+        return
+    excess = torch.where(good, torch.zeros_like(error), (error / allowed).nan_to_num(nan=torch.inf))
+    index = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    torch_has = "no answer" if theirs is None else repr(theirs[index].item())
+    raise AssertionError(
+        f"{what}: {int((~good).sum())} of {good.numel()} elements are wrong; the worst is {list(index)}\n"
+        f"  ours  {value[index].item()!r} ({ours.dtype})\n"
+        f"  truth {truth.value[index].item()!r}\n"
+        f"  torch {torch_has}\n"
+        f"  error {error[index].item():.3e}, allowed {allowed[index].item():.3e}\n"
+        f"  {describe(index)}"
+    )
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Equal to the last bit: -0.0 is not 0.0, and a NaN equals itself."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    bits, expected_bits = (t.detach().contiguous().view(integer) for t in (actual, expected))
+    differing = int((bits != expected_bits).sum())
+    assert differing == 0, f"{what}: {differing} of {expected.numel()} elements differ"
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The same memory and strides as a new leaf that requires grad, if its dtype can."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def grad_output_for(loss: Tensor) -> Tensor:
+    """Never 1: a scalar constant, or a different number for each element of an unreduced loss."""
+    if loss.dim() == 0:
+        return torch.full_like(loss, SCALAR_GRAD_OUTPUT)
+    generator = torch.Generator().manual_seed(loss.numel())
+    return torch.randn(loss.shape, generator=generator).to(loss)
+
+
+def run(
+    function: Callable[..., Tensor],
+    logits: Tensor,
+    target: Tensor,
+    options: Mapping[str, Any],
+    grad_output: Tensor | None,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, gradient of the logits, gradient of the target or None)."""
+    logits = leaf(logits)
+    target = leaf(target) if target_grad else target.detach()
+    loss = function(logits, target, **options)
+    grad_output = grad_output_for(loss) if grad_output is None else grad_output
+    loss.backward(grad_output)
+    assert logits.grad is not None
+    return loss.detach(), logits.grad, target.grad
+
+
+def check_softmax_ce(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    grad_output: Tensor | None = None,
+    target_grad: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Hold loss and gradients of torchce's cross entropy to reference and torch; returns our loss."""
+    torch_options = dict(options)
+    torch_target = target
+    if not target.is_floating_point():  # torch takes int64 and uint8 indices, and a weight of the logits' dtype
+        torch_target = target.long()
+        if options.get("weight") is not None:
+            torch_options["weight"] = options["weight"].to(logits.dtype)
+
+    def describe(index: tuple[int, ...]) -> str:
+        return _describe_row(logits, target, index, options)
+
+    return _check(
+        torchce.functional.cross_entropy,
+        torch.nn.functional.cross_entropy,
+        reference.softmax_ce,
+        (logits, target, torch_target),
+        (options, torch_options),
+        grad_output,
+        target_grad,
+        describe,
+    )
+
+
+def check_sigmoid_bce(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    grad_output: Tensor | None = None,
+    target_grad: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Hold loss and gradients of torchce's BCE with logits to reference and torch; returns our loss."""
+    # torch takes floating targets only; ours gives integers and bools the logits' dtype
+    torch_target = target if target.is_floating_point() else target.to(logits.dtype)
+
+    def describe(index: tuple[int, ...]) -> str:
+        if len(index) < logits.dim():
+            return _describe_all(logits, target, options)
+        return f"logit {logits[index].item()!r}, target {target[index].item()!r}, {options}"
+
+    return _check(
+        torchce.functional.binary_cross_entropy_with_logits,
+        torch.nn.functional.binary_cross_entropy_with_logits,
+        reference.sigmoid_bce,
+        (logits, target, torch_target),
+        (options, options),
+        grad_output,
+        target_grad,
+        describe,
+    )
+
+
+def _check(
+    our_function: Callable[..., Tensor],
+    torch_function: Callable[..., Tensor],
+    reference_function: Callable[..., Any],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    options: tuple[Mapping[str, Any], Mapping[str, Any]],
+    grad_output: Tensor | None,
+    target_grad: bool,
+    describe: Callable[[tuple[int, ...]], str],
+) -> Tensor:
+    logits, target, torch_target = tensors
+    ours = run(our_function, logits, target, options[0], grad_output, target_grad)
+    theirs = run(torch_function, logits, torch_target, options[1], grad_output, target_grad)
+    grad_output = grad_output_for(ours[0]) if grad_output is None else grad_output
+    truths = reference_function(logits, target, grad_output=grad_output, **options[0])
+
+    for name, our, their, truth in zip(("loss", "grad_logits", "grad_target"), ours, theirs, truths, strict=True):
+        if our is None and not (name == "grad_target" and target_grad):
+            continue
+        assert our.dtype == their.dtype, f"{name}: {our.dtype}, torch gives {their.dtype}"
+        assert our.shape == their.shape, f"{name}: {our.shape}, torch gives {their.shape}"
+        assert our.device == their.device, f"{name}: {our.device}, torch gives {their.device}"
+        assert_accurate(name, our, truth, their, describe)
+    return ours[0]
+
+
+def _describe_row(logits: Tensor, target: Tensor, index: tuple[int, ...], options: Mapping[str, Any]) -> str:
+    class_dim = 0 if logits.dim() == 1 else 1
+    if len(index) == logits.dim():  # an element of a gradient
+        logit = f"logit {logits[index].item()!r}; "
+        row_index = index[:class_dim] + index[class_dim + 1 :]
+    elif len(index) == logits.dim() - 1:  # a row's loss
+        logit, row_index = "", index
+    else:
+        return _describe_all(logits, target, options)
+    everything = slice(None)
+    row = logits[(*row_index[:class_dim], everything, *row_index[class_dim:])]
+    row_target = (
+        target[(*row_index[:class_dim], everything, *row_index[class_dim:])]
+        if target.is_floating_point()
+        else target[row_index]
+    )
+    return (
+        f"{logit}row {list(row_index)} of {row.numel()} logits in [{row.min().item()!r}, {row.max().item()!r}], "
+        f"target {row_target.flatten()[:8].tolist()}, {options}"
+    )
+
+
+def _describe_all(logits: Tensor, target: Tensor, options: Mapping[str, Any]) -> str:
+    return (
+        f"logits {list(logits.shape)} {logits.dtype} strides {logits.stride()}, "
+        f"target {list(target.shape)} {target.dtype}, {options}"
+    )

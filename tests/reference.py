@@ -1,0 +1,176 @@
+"""The formulas of both losses in float64, written out: the oracle of the whole suite.
+
+Nothing here calls a loss, a softmax or autograd, so a slip of torch's cannot hide one of ours.
+A zero coefficient kills an infinite term (0 * inf = 0): every value is the limit wherever the limit is finite.
+
+Each value comes with its `condition`: how much one unit of *relative* rounding error inside the formula can move it.
+It is the sum of the magnitudes of the terms that are added, so a difference that cancels (p - 1 at the target class) is
+judged against what was subtracted, and exp(a) counts |a| + 1 times, because a itself has been rounded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Truth(NamedTuple):
+    value: Tensor  # float64, on the CPU
+    condition: Tensor  # float64, same shape, >= |value| up to rounding
+
+
+class SoftmaxCE(NamedTuple):
+    loss: Truth
+    grad_logits: Truth
+    grad_target: Truth | None  # None for class indices
+
+
+class SigmoidBCE(NamedTuple):
+    loss: Truth
+    grad_logits: Truth
+    grad_target: Truth
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, where a factor of exactly 0 wins over an infinite one (and never over NaN)."""
+    product = a * b
+    killed = ((a == 0) & b.isinf()) | ((b == 0) & a.isinf())
+    return torch.where(killed, torch.zeros_like(product), product)
+
+
+def float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().to(torch.float64)
+
+
+def softmax_ce(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    grad_output: Tensor | None = None,
+) -> SoftmaxCE:
+    """Softmax cross entropy and its gradients.
+
+    Args:
+        logits: [C], [N, C] or [N, C, d1..dk]
+        target: indices [], [N] or [N, d1..dk], or probabilities of the logits' shape
+        weight: [C]
+        grad_output: the loss's own gradient, of the loss's shape; 1 if not given
+    """
+    x = float64(logits)
+    k = 0 if x.dim() == 1 else 1  # the class dimension
+    classes = x.size(k)
+    along_classes = [1] * x.dim()
+    along_classes[k] = classes
+    w = torch.ones(classes, dtype=torch.float64) if weight is None else float64(weight)
+    w = w.reshape(along_classes)
+    smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
+
+    # coefficient: what multiplies -log p_k in the loss; kept: rows that count
+    by_index = not target.is_floating_point()
+    if by_index:
+        y = target.detach().cpu().to(torch.int64).unsqueeze(k)
+        kept = y != ignore_index
+        y = torch.where(kept, y, torch.zeros_like(y))
+        one_hot = (torch.arange(classes).reshape(along_classes) == y).to(torch.float64)
+        distribution = one_hot * (1 - smoothing) + smoothing / classes
+        w_y = (one_hot * w).sum(k, keepdim=True)
+        total = torch.where(kept, w_y, torch.zeros_like(w_y)).sum()
+    else:
+        distribution = float64(target) * (1 - smoothing) + smoothing / classes
+        row_shape = [*x.shape[:k], 1, *x.shape[k + 1 :]]
+        kept = torch.ones(row_shape, dtype=torch.bool)
+        total = torch.tensor(float(kept.numel()), dtype=torch.float64)
+    coefficient = w * distribution
+
+    largest = x.amax(k, keepdim=True)
+    below = largest - x  # how far each logit lies below its row's largest
+    exponential = torch.exp(-below)
+    exponential_sum = exponential.sum(k, keepdim=True)
+    p = exponential / exponential_sum
+    p_condition = times(p, 1 + below)
+    negative_log_p = below + torch.log(exponential_sum)
+
+    def only_kept(rows: Tensor) -> Tensor:
+        return torch.where(kept, rows, torch.zeros_like(rows))
+
+    row_loss = only_kept(times(coefficient, negative_log_p).sum(k, keepdim=True))
+    row_condition = only_kept(times(coefficient.abs(), negative_log_p + 1).sum(k, keepdim=True))
+    loss, g = _reduce(row_loss, row_condition, total, reduction, grad_output, class_dim=k)
+
+    # d loss / d x_j = p_j * (sum of coefficients) - coefficient_j
+    coefficient_sum = coefficient.sum(k, keepdim=True)
+    grad_logits = only_kept(g * (p * coefficient_sum - coefficient))
+    coefficient_magnitude = coefficient.abs().sum(k, keepdim=True)
+    grad_condition = only_kept(g.abs() * (p_condition * coefficient_magnitude + coefficient.abs()))
+
+    grad_target = None
+    if not by_index:
+        scale = g * (1 - smoothing) * w
+        grad_target = Truth(scale * negative_log_p, scale.abs() * (negative_log_p + 1))
+    return SoftmaxCE(loss, Truth(grad_logits, grad_condition), grad_target)
+
+
+def sigmoid_bce(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    grad_output: Tensor | None = None,
+) -> SigmoidBCE:
+    """Binary cross entropy with logits and its gradients; the weights broadcast over the logits' shape."""
+    x, t = float64(logits), float64(target)
+    one = torch.ones((), dtype=torch.float64)
+    w = one if weight is None else float64(weight)
+    pw = one if pos_weight is None else float64(pos_weight)
+
+    # loss = w * (pw * t * softplus(-x) + (1 - t) * softplus(x)), softplus(+-x) = max(+-x, 0) + log1p(exp(-|x|))
+    small = torch.exp(-x.abs())
+    p = torch.where(x >= 0, 1 / (1 + small), small / (1 + small))
+    q = torch.where(x >= 0, small / (1 + small), 1 / (1 + small))
+    soft_negative = (-x).clamp_min(0) + torch.log1p(small)  # -log p
+    soft_positive = x.clamp_min(0) + torch.log1p(small)  # -log q
+    element_loss = w * (times(pw * t, soft_negative) + times(1 - t, soft_positive))
+
+    # The kernels add the linear part and (1 + (pw - 1) * t) * log1p(...), whose terms may cancel where pw < 1.
+    logarithm = times(torch.log1p(small), 1 + x.abs())
+    linear = times(torch.where(x >= 0, (1 - t).abs(), (pw * t).abs()), x.abs())
+    element_condition = w.abs() * (linear + (1 + (pw - 1).abs() * t.abs()) * logarithm)
+    loss, g = _reduce(element_loss, element_condition, torch.tensor(float(x.numel())), reduction, grad_output)
+
+    p_condition, q_condition = p * (1 + times(q, x.abs())), q * (1 + times(p, x.abs()))
+    grad_logits = g * w * ((1 - t) * p - pw * t * q)
+    grad_logits_condition = (g * w).abs() * ((1 - t).abs() * p_condition + (pw * t).abs() * q_condition)
+    grad_target = g * w * (-x + times(pw - 1, soft_negative))
+    grad_target_condition = (g * w).abs() * (x.abs() + times((pw - 1).abs(), (-x).clamp_min(0) + logarithm))
+    return SigmoidBCE(loss, Truth(grad_logits, grad_logits_condition), Truth(grad_target, grad_target_condition))
+
+
+def _reduce(
+    value: Tensor,
+    condition: Tensor,
+    total: Tensor,
+    reduction: str,
+    grad_output: Tensor | None,
+    class_dim: int | None = None,
+) -> tuple[Truth, Tensor]:
+    """The reduced loss and what each unreduced one receives as its gradient.
+
+    `class_dim` names a dimension of size 1 that the loss does not have.
+    """
+    g = torch.ones((), dtype=torch.float64) if grad_output is None else float64(grad_output)
+    if reduction == "none":
+        if class_dim is None:
+            return Truth(value, condition), g
+        g = g.expand(value.squeeze(class_dim).shape).unsqueeze(class_dim)
+        return Truth(value.squeeze(class_dim), condition.squeeze(class_dim)), g
+    if reduction == "sum":
+        return Truth(value.sum(), condition.sum()), g
+    return Truth(value.sum() / total, condition.sum() / total.abs()), g / total

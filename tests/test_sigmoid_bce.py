@@ -1,0 +1,387 @@
+"""Values and gradients of sigmoid binary cross entropy against the float64 reference and torch."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import pytest
+import reference
+import torch
+from cases import dtype_id
+from comparison import assert_accurate, assert_bitwise_equal, check_sigmoid_bce, run
+from torch import Tensor
+
+import torchce.functional
+
+INF = math.inf
+
+# What may stand beside logits of [3, 5, 4, 2]; the last two are no (outer, size, inner) broadcast.
+BROADCASTS = [
+    pytest.param((), id="scalar"),
+    pytest.param((1,), id="1"),
+    pytest.param((2,), id="last"),
+    pytest.param((5, 1, 1), id="channel"),
+    pytest.param((1, 5, 1, 1), id="channel_4d"),
+    pytest.param((3, 1, 1, 1), id="batch"),
+    pytest.param((4, 2), id="last_two"),
+    pytest.param((4, 1), id="third"),
+    pytest.param((5, 4, 2), id="all_but_batch"),
+    pytest.param((3, 5, 4, 2), id="full"),
+    pytest.param((5, 1, 2), id="channel_and_last"),
+    pytest.param((3, 1, 4, 1), id="batch_and_third"),
+]
+
+
+def bce(logits: Tensor, target: Tensor, **options: object) -> Tensor:
+    return torchce.functional.binary_cross_entropy_with_logits(logits, target, **options)
+
+
+def loss_and_grad(logits: Tensor, target: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """Ours, with a gradient of one."""
+    logits = logits.detach().requires_grad_()
+    loss = bce(logits, target, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), grad
+
+
+# --- values over sizes, dtypes, scales, options ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", cases.ELEMENT_SHAPES)
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_shapes(device: str, dtype: torch.dtype, reduction: str, shape: tuple[int, ...]) -> None:
+    logits = cases.normal(shape, dtype, device, scale=3)
+    check_sigmoid_bce(logits, cases.uniform(shape, dtype, device), target_grad=True, reduction=reduction)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_every_remainder(device: str, dtype: torch.dtype, offset: int) -> None:
+    """All lengths around one, two and four registers, so that every remainder of a bulk loop occurs."""
+    for count in range(1, 70):
+        logits = cases.normal([count + offset], dtype, device, scale=3)[offset:]
+        target = cases.uniform([count + offset], dtype, device)[offset:]
+        check_sigmoid_bce(logits, target, reduction="none", target_grad=True)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("scale", cases.SCALES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_scales(device: str, dtype: torch.dtype, weighted: bool, scale: float, hard: bool) -> None:
+    target = cases.uniform((33, 31), dtype, device)
+    weights = {}
+    if weighted:
+        weights["weight"] = cases.uniform([31], dtype, device, seed=6)
+        weights["pos_weight"] = cases.uniform([31], dtype, device, seed=7) * 3
+    check_sigmoid_bce(
+        cases.normal((33, 31), dtype, device, scale=scale),
+        target.round() if hard else target,
+        target_grad=True,
+        reduction="none",
+        **weights,
+    )
+
+
+@pytest.mark.parametrize("shape", BROADCASTS)
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("which", ["weight", "pos_weight"])
+def test_weight_broadcasts(device: str, which: str, reduction: str, shape: tuple[int, ...]) -> None:
+    check_sigmoid_bce(
+        cases.normal((3, 5, 4, 2), torch.float32, device, scale=3),
+        cases.uniform((3, 5, 4, 2), torch.float32, device),
+        target_grad=True,
+        reduction=reduction,
+        **{which: cases.uniform(shape, torch.float32, device, seed=6) * 3},
+    )
+
+
+@pytest.mark.parametrize("pos_shape", [(), (2,), (5, 1, 1), (3, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2,), (5, 1, 1), (3, 5, 4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_both_weights(device: str, dtype: torch.dtype, shape: tuple[int, ...], pos_shape: tuple[int, ...]) -> None:
+    check_sigmoid_bce(
+        cases.normal((3, 5, 4, 2), dtype, device, scale=3),
+        cases.uniform((3, 5, 4, 2), dtype, device),
+        target_grad=True,
+        weight=cases.uniform(shape, dtype, device, seed=6),
+        pos_weight=cases.uniform(pos_shape, dtype, device, seed=7) * 3,
+    )
+
+
+def test_weight_along_long_rows(device: str) -> None:
+    """1037 labels: rows longer than any register and misaligned, each with its own weights."""
+    check_sigmoid_bce(
+        cases.normal((9, 1037), torch.float32, device, scale=3),
+        cases.uniform((9, 1037), torch.float32, device),
+        weight=cases.uniform([1037], torch.float32, device, seed=6),
+        pos_weight=cases.uniform([1037], torch.float32, device, seed=7) * 3,
+        reduction="none",
+    )
+
+
+@pytest.mark.parametrize("which", ["weight", "pos_weight"])
+def test_weight_for_channels_last_logits(device: str, which: str) -> None:
+    """[C, 1, 1] runs along the innermost dimension of the memory here."""
+    shape = (2, 5, 7, 3)
+    check_sigmoid_bce(
+        cases.LAYOUTS["channels_last"](lambda s: cases.normal(s, torch.float32, device), shape),
+        cases.LAYOUTS["channels_last"](lambda s: cases.uniform(s, torch.float32, device), shape),
+        reduction="none",
+        **{which: cases.uniform((5, 1, 1), torch.float32, device, seed=6) * 3},
+    )
+
+
+@pytest.mark.parametrize("layout", ["strided", "stride_0", "transposed"])
+@pytest.mark.parametrize("which", ["weight", "pos_weight"])
+def test_weight_layouts(device: str, which: str, layout: str) -> None:
+    weight = cases.LAYOUTS[layout](lambda s: cases.uniform(s, torch.float32, device, seed=6), (6, 21))
+    check_sigmoid_bce(
+        cases.normal((6, 21), torch.float32, device),
+        cases.uniform((6, 21), torch.float32, device),
+        **{which: weight},
+    )
+
+
+# --- dtypes of the other arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target_dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_result_has_the_target_dtype(
+    device: str, reduction: str, dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    """torch's rule, odd as it is; each gradient has its own tensor's dtype."""
+    target = cases.uniform((9, 21), target_dtype, device)
+    logits = cases.normal((9, 21), dtype, device, scale=3)
+    loss = check_sigmoid_bce(logits, target, target_grad=True, reduction=reduction)
+    assert loss.dtype == target_dtype
+
+
+@pytest.mark.parametrize(
+    "target_dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=dtype_id
+)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_integer_and_bool_targets(device: str, reduction: str, dtype: torch.dtype, target_dtype: torch.dtype) -> None:
+    """torch refuses these; the loss has the logits' dtype."""
+    target = (cases.uniform((9, 21), torch.float32, device) > 0.6).to(target_dtype)
+    logits = cases.normal((9, 21), dtype, device, scale=3)
+    pos_weight = cases.uniform([21], dtype, device) * 3
+    loss = check_sigmoid_bce(logits, target, reduction=reduction, pos_weight=pos_weight)
+    assert loss.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [-1, 2, 255])
+def test_integer_targets_beyond_one(device: str, value: int) -> None:
+    """The formula holds for any number, and nothing is clipped or read as a bool."""
+    dtype = torch.uint8 if value == 255 else torch.int64
+    target = torch.full((7,), value, dtype=dtype, device=device)
+    check_sigmoid_bce(cases.normal([7], torch.float32, device), target, reduction="none")
+
+
+@pytest.mark.parametrize("which", ["weight", "pos_weight"])
+@pytest.mark.parametrize("weight_dtype", [*cases.DTYPES, torch.int64, torch.uint8], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_weight_of_another_dtype(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, which: str) -> None:
+    """A weight promotes nothing."""
+    weight = (cases.uniform([21], torch.float64, device) * 4).to(weight_dtype)
+    loss = check_sigmoid_bce(
+        cases.normal((9, 21), dtype, device), cases.uniform((9, 21), dtype, device), **{which: weight}
+    )
+    assert loss.dtype == dtype
+
+
+def test_bool_weight_masks(device: str) -> None:
+    mask = cases.uniform((9, 21), torch.float32, device, seed=6) > 0.5
+    logits = cases.normal((9, 21), torch.float32, device)
+    loss = check_sigmoid_bce(logits, cases.uniform((9, 21), torch.float32, device), weight=mask, reduction="none")
+    assert torch.count_nonzero(loss[~mask]) == 0 and bool((loss[mask] > 0).all())
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "shape"), cases.LAYOUT_SHAPES)
+@pytest.mark.parametrize("which", ["logits", "target", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_layouts(device: str, dtype: torch.dtype, which: str, layout: str, shape: tuple[int, ...]) -> None:
+    logits, target = cases.normal(shape, dtype, device, scale=3), cases.uniform(shape, dtype, device)
+    if which != "target":
+        logits = cases.LAYOUTS[layout](lambda s: cases.normal(s, dtype, device, scale=3), shape)
+    if which != "logits":
+        target = cases.LAYOUTS[layout](lambda s: cases.uniform(s, dtype, device), shape)
+    check_sigmoid_bce(logits, target, target_grad=True, reduction="none")
+
+
+@pytest.mark.parametrize("dims", [5, 8, 12])
+def test_many_dimensions_that_cannot_be_merged(device: str, dims: int) -> None:
+    """No dimension of a strided operand steps evenly into the next, so a fixed number of loops runs out."""
+    shape = (2,) * dims
+    check_sigmoid_bce(
+        cases.LAYOUTS["strided"](lambda s: cases.normal(s, torch.float32, device), shape),
+        cases.LAYOUTS["strided"](lambda s: cases.uniform(s, torch.float32, device), shape),
+        target_grad=True,
+        pos_weight=cases.uniform(shape[1:2] + (1,) * (dims - 2), torch.float32, device, seed=6),
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 21, 5), (2, 21, 3, 5)], ids=["3d", "4d"])
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "channels_last_sliced", "expanded_rows"])
+def test_unreduced_loss_keeps_the_memory_format(device: str, layout: str, shape: tuple[int, ...]) -> None:
+    logits = cases.LAYOUTS[layout](lambda s: cases.normal(s, torch.float32, device), shape)
+    target = cases.LAYOUTS[layout](lambda s: cases.uniform(s, torch.float32, device), shape)
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    assert bce(logits, target, reduction="none").stride() == theirs.stride()
+
+
+# --- grad_output ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["stride_0", "transposed", "strided"])
+def test_grad_output_layouts(device: str, form: str) -> None:
+    """`.sum()` after reduction="none" sends a stride-0 gradient, `.transpose()` a transposed one."""
+    grad_output = {
+        "stride_0": torch.tensor(0.37, device=device).expand(6, 21),
+        "transposed": cases.normal((21, 6), torch.float32, device).t(),
+        "strided": cases.normal((12, 42), torch.float32, device)[::2, ::2],
+    }[form]
+    check_sigmoid_bce(
+        cases.normal((6, 21), torch.float32, device),
+        cases.uniform((6, 21), torch.float32, device),
+        grad_output=grad_output,
+        reduction="none",
+        target_grad=True,
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**15])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_scaled_grad_output(device: str, dtype: torch.dtype, scale: float) -> None:
+    """What GradScaler and gradient accumulation send."""
+    check_sigmoid_bce(
+        cases.normal((9, 21), dtype, device),
+        cases.uniform((9, 21), dtype, device),
+        grad_output=torch.tensor(scale, dtype=dtype, device=device),
+        target_grad=True,
+    )
+
+
+# --- edge cases, by name --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 2)], ids=str)
+@pytest.mark.parametrize("pos_weight", [False, True], ids=["plain", "pos_weight"])
+def test_empty(device: str, pos_weight: bool, shape: tuple[int, ...]) -> None:
+    logits, target = torch.empty(shape, device=device), torch.empty(shape, device=device)
+    options = {"pos_weight": torch.ones(shape[-1], device=device)} if pos_weight else {}
+    for reduction, expected in (("mean", math.nan), ("sum", 0.0)):
+        loss, grad = loss_and_grad(logits, target, reduction=reduction, **options)
+        torch.testing.assert_close(loss.item(), expected, rtol=0, atol=0, equal_nan=True)
+        assert grad.shape == shape
+    loss, grad = loss_and_grad(logits, target, reduction="none", **options)
+    assert loss.shape == shape and grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    ("logit", "target", "loss", "grad"),
+    [
+        (INF, 1.0, 0.0, 0.0),  # torch: NaN
+        (-INF, 0.0, 0.0, 0.0),
+        (INF, 0.0, INF, 1.0),
+        (-INF, 1.0, INF, -1.0),
+        (INF, 0.5, INF, 0.5),
+        (-INF, 0.5, INF, -0.5),
+        (math.nan, 0.0, math.nan, math.nan),
+    ],
+)
+def test_infinite_logits(
+    device: str, logit: float, target: float, loss: float, grad: float, weighted: bool, dtype: torch.dtype
+) -> None:
+    """A certain and right prediction costs nothing; its gradient is 0. A wrong one costs inf, with a finite gradient."""
+    scale = 2.0 if weighted else 1.0  # weight 2, and pos_weight 1 so that the limits stay readable
+    options = {"weight": torch.tensor(2.0), "pos_weight": torch.ones(3)} if weighted else {}
+    options = {name: tensor.to(device, dtype) for name, tensor in options.items()}
+    ours, our_grad = loss_and_grad(
+        torch.tensor([1.0, logit, -1.0], dtype=dtype, device=device),
+        torch.tensor([1.0, target, 0.5], dtype=dtype, device=device),
+        reduction="none",
+        **options,
+    )
+    for got, expected in ((ours[1].item(), scale * loss), (our_grad[1].item(), scale * grad)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert bool(ours[[0, 2]].isfinite().all()), "the neighbours in the register are untouched"
+
+
+@pytest.mark.parametrize("pos_weight", [0.0, 0.5, 3.0])
+def test_infinite_logits_with_pos_weight(device: str, pos_weight: float) -> None:
+    logits = torch.tensor([INF, -INF, INF, -INF], device=device)
+    target = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
+    options = {"pos_weight": torch.tensor(pos_weight, device=device)}
+    loss, grad = loss_and_grad(logits, target, reduction="none", **options)
+    expected = [0.0, 0.0, INF, 0.0 if pos_weight == 0 else INF]
+    assert loss.tolist() == expected
+    assert grad.tolist() == [0.0, 0.0, 1.0, -pos_weight]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("logit", [-20.0, 20.0])
+def test_confident_and_right_is_not_rounded_to_zero(device: str, logit: float, dtype: torch.dtype) -> None:
+    """x = -20, t = 0: torch gives exactly 0 where the loss is log1p(exp(-20)) = 2.06e-9."""
+    logits = torch.full((5,), logit, dtype=dtype, device=device)
+    target = (logits > 0).to(dtype)
+    loss, grad = loss_and_grad(logits, target, reduction="none")
+    expected = torch.tensor(math.log1p(math.exp(-20.0)), dtype=torch.float64).to(dtype)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    if expected > smallest:  # float16 cannot hold it
+        torch.testing.assert_close(loss.cpu(), expected.expand(5), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert bool((grad != 0).all()), "the gradient is not rounded away either"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+def test_tail_keeps_relative_precision(device: str, dtype: torch.dtype) -> None:
+    """|x| from 1 to 80 on the right side: loss and gradient fall to 1e-35 and stay right, without torch's error granted."""
+    logits = torch.linspace(-80, 80, 641, device=device, dtype=torch.float64).to(dtype)
+    target = (logits > 0).to(dtype)
+    loss, grad = loss_and_grad(logits, target, reduction="none")
+    truth = reference.sigmoid_bce(logits, target, reduction="none")
+    assert_accurate("loss", loss, truth.loss)
+    assert_accurate("grad_logits", grad, truth.grad_logits)
+    assert bool((loss > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_elements_do_not_drift(device: str, reduction: str, dtype: torch.dtype) -> None:
+    """Summed in float32 at least and rounded once; torch is not even granted its error here."""
+    logits = cases.normal((30011, 3), dtype, device, scale=0.3)
+    target = cases.uniform((30011, 3), dtype, device)
+    loss = bce(logits, target, reduction=reduction)
+    truth = reference.sigmoid_bce(logits, target, reduction=reduction)
+    assert_accurate("loss", loss, truth.loss)
+
+
+def test_nan_stays_in_its_element(device: str) -> None:
+    logits = cases.normal((5, 40), torch.float32, device)
+    target = cases.uniform((5, 40), torch.float32, device)
+    logits[2, 17] = math.nan
+    target[4, 39] = math.nan
+    loss, grad = loss_and_grad(logits, target, reduction="none")
+    expected = logits.isnan() | target.isnan()
+    assert torch.equal(loss.isnan(), expected) and torch.equal(grad.isnan(), expected)
+
+
+def test_inputs_are_not_written(device: str) -> None:
+    tensors = [cases.normal((6, 21), torch.float32, device)]
+    tensors += [cases.uniform((6, 21), torch.float32, device, seed=seed) for seed in range(3)]
+    logits, target, weight, pos_weight = tensors
+    before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+    run(bce, logits, target, {"weight": weight, "pos_weight": pos_weight}, None, True)
+    for after, copy in zip(tensors, before, strict=True):
+        assert_bitwise_equal(after, copy)
+    assert [t._version for t in tensors] == versions
