@@ -8,6 +8,8 @@ import cases
 import pytest
 import torch
 
+pytest_plugins = ["cuda_emulation.plugin"]
+
 import torchce  # noqa: F401  (registers the ops that are asked about below)
 
 

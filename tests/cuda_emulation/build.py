@@ -1,0 +1,92 @@
+"""Builds torchce_emulated, the kernels of ``csrc/cuda`` on the emulated machine, with what changed since the last time.
+
+``python tests/cuda_emulation/build.py [--sanitized] [--csrc FOLDER]`` prints the library's path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+
+FLAGS = [
+    "-x c++ -include cuda_runtime.h",  # .cu files, with the names that nvcc knows by itself
+    "-fvisibility=default",  # reports name kernels by their symbols
+    "-fno-gnu-unique",  # else a library that was loaded first would share its variables with this one
+    "-fno-strict-aliasing",  # kernels read 16 bytes at a time, as CUDA allows
+    "-ftrivial-auto-var-init=pattern",  # a register that was not written shows
+    "-Wno-unknown-pragmas",  # unroll
+    "-Wno-unused-function",
+]
+PLAIN = ["-O2"]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def build(*, sanitized: bool = False, csrc: Path = CSRC) -> Path:
+    """The path of the library, which is not loaded: only a process with the sanitizers' runtime could."""
+    import setup  # the project's own: its compiler, its flags
+
+    setup.prepare_environment(setup.this_machine([], os.environ), os.environ)
+    from torch.utils import cpp_extension
+
+    variant = ["sanitized" if sanitized else "plain"]
+    if csrc != CSRC:
+        variant.append(hashlib.sha256(str(csrc).encode()).hexdigest()[:8])
+    folder = ROOT / "build" / "cuda_emulation" / "-".join(variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = [path for path in csrc.glob("cuda/*.cu") if path.stem != "device"]
+    sanitizers = SANITIZED[-2:] if sanitized else []
+    library = cpp_extension.load(
+        "torchce_emulated",
+        sorted(str(path) for path in [*kernels, *HERE.glob("[!s]*.cpp")]),
+        extra_include_paths=[str(HERE), str(csrc)],
+        extra_cflags=[*setup.HOST_FLAGS, *(SANITIZED if sanitized else PLAIN), *FLAGS],
+        extra_ldflags=["-shared", "-Wl,--wrap=aoti_torch_empty_strided", *sanitizers],
+        build_directory=str(folder),
+        with_cuda=False,
+        is_python_module=False,
+        is_standalone=True,  # builds without loading; -shared makes a library of it all the same
+    )
+    return Path(library)
+
+
+def sanitized_environment() -> dict[str, str]:
+    """What a process needs in its environment to load a sanitized library.
+
+    The sanitizers' runtime comes first, then the C++ library whose ``throw`` it wraps. Memory that Python never frees is
+    no leak of ours, and a report ends the process: pytest's own handler would only print a traceback of Python.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    runtimes = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    return {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:handle_segv=1:allow_user_segv_handler=0:detect_container_overflow=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+
+
+def is_sanitized_process() -> bool:
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sanitized", action="store_true")
+    parser.add_argument("--csrc", type=Path, default=CSRC)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    print(build(sanitized=arguments.sanitized, csrc=arguments.csrc.resolve()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""``pytest --emulate-cuda``: the CUDA kernels in place of the CPU ones, run on the CPU by the emulation.
+
+Tests then run on ``device == "cpu"`` as ever, but whatever reaches an op through :mod:`torchce.ops` is computed by
+``csrc/cuda``. Outputs and shared memory are filled with NaN before they are written, and each test starts from the seed
+in ``TORCHCE_EMULATION_SEED``, which orders blocks and threads. ``TORCHCE_EMULATED_SMS`` is the number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchce.ops
+from cuda_emulation import build
+
+# What differs on CUDA by design, or asks about another part than the kernels.
+NOT_EMULATED = {
+    "test_out_of_range": "a bad index makes its row NaN on CUDA, without an IndexError",
+    "test_backward_with_a_bad_index_stays_in_bounds": "the CPU test; CUDA has its own, NaN",
+    "test_opcheck": "opcheck needs the registrations of torchce's own ops, which the emulated ones lack",
+    "test_fake_results_have_the_real_layout": "fakes are registered for torchce's own ops",
+    "test_schemas_are_the_contract": "is about torchce's own ops",
+    "test_thread_count_does_not_matter": "kernels use no CPU threads",
+    "test_every_thread_count": "kernels use no CPU threads",
+}
+
+
+class Emulation:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self.library = ctypes.CDLL(str(path))
+        self.library.cuda_emulation_seed.argtypes = [ctypes.c_uint64]
+        self.library.cuda_emulation_launches.restype = ctypes.c_uint64
+        self.library.cuda_emulation_switches.restype = ctypes.c_uint64
+        self.library.cuda_emulation_set_multiprocessors(int(os.environ.get("TORCHCE_EMULATED_SMS", "3")))
+        self.initial_seed = int(os.environ.get("TORCHCE_EMULATION_SEED", "0"))
+
+    def take_over(self) -> None:
+        """Makes every wrapper in torchce.ops call the emulated op."""
+        for name in torch._C._dispatch_get_all_op_names():
+            namespace, _, op = name.partition("::")
+            if namespace == "torchce_emulated":
+                assert hasattr(torchce.ops, f"_{op}"), f"torchce.ops has no _{op}"
+                setattr(torchce.ops, f"_{op}", getattr(torch.ops.torchce_emulated, op).default)
+
+    def seed(self, seed: int) -> None:
+        self.library.cuda_emulation_seed(seed)
+
+
+emulation: Emulation | None = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("CUDA emulation")
+    group.addoption("--emulate-cuda", action="store_true", help="run the CUDA kernels on the CPU in place of the CPU's")
+    group.addoption("--sanitized", action="store_true", help="with AddressSanitizer and UBSan")
+    group.addoption("--csrc", type=Path, default=build.CSRC, help="sources to emulate, if not the project's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global emulation
+    if not config.getoption("--emulate-cuda"):
+        return
+    sanitized = config.getoption("--sanitized")
+    if sanitized and not build.is_sanitized_process():
+        raise pytest.UsageError(f"--sanitized needs the environment: {build.sanitized_environment()}")
+    emulation = Emulation(build.build(sanitized=sanitized, csrc=config.getoption("--csrc").resolve()))
+    emulation.take_over()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if emulation is None:
+        return
+    for item in items:
+        reason = NOT_EMULATED.get(getattr(item, "originalname", item.name))
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=f"--emulate-cuda: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def _emulation_starts_afresh() -> Iterator[None]:
+    """So that a test alone does what it does among others, and a counter that a kernel spoiled fails the right one."""
+    if emulation is None:
+        yield
+        return
+    emulation.seed(emulation.initial_seed)
+    yield
+    left = emulation.library.cuda_emulation_counter()
+    assert left == 0, f"a kernel left the counter of its blocks at {left}: later launches would go wrong"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if emulation is not None:
+        launches = emulation.library.cuda_emulation_launches()
+        switches = emulation.library.cuda_emulation_switches()
+        terminalreporter.write_line(f"CUDA emulation: {launches} launches, {switches / 1e6:.1f} million switches")
