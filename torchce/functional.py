@@ -5,7 +5,7 @@ what torch raises, with a message that names the argument, or answers where only
 
 - devices other than CPU, CUDA and meta, layouts other than strided, nested tensors, and tensor subclasses without
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
-- complex or integer inputs, and inputs without classes (``C = 0``);
+- complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
 - a ``weight`` or ``pos_weight`` that requires grad (torch differentiates the former for probability targets only);
 - :mod:`torch.func` transforms and forward-mode AD.
 """
@@ -37,6 +37,7 @@ _DEVICES = frozenset({"cpu", "cuda", "meta"})
 _SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = _SIXTEEN_BITS | {torch.float32, torch.float64}
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
+_MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -366,8 +367,10 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
             return f"{name}: expected a real dtype, got {tensor.dtype}"
         if tensor is not None and not _broadcasts_to(tensor.shape, input.shape):
             return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
-    if pos_weight is not None and not pos_weight.is_floating_point():
-        return f"pos_weight: expected a floating point tensor, got {pos_weight.dtype}"
+    if pos_weight is not None and pos_weight.dtype == torch.bool:
+        return f"pos_weight: expected a tensor of numbers, got {pos_weight.dtype}"
+    if input.dim() > _MOST_DIMENSIONS:
+        return f"input: expected at most {_MOST_DIMENSIONS} dimensions, got {input.dim()}"
     return None
 
 

@@ -9,6 +9,10 @@
 
 namespace torchce::cuda {
 
+// Blocks that must fit on a multiprocessor at once, for __launch_bounds__: up to 128 registers a thread in blocks of
+// 256. Left to itself, ptxas 13.0 rounds registers down to the next step of occupancy and spills what that costs.
+constexpr int kBlocksToFit = 2;
+
 // Elements in 16 bytes, the widest access there is.
 template <class T>
 constexpr int kPack = 16 / int(sizeof(T));

@@ -31,9 +31,7 @@ struct Offsets {
 
   template <class Index>
   __device__ __forceinline__ void add(const Elements& problem, Index index) {
-#pragma unroll
-    for (int d = kMaxDims - 1; d >= 0; --d) {
-      if (d >= problem.dims) continue;
+    for (int d = problem.dims - 1; d >= 0; --d) {
       const Index size = Index(problem.sizes[d]), i = d == 0 ? index : index % size;
       index /= size;
 #pragma unroll
@@ -47,11 +45,15 @@ template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load_operand(const Elements& problem, Operand operand, const Offsets& offsets,
                                                    int64_t inner_stride) {
   const T* p = static_cast<const T*>(problem.data[operand]) + offsets.of[operand];
-  if (V == 1 || inner_stride != 0) return load_pack<V>(p, true);
-  Pack<T, V> pack;
+  if constexpr (V > 1) {
+    if (inner_stride == 0) {
+      Pack<T, V> pack;
 #pragma unroll
-  for (int v = 0; v < V; ++v) pack.elements[v] = *p;
-  return pack;
+      for (int v = 0; v < V; ++v) pack.elements[v] = *p;
+      return pack;
+    }
+  }
+  return load_pack<V>(p, true);
 }
 
 // What the formulas need of a pack: the accumulated values of logits, target and weights.
@@ -94,7 +96,7 @@ __device__ __forceinline__ void store_output(const Elements& problem, int64_t of
 }
 
 template <class T, class U, int V>
-__global__ __launch_bounds__(kThreads) void forward(const Elements problem, const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Elements problem, const GridScratch scratch) {
   using A = Accumulate<T>;
   const int64_t packs = problem.numel / V, threads = int64_t(gridDim.x) * kThreads;
   Sums total = Sums::identity();
@@ -134,7 +136,7 @@ __global__ __launch_bounds__(kThreads) void forward(const Elements problem, cons
 enum class Of { logits, target };
 
 template <class T, class U, Of of, int V>
-__global__ __launch_bounds__(kThreads) void backward(const Elements problem) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void backward(const Elements problem) {
   using A = Accumulate<T>;
   using G = decltype(pick<of == Of::target>(U{}, T{}));
   const int64_t packs = problem.numel / V, threads = int64_t(gridDim.x) * kThreads;

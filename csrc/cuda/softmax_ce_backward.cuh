@@ -8,19 +8,16 @@ namespace torchce::cuda::softmax_ce {
 
 constexpr int kBackwardThreads = 256;
 
-// Packs a thread has in flight. Half as many in float64, whose exponentials need the registers.
-template <class A>
-constexpr int kBackwardUnroll = sizeof(A) == sizeof(double) ? 2 : 4;
-
 // Teams of `team` threads, a power of two, each take classes [i * part, (i + 1) * part) of one row after another;
 // classes are adjacent in memory. Bulk and remainder as in the forward: packs start where the logits are aligned.
 template <class T, class Target, Of of>
-__global__ __launch_bounds__(kBackwardThreads) void backward_along(const Backward call, const int team,
-                                                                   const int64_t parts, const int64_t part) {
+__global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_along(const Backward call, const int team,
+                                                                                 const int64_t parts,
+                                                                                 const int64_t part) {
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int V = kPack<T>, kInFlight = kBackwardUnroll<A>;
+  constexpr int V = kPack<T>, kInFlight = kUnroll<A>;
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner;
   const Coefficients<Target, A> coefficients(rows);
@@ -78,12 +75,13 @@ __global__ __launch_bounds__(kBackwardThreads) void backward_along(const Backwar
 
 // A thread a pack of V rows that are adjacent in memory, for classes [i * part, (i + 1) * part).
 template <class T, class Target, Of of, int V>
-__global__ __launch_bounds__(kBackwardThreads) void backward_across(const Backward call, const int64_t parts,
-                                                                    const int64_t part) {
+__global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_across(const Backward call,
+                                                                                  const int64_t parts,
+                                                                                  const int64_t part) {
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int kClasses = V > 4 ? 2 : kBackwardUnroll<A>;  // in flight
+  constexpr int kClasses = V > 4 ? 2 : kUnroll<A>;  // in flight
   const Rows& rows = call.rows;
   const int64_t packs = rows.outer * rows.inner / V;
   const Coefficients<Target, A> coefficients(rows);

@@ -13,7 +13,6 @@
 namespace torchce::cuda::softmax_ce {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // packs a thread has in flight
 
 // Adds classes [begin, end) of one row to the sums of thread `thread` out of `threads` that share them.
 //
@@ -57,8 +56,8 @@ __device__ __forceinline__ void add_classes(const Rows& rows, int64_t r, int64_t
                              });
   };
   int64_t pack = thread;
-  for (; pack + int64_t(kUnroll - 1) * threads < packs; pack += int64_t(kUnroll) * threads) {
-    add_packs(std::integral_constant<int, kUnroll>{}, pack);
+  for (; pack + int64_t(kUnroll<A> - 1) * threads < packs; pack += int64_t(kUnroll<A>) * threads) {
+    add_packs(std::integral_constant<int, kUnroll<A>>{}, pack);
   }
   for (; pack < packs; pack += threads) add_packs(std::integral_constant<int, 1>{}, pack);
   for (int64_t k = body + packs * V + thread; k < end; k += threads) add_one(k);
@@ -73,8 +72,8 @@ __device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t r) {
 
 // `lanes` neighbouring threads a row, a power of two up to a warp.
 template <class T, class Target>
-__global__ __launch_bounds__(kThreads) void forward_by_lanes(const Forward call, const int lanes,
-                                                             const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_by_lanes(const Forward call, const int lanes,
+                                                                           const GridScratch scratch) {
   using A = Accumulate<T>;
   const int64_t count = call.rows.outer * call.rows.inner, rows_of_block = kThreads / lanes;
   Sums total = Sums::identity();
@@ -93,7 +92,8 @@ __global__ __launch_bounds__(kThreads) void forward_by_lanes(const Forward call,
 
 // A block a row.
 template <class T, class Target>
-__global__ __launch_bounds__(kThreads) void forward_by_block(const Forward call, const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_by_block(const Forward call,
+                                                                           const GridScratch scratch) {
   using A = Accumulate<T>;
   const int64_t count = call.rows.outer * call.rows.inner;
   Sums total = Sums::identity();
@@ -111,8 +111,9 @@ __global__ __launch_bounds__(kThreads) void forward_by_block(const Forward call,
 // `parts` blocks a row, each `part` classes; what they find meets in `of_parts`, [rows, parts]. The last block to come
 // there finishes all rows, a warp each.
 template <class T, class Target>
-__global__ __launch_bounds__(kThreads) void forward_by_parts(const Forward call, const int parts, const int64_t part,
-                                                             void* const of_parts, unsigned* const counter) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_by_parts(const Forward call, const int parts,
+                                                                           const int64_t part, void* const of_parts,
+                                                                           unsigned* const counter) {
   using A = Accumulate<T>;
   using Part = RowSums<A, Target::kSpread>;
   const int64_t count = call.rows.outer * call.rows.inner;
@@ -140,8 +141,8 @@ __global__ __launch_bounds__(kThreads) void forward_by_parts(const Forward call,
 // Packs of V rows that are adjacent in memory: `columns` packs a block, a power of two, and kThreads / columns threads
 // a pack, which share its classes.
 template <class T, class Target, int V>
-__global__ __launch_bounds__(kThreads) void forward_across(const Forward call, const int columns,
-                                                           const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_across(const Forward call, const int columns,
+                                                                         const GridScratch scratch) {
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using Share = RowSums<A, Target::kSpread>;
@@ -182,8 +183,8 @@ __global__ __launch_bounds__(kThreads) void forward_across(const Forward call, c
         }
       };
       int64_t k = share;
-      for (; k + int64_t(kUnroll - 1) * shares < rows.classes; k += int64_t(kUnroll) * shares) {
-        add_classes(std::integral_constant<int, kUnroll>{}, k);
+      for (; k + int64_t(kUnroll<A> - 1) * shares < rows.classes; k += int64_t(kUnroll<A>) * shares) {
+        add_classes(std::integral_constant<int, kUnroll<A>>{}, k);
       }
       for (; k < rows.classes; k += shares) add_classes(std::integral_constant<int, 1>{}, k);
     }
