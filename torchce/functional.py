@@ -12,6 +12,7 @@ what torch raises, with a message that names the argument, or answers where only
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ _DEVICES = frozenset({"cpu", "cuda", "meta"})
 _SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = _SIXTEEN_BITS | {torch.float32, torch.float64}
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
+_CHECKS_TARGETS = os.environ.get("TORCHCE_CHECK_TARGETS") == "1"
 _MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -204,11 +206,22 @@ def cross_entropy(
         dtype = torch.float32
     if weight is not None:
         weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
+    if _CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
+        check_targets(target, input.shape[min(1, input.dim() - 1)], int(ignore_index))
     smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
     return softmax_ce(input, target, weight, number, int(ignore_index), smoothing, dtype, inplace_backward)
 
 
 _REDUCTION_NAMES = ("none", "mean", "sum")
+
+
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        value = int(target.flatten()[row])
+        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
 
 
 def _is_integer(value: object) -> bool:
