@@ -63,7 +63,7 @@ struct Backward {
 
 namespace sigmoid_bce {
 
-constexpr int kMaxDims = 8;
+constexpr int kMaxDims = 16;
 
 // Elements of one shape, after dimensions that all operands step through evenly were merged: the last is the innermost.
 // A broadcast operand has stride 0 where it repeats, so weights of shape [C] or [C, 1, 1] cost no memory.

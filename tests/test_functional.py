@@ -465,6 +465,19 @@ def test_bad_index_is_reported_the_same_for_any_thread_count(
         assert re.search(number(77), str(raised.value)) and re.search(number(111), str(raised.value))
 
 
+@pytest.mark.parametrize("bad", [5, -1, 2**40])
+def test_target_check_for_cuda_words_it_as_the_cpu_kernels(bad: int) -> None:
+    """What TORCHCE_CHECK_TARGETS=1 runs there, here beside what the CPU says by itself."""
+    logits = cases.normal((2, 5, 3), torch.float32, "cpu")
+    target = torch.tensor([[0, 4, -100], [1, bad, bad]])
+    with pytest.raises(IndexError) as kernels:
+        ours.cross_entropy(logits, target)
+    with pytest.raises(IndexError) as check:
+        ours.check_targets(target, 5, -100)
+    assert str(check.value) == str(kernels.value)
+    ours.check_targets(target.clamp(0, 4), 5, -100)
+
+
 def test_every_position_of_a_bad_index_is_found() -> None:
     """Also with reductions and grads off, where a shortcut could skip the check."""
     logits = cases.normal((37, 5), torch.float32, "cpu")

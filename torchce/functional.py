@@ -5,13 +5,14 @@ what torch raises, with a message that names the argument, or answers where only
 
 - devices other than CPU, CUDA and meta, layouts other than strided, nested tensors, and tensor subclasses without
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
-- complex or integer inputs, and inputs without classes (``C = 0``);
+- complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
 - a ``weight`` or ``pos_weight`` that requires grad (torch differentiates the former for probability targets only);
 - :mod:`torch.func` transforms and forward-mode AD.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ _DEVICES = frozenset({"cpu", "cuda", "meta"})
 _SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = _SIXTEEN_BITS | {torch.float32, torch.float64}
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
+_CHECKS_TARGETS = os.environ.get("TORCHCE_CHECK_TARGETS") == "1"
+_MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -203,11 +206,22 @@ def cross_entropy(
         dtype = torch.float32
     if weight is not None:
         weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
+    if _CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
+        check_targets(target, input.shape[min(1, input.dim() - 1)], int(ignore_index))
     smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
     return softmax_ce(input, target, weight, number, int(ignore_index), smoothing, dtype, inplace_backward)
 
 
 _REDUCTION_NAMES = ("none", "mean", "sum")
+
+
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        value = int(target.flatten()[row])
+        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
 
 
 def _is_integer(value: object) -> bool:
@@ -366,8 +380,10 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
             return f"{name}: expected a real dtype, got {tensor.dtype}"
         if tensor is not None and not _broadcasts_to(tensor.shape, input.shape):
             return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
-    if pos_weight is not None and not pos_weight.is_floating_point():
-        return f"pos_weight: expected a floating point tensor, got {pos_weight.dtype}"
+    if pos_weight is not None and pos_weight.dtype == torch.bool:
+        return f"pos_weight: expected a tensor of numbers, got {pos_weight.dtype}"
+    if input.dim() > _MOST_DIMENSIONS:
+        return f"input: expected at most {_MOST_DIMENSIONS} dimensions, got {input.dim()}"
     return None
 
 

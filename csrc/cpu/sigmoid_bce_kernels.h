@@ -1,8 +1,8 @@
 // Sigmoid binary cross entropy of a range of elements, in the order of the problem's merged dimensions.
 #pragma once
 
-#include "../math/sigmoid_bce.h"
-#include "dispatch_types.h"
+#include "../sigmoid_bce_element.h"
+#include "vector.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
@@ -72,44 +72,6 @@ TORCHCE_SIMD void for_each_vector(int64_t length, F body) {
   int64_t i = 0;
   for (; i + L <= length; i += L) body(i, L);
   if (i < length) body(i, int(length - i));
-}
-
-// Targets come in the logits' type or one of these; the host converts others.
-template <class T, class F>
-TORCHCE_SIMD void with_target_type(DType target, F f) {
-  switch (target) {
-    case DType::uint8:
-      return f(uint8_t{});
-    case DType::int64:
-      return f(int64_t{});
-    case DType::float32:
-      return f(float{});
-    default:
-      return f(T{});
-  }
-}
-
-// Calls f with the storage types of logits and targets.
-template <class F>
-TORCHCE_SIMD void with_types(const Elements& problem, F f) {
-  with_float_type(problem.dtypes[kLogits], [&](auto logits) {
-    with_target_type<decltype(logits)>(problem.dtypes[kTarget], [&](auto target) { f(logits, target); });
-  });
-}
-
-// The gradient of the target has the target's type, that of the logits theirs.
-template <bool kFirst, class First, class Second>
-auto pick(First first, Second second) {
-  if constexpr (kFirst)
-    return first;
-  else
-    return second;
-}
-
-template <class A>
-A grad_output_of_all(const Elements& problem) {
-  const A grad_output = load_as<A>(problem.dtypes[kGradOutput], problem.data[kGradOutput], 0);
-  return problem.reduction == Reduction::mean ? grad_output / A(problem.numel) : grad_output;
 }
 
 // Upstream gradients of kLanes elements.

@@ -5,7 +5,8 @@
 // with fewer rows than lanes (the last of a range) repeats its last row in the idle lanes and never stores those.
 #pragma once
 
-#include "softmax_ce_target.h"
+#include "../softmax_ce_row.h"
+#include "vector.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::across {
 

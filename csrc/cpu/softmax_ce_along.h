@@ -6,7 +6,8 @@
 // any is written.
 #pragma once
 
-#include "softmax_ce_target.h"
+#include "../softmax_ce_row.h"
+#include "vector.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
 

@@ -22,25 +22,8 @@ bool lanes_run_along(const softmax_ce::Rows& rows) {
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
-// Calls f with the logits' storage type and the kind of target (softmax_ce_target.h).
-template <class F>
-void with_problem_types(const softmax_ce::Rows& rows, F f) {
-  with_float_type(rows.dtype, [&](auto logits) {
-    using T = decltype(logits);
-    if (rows.target_dtype == rows.dtype) {
-      f(logits, Probabilities<T>{});
-    } else if (rows.target_dtype == DType::float32) {
-      if constexpr (sizeof(T) < sizeof(float)) f(logits, Probabilities<float>{});
-    } else if (rows.label_smoothing != 0) {
-      f(logits, SmoothedIndices{});
-    } else {
-      f(logits, Indices{});
-    }
-  });
-}
-
 inline void softmax_ce_forward(const softmax_ce::Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<Target>(call.rows)) {
@@ -52,7 +35,7 @@ inline void softmax_ce_forward(const softmax_ce::Forward& call, int64_t row_begi
 }
 
 inline void softmax_ce_backward(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<Target>(call.rows) && call.grad_strides.classes == 1) {
@@ -65,7 +48,7 @@ inline void softmax_ce_backward(const softmax_ce::Backward& call, int64_t row_be
 
 // The gradient of probabilities that require one.
 inline void softmax_ce_backward_target(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);

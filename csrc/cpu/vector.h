@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../math/elementary.h"
+#include "../math/storage.h"
 #include "levels.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
@@ -34,89 +34,6 @@ template <class A>
 constexpr int kLanes = kBytes / int(sizeof(A));
 
 #define TORCHCE_SIMD inline __attribute__((always_inline))
-
-// Storage types of 16-bit floats: bits, converted on load and store.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class T>
-constexpr bool kSixteenBits = sizeof(T) == sizeof(uint16_t);
-
-template <class T>
-struct AccumulateOf {
-  using A = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using A = double;
-};
-template <class T>
-using Accumulate = typename AccumulateOf<T>::A;
-
-// widen: the float values of 16-bit storage; narrow: the nearest 16-bit values, ties to even. I is int32_t or a vector
-// of it.
-
-template <class I>
-TORCHCE_SIMD I widen_bits(BFloat16, I bits) {
-  return bits << 16;
-}
-
-template <class I>
-TORCHCE_SIMD I narrow_bits(BFloat16, I bits) {
-  const I rounded = ((bits + 0x7fff) + ((bits >> 16) & 1)) >> 16;
-  return math::select((bits & 0x7fffffff) > 0x7f800000, I{} + 0x7fc0, rounded);
-}
-
-template <class I>
-TORCHCE_SIMD I widen_bits(Half, I bits) {
-  const I magnitude = (bits & 0x7fff) << 13;
-  const I scaled = math::to_bits(math::from_bits(magnitude) * 0x1p112f);  // subnormals become normal on the way
-  const I finite_or_not = math::select(magnitude >= 0x7c00 << 13, magnitude | 0x7f800000, scaled);
-  return finite_or_not | ((bits & 0x8000) << 16);
-}
-
-template <class I>
-TORCHCE_SIMD I narrow_bits(Half, I bits) {
-  const I magnitude = bits & 0x7fffffff;
-  const I normal = (magnitude + ((magnitude >> 13) & 1) + (0xfff - (112 << 23))) >> 13;
-  // Adding 1/2 leaves a subnormal half in the low mantissa bits, rounded by the addition itself.
-  const I subnormal = math::to_bits(math::from_bits(magnitude) + 0.5f) - 0x3f000000;
-  const I special = math::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00);
-  const I small = math::select(magnitude < 0x38800000, subnormal, normal);
-  return math::select(magnitude >= 0x47800000, special, small) | ((bits >> 16) & 0x8000);
-}
-
-// One element to and from the accumulation type.
-
-template <class A, class T>
-TORCHCE_SIMD A load_one(const T* p) {
-  return A(*p);
-}
-template <class A>
-TORCHCE_SIMD A load_one(const BFloat16* p) {
-  return math::from_bits(widen_bits(BFloat16{}, int32_t(p->bits)));
-}
-template <class A>
-TORCHCE_SIMD A load_one(const Half* p) {
-  return math::from_bits(widen_bits(Half{}, int32_t(p->bits)));
-}
-
-template <class T, class A>
-TORCHCE_SIMD void store_one(T* p, A value) {
-  *p = T(value);
-}
-template <class A>
-TORCHCE_SIMD void store_one(BFloat16* p, A value) {
-  p->bits = uint16_t(narrow_bits(BFloat16{}, math::to_bits(float(value))));
-}
-template <class A>
-TORCHCE_SIMD void store_one(Half* p, A value) {
-  p->bits = uint16_t(narrow_bits(Half{}, math::to_bits(float(value))));
-}
 
 // kLanes<A> consecutive elements to and from a vector.
 

@@ -16,11 +16,13 @@ namespace softmax_ce {
 
 using namespace torchce::softmax_ce;
 
-// The stride that leads through dimensions [first, end) in order, if there is one. Sizes of 1 have no say.
+// The stride that leads through dimensions [first, end) in order, if there is one. Sizes of 1 have no say, and any
+// stride leads through no elements at all.
 inline std::optional<int64_t> merged_stride(const Sizes& sizes, const Sizes& strides, size_t first) {
   int64_t stride = 1, expected = 0;
   bool any = false;
   for (size_t d = sizes.size(); d-- > first;) {
+    if (sizes[d] == 0) return 0;
     if (sizes[d] == 1) continue;
     if (!any) {
       stride = strides[d];

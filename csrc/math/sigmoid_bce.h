@@ -28,7 +28,7 @@ template <class V>
 TORCHCE_HD V gradient(V x, V target, V weight, V pos_weight) {
   const V one = V{} + 1;
   const V e = math::exp_of_negative(-math::abs(x));
-  const V larger = one / (one + e);
+  const V larger = math::divide(one, one + e);
   const V smaller = e * larger;
   const V p = math::select(x < V{}, smaller, larger);
   const V q = math::select(x < V{}, larger, smaller);

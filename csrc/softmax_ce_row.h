@@ -1,11 +1,13 @@
-// What the rows' targets can be, and the coefficients u_k (math/softmax_ce.h) they put on the classes.
+// One row of a softmax_ce problem: where it stands, what its target says, what the upstream gradient gives it. The same
+// for every device.
 #pragma once
 
-#include "../math/softmax_ce.h"
-#include "dispatch_types.h"
+#include "math/softmax_ce.h"
+#include "math/storage.h"
 
-namespace torchce::cpu::TORCHCE_LEVEL {
+namespace torchce::softmax_ce {
 
+// What the rows' targets can be.
 struct Indices {
   static constexpr bool kProbabilities = false;
   static constexpr bool kSpread = false;  // the loss has terms for every class, not only for the target
@@ -21,12 +23,29 @@ struct Probabilities {
   using Storage = P;
 };
 
+// Calls f with the logits' storage type and the kind of target.
+template <class F>
+inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, F f) {
+  with_float_type(rows.dtype, [&](auto logits) {
+    using T = decltype(logits);
+    if (rows.target_dtype == rows.dtype) {
+      f(logits, Probabilities<T>{});
+    } else if (rows.target_dtype == DType::float32) {
+      if constexpr (sizeof(T) < sizeof(float)) f(logits, Probabilities<float>{});
+    } else if (rows.label_smoothing != 0) {
+      f(logits, SmoothedIndices{});
+    } else {
+      f(logits, Indices{});
+    }
+  });
+}
+
 // Where row r = n * S + s stands.
 struct RowPosition {
   int64_t n, s;
-  RowPosition(const softmax_ce::Rows& rows, int64_t r)
+  TORCHCE_HD RowPosition(const Rows& rows, int64_t r)
       : n(rows.inner == 1 ? r : r / rows.inner), s(rows.inner == 1 ? 0 : r % rows.inner) {}
-  int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
+  TORCHCE_HD int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
 };
 
 enum class RowKind { kept, ignored, bad };
@@ -40,7 +59,7 @@ struct IndexedRow {
   A hot = 0;
   A uniform = 0;
 
-  IndexedRow(const softmax_ce::Rows& rows, RowPosition at) {
+  TORCHCE_HD IndexedRow(const Rows& rows, RowPosition at) {
     const int64_t target = target_at(rows, at);
     if (target == rows.ignore_index) {
       kind = RowKind::ignored;
@@ -50,12 +69,12 @@ struct IndexedRow {
       index = target;
     }
     if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
-    const softmax_ce::IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
+    const IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
     hot = coefficients.hot;
     uniform = coefficients.uniform;
   }
 
-  static int64_t target_at(const softmax_ce::Rows& rows, RowPosition at) {
+  TORCHCE_HD static int64_t target_at(const Rows& rows, RowPosition at) {
     const int64_t i = at.offset(rows.target_strides);
     switch (rows.target_dtype) {
       case DType::int64:
@@ -70,7 +89,7 @@ struct IndexedRow {
 
 // What the upstream gradient multiplies a row with.
 template <class A>
-A row_grad_output(const softmax_ce::Backward& call, RowPosition at) {
+TORCHCE_HD A row_grad_output(const Backward& call, RowPosition at) {
   if (call.rows.reduction == Reduction::none) {
     return load_as<A>(call.grad_output_dtype, call.grad_output, at.offset(call.grad_output_strides));
   }
@@ -79,7 +98,7 @@ A row_grad_output(const softmax_ce::Backward& call, RowPosition at) {
 }
 
 template <class A>
-A sum_of_class_weights(const softmax_ce::Backward& call) {
+TORCHCE_HD A sum_of_class_weights(const Backward& call) {
   return static_cast<const A*>(call.totals)[1];
 }
 
@@ -89,10 +108,10 @@ struct Statistics {
   A* max;
   A* sum;
   A* spread;  // A = sum_k u_k, of probability targets
-  Statistics(const softmax_ce::Rows& rows, const void* data)
+  TORCHCE_HD Statistics(const Rows& rows, const void* data)
       : max(static_cast<A*>(const_cast<void*>(data))),
         sum(max + rows.outer * rows.inner),
         spread(sum + rows.outer * rows.inner) {}
 };
 
-}  // namespace torchce::cpu::TORCHCE_LEVEL
+}  // namespace torchce::softmax_ce

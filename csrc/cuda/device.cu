@@ -1,0 +1,65 @@
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <atomic>
+#include <mutex>
+
+#include "device.h"
+
+namespace torchce::cuda {
+namespace {
+
+// Zero when the module is loaded, and again after every launch that used one. Launches take them in turn: two that run
+// at the same time have different ones as long as fewer than these are started while one of them runs.
+constexpr unsigned kCounters = 1 << 16;
+__device__ unsigned counters[kCounters];
+
+constexpr int kMostDevices = 64;
+
+struct DeviceFacts {
+  int multiprocessors;
+  unsigned* counters;
+};
+
+const DeviceFacts& facts_of(int device) {
+  static std::once_flag known[kMostDevices];
+  static DeviceFacts facts[kMostDevices];
+  std::call_once(known[device], [&] {
+    check_cuda(cudaDeviceGetAttribute(&facts[device].multiprocessors, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    void* address = nullptr;
+    check_cuda(cudaGetSymbolAddress(&address, counters), "cudaGetSymbolAddress");
+    facts[device].counters = static_cast<unsigned*>(address);
+  });
+  return facts[device];
+}
+
+}  // namespace
+
+DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
+  const int device = on.device().index();
+  host::check(device < kMostDevices, "device: expected an index below ", kMostDevices, ", got ", device);
+  DeviceGuardHandle guard = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
+  guard_ = guard;
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  stream = static_cast<cudaStream_t>(current);
+  multiprocessors = facts_of(device).multiprocessors;
+}
+
+DeviceScope::~DeviceScope() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
+
+unsigned* DeviceScope::counter(void* spare) const {
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &capturing), "cudaStreamIsCapturing");
+  if (capturing != cudaStreamCaptureStatusNone) {
+    check_cuda(cudaMemsetAsync(spare, 0, sizeof(unsigned), stream), "cudaMemsetAsync");
+    return static_cast<unsigned*>(spare);
+  }
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  static std::atomic<unsigned> next;
+  return facts_of(device).counters + next++ % kCounters;
+}
+
+}  // namespace torchce::cuda

@@ -1,0 +1,50 @@
+// Where an op's kernels run: the device of its tensors, torch's current stream there, and how a kernel is launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../host/tensor.h"
+
+namespace torchce::cuda {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes the device of a tensor the current one for as long as it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const torch::stable::Tensor& on);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+
+  // A counter that is 0, for the blocks of one launch to count themselves with (reduce.cuh). While the stream is being
+  // captured into a graph it lies in `spare`, which the graph keeps.
+  unsigned* counter(void* spare) const;
+
+  cudaStream_t stream = nullptr;
+  int multiprocessors = 0;
+
+ private:
+  void* guard_ = nullptr;
+};
+
+// Launches `kernel` on at least one block, at most as many as there can be: kernels stride over what is left.
+template <class... Parameters, class... Arguments>
+void launch(const DeviceScope& device, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            Arguments&&... arguments) {
+  constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(std::clamp<int64_t>(blocks, 1, kMostBlocks)));
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = device.stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
+  check_cuda(cudaGetLastError(), "launch");
+}
+
+}  // namespace torchce::cuda

@@ -1,0 +1,111 @@
+// Packs: neighbouring elements that are loaded and stored together, 16 bytes at a time where they are as wide.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "../math/storage.h"
+
+namespace torchce::cuda {
+
+// Blocks that must fit on a multiprocessor at once, for __launch_bounds__: up to 128 registers a thread in blocks of
+// 256. Left to itself, ptxas 13.0 rounds registers down to the next step of occupancy and spills what that costs.
+constexpr int kBlocksToFit = 2;
+
+// Elements in 16 bytes, the widest access there is.
+template <class T>
+constexpr int kPack = 16 / int(sizeof(T));
+
+template <class T, int V>
+struct Pack {
+  T elements[V];
+};
+
+// What a load says of the memory it reads.
+enum class Cache {
+  keep,    // it will be read again: the logits of a forward
+  stream,  // it was read for the last time, so that it need not push anything else out: the logits of a backward
+};
+
+template <Cache cache, class Word>
+__device__ __forceinline__ Word load_word(const Word* p) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (cache == Cache::stream) return __ldcs(p);
+#endif
+  return *p;
+}
+
+// The machine word of at most 16 bytes that a pack of that many bytes consists of.
+template <int kBytes>
+struct WordOf {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <class T, int V>
+using Word = typename WordOf<(V * sizeof(T) < 16 ? int(V * sizeof(T)) : 16)>::type;
+
+// Whether packs of V elements from p on can be accessed by words.
+template <int V, class T>
+__device__ __forceinline__ bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Word<T, V>) == 0;
+}
+
+// V elements from p on, by words where `aligned` says that p allows it, else one by one.
+template <int V, Cache cache = Cache::keep, class T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool aligned) {
+  Pack<T, V> pack;
+  if (aligned) {
+    constexpr int kWords = sizeof(pack) / sizeof(Word<T, V>);
+    Word<T, V> words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = load_word<cache>(reinterpret_cast<const Word<T, V>*>(p) + i);
+    std::memcpy(&pack, words, sizeof pack);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) pack.elements[i] = p[i];
+  }
+  return pack;
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool aligned) {
+  if (aligned) {
+    constexpr int kWords = sizeof(pack) / sizeof(Word<T, V>);
+    Word<T, V> words[kWords];
+    std::memcpy(words, &pack, sizeof pack);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word<T, V>*>(p)[i] = words[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) p[i] = pack.elements[i];
+  }
+}
+
+// Element i in the accumulation type.
+template <class A, class T, int V>
+__device__ __forceinline__ A get(const Pack<T, V>& pack, int i) {
+  return load_one<A>(&pack.elements[i]);
+}
+
+template <class T, int V, class A>
+__device__ __forceinline__ void set(Pack<T, V>& pack, int i, A value) {
+  store_one(&pack.elements[i], value);
+}
+
+}  // namespace torchce::cuda

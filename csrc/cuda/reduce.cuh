@@ -1,0 +1,93 @@
+// Reductions over lanes, blocks and the grid, all in an order that only the launch's shape decides.
+//
+// A value that is reduced has identity(), merge(other) and shuffled(step), its copy in the lane whose number differs by
+// the bit `step`. It has no constructor, so that it can lie in shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace torchce::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Combines the values of `width` neighbouring lanes, a power of two up to a warp.
+// Assumes: all lanes of the warp call it. Result: in the first lane of each group.
+template <class Value>
+__device__ __forceinline__ Value reduce_lanes(Value value, int width) {
+  for (int step = width / 2; step > 0; step /= 2) value.merge(value.shuffled(step));
+  return value;
+}
+
+// Combines the values of all threads of a block of kThreads.
+// Assumes: all threads call it. Result: in thread 0.
+template <int kThreads, class Value>
+__device__ __forceinline__ Value reduce_block(Value value) {
+  static_assert(kThreads % kWarp == 0 && kThreads / kWarp <= kWarp);
+  __shared__ Value of_warps[kThreads / kWarp];
+  value = reduce_lanes(value, kWarp);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __syncthreads();  // an earlier call may still be reading
+  if (lane == 0) of_warps[warp] = value;
+  __syncthreads();
+  if (warp == 0) {
+    value = lane < kThreads / kWarp ? of_warps[lane] : Value::identity();
+    value = reduce_lanes(value, kWarp);
+  }
+  return value;
+}
+
+// What a launch adds up to: the reduced loss before its division, and the divisor of a mean over class indices.
+struct Sums {
+  double loss;
+  double weight;
+
+  __device__ __forceinline__ static Sums identity() { return {0, 0}; }
+  __device__ __forceinline__ void merge(const Sums& other) {
+    loss += other.loss;
+    weight += other.weight;
+  }
+  __device__ __forceinline__ Sums shuffled(int step) const {
+    Sums other;
+    other.loss = __shfl_xor_sync(kAllLanes, loss, step);
+    other.weight = __shfl_xor_sync(kAllLanes, weight, step);
+    return other;
+  }
+};
+
+// Memory that the blocks of one launch share.
+struct GridScratch {
+  Sums* of_blocks;    // one a block; unused by a single block
+  unsigned* counter;  // zero before the launch, and again after it
+};
+
+// Whether this block is the last of the grid to come here. What the others wrote before is then visible to it.
+// Assumes: all threads of all blocks call it, once.
+__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();  // every thread's writes come before the count
+  if (gridDim.x == 1) return true;
+  if (threadIdx.x == 0) last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// Sums over all threads of the grid.
+// Assumes: all threads call it, once. Result: true in all threads of one block, whose thread 0 has the sums.
+template <int kThreads>
+__device__ __forceinline__ bool reduce_grid(Sums& sums, const GridScratch& scratch) {
+  sums = reduce_block<kThreads>(sums);
+  if (gridDim.x == 1) return true;
+  if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
+  if (!is_last_block(scratch.counter)) return false;
+  sums = Sums::identity();
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sums.merge(scratch.of_blocks[block]);
+  sums = reduce_block<kThreads>(sums);
+  return true;
+}
+
+}  // namespace torchce::cuda

@@ -1,0 +1,92 @@
+// The backward ops of softmax_ce on CUDA: checks, memory, choice of kernel, launch.
+#include "../host/softmax_ce.h"
+#include "device.h"
+#include "ops.h"
+#include "softmax_ce_backward.cuh"
+#include "softmax_ce_plan.h"
+
+namespace torchce::cuda {
+namespace {
+
+using host::softmax_ce::BackwardCall;
+using host::softmax_ce::GradientOf;
+using namespace softmax_ce;
+
+template <class T, class Target, Of of>
+void launch_along(const DeviceScope& device, const Backward& args) {
+  const BackwardPlan plan = plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>);
+  launch(device, backward_along<T, Target, of>, plan.blocks, kBackwardThreads, args, plan.team, plan.parts, plan.part);
+}
+
+template <class T, class Target, Of of, int V>
+void launch_across_packs(const DeviceScope& device, const Backward& args) {
+  const BackwardPlan plan =
+      plan_backward_across(args.rows.outer * args.rows.inner / V, args.rows.classes, device.multiprocessors);
+  launch(device, backward_across<T, Target, of, V>, plan.blocks, kBackwardThreads, args, plan.parts, plan.part);
+}
+
+template <class T, class Target, Of of>
+void launch_across(const DeviceScope& device, Backward args) {
+  if (args.rows.inner == 1) {
+    args.rows = turned(args.rows);
+    args.grad_output_strides = turned(args.grad_output_strides);
+    args.grad_strides = turned(args.grad_strides);
+  }
+  const Rows& rows = args.rows;
+  const bool packed = rows_are_packed(rows, rows.logits, rows.logits_strides, kPack<T>) &&
+                      rows_are_packed(rows, args.grad, args.grad_strides, kPack<T>) &&
+                      (!Target::kProbabilities || rows_are_packed(rows, rows.target, rows.target_strides, kPack<T>));
+  if (packed) {
+    launch_across_packs<T, Target, of, kPack<T>>(device, args);
+  } else {
+    launch_across_packs<T, Target, of, 1>(device, args);
+  }
+}
+
+template <Of of>
+Tensor run(const DeviceScope& device, const BackwardCall& call) {
+  const Backward& args = call.args;
+  if (call.problem.count() == 0) return call.grad;
+  with_problem_types(args.rows, [&](auto logits_type, auto target_type) {
+    using T = decltype(logits_type);
+    using Target = decltype(target_type);
+    if constexpr (of == Of::logits || Target::kProbabilities) {
+      if (classes_are_adjacent(args.rows, Target::kProbabilities) && args.grad_strides.classes == 1) {
+        launch_along<T, Target, of>(device, args);
+      } else {
+        launch_across<T, Target, of>(device, args);
+      }
+    }
+  });
+  return call.grad;
+}
+
+}  // namespace
+
+Tensor softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                           Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
+                           double label_smoothing) {
+  const DeviceScope device(logits);
+  return run<Of::logits>(
+      device, host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight, statistics,
+                                                 totals, reduction, ignore_index, label_smoothing));
+}
+
+void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                          Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
+                          double label_smoothing) {
+  const DeviceScope device(logits);
+  run<Of::logits>(device,
+                  host::softmax_ce::prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
+                                                     statistics, totals, reduction, ignore_index, label_smoothing));
+}
+
+Tensor softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                  Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
+  const DeviceScope device(logits);
+  return run<Of::target>(
+      device, host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight, statistics,
+                                                 totals, reduction, 0, label_smoothing));
+}
+
+}  // namespace torchce::cuda

@@ -1,0 +1,148 @@
+// How elements lie in memory, and what they are computed in: 16-bit floats as their bits, widened on load and rounded
+// once, ties to even, on store.
+#pragma once
+
+#include "../problem.h"
+#include "elementary.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace torchce {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr bool kSixteenBits = sizeof(T) == sizeof(uint16_t);
+
+template <class T>
+struct AccumulateOf {
+  using A = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using A = double;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::A;
+
+#if defined(__CUDACC__)
+
+TORCHCE_HD float widen(BFloat16 x) { return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{x.bits})); }
+TORCHCE_HD float widen(Half x) { return __half2float(__half(__half_raw{x.bits})); }
+TORCHCE_HD BFloat16 narrow(BFloat16, float x) { return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x}; }
+TORCHCE_HD Half narrow(Half, float x) { return {static_cast<__half_raw>(__float2half_rn(x)).x}; }
+
+#else
+
+// The float values of 16-bit storage, and the nearest 16-bit values. I is int32_t or a vector of it.
+
+template <class I>
+TORCHCE_HD I widen_bits(BFloat16, I bits) {
+  return bits << 16;
+}
+
+template <class I>
+TORCHCE_HD I narrow_bits(BFloat16, I bits) {
+  const I rounded = ((bits + 0x7fff) + ((bits >> 16) & 1)) >> 16;
+  return math::select((bits & 0x7fffffff) > 0x7f800000, I{} + 0x7fc0, rounded);
+}
+
+template <class I>
+TORCHCE_HD I widen_bits(Half, I bits) {
+  const I magnitude = (bits & 0x7fff) << 13;
+  const I scaled = math::to_bits(math::from_bits(magnitude) * 0x1p112f);  // subnormals become normal on the way
+  const I finite_or_not = math::select(magnitude >= 0x7c00 << 13, magnitude | 0x7f800000, scaled);
+  return finite_or_not | ((bits & 0x8000) << 16);
+}
+
+template <class I>
+TORCHCE_HD I narrow_bits(Half, I bits) {
+  const I magnitude = bits & 0x7fffffff;
+  const I normal = (magnitude + ((magnitude >> 13) & 1) + (0xfff - (112 << 23))) >> 13;
+  // Adding 1/2 leaves a subnormal half in the low mantissa bits, rounded by the addition itself.
+  const I subnormal = math::to_bits(math::from_bits(magnitude) + 0.5f) - 0x3f000000;
+  const I special = math::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00);
+  const I small = math::select(magnitude < 0x38800000, subnormal, normal);
+  return math::select(magnitude >= 0x47800000, special, small) | ((bits >> 16) & 0x8000);
+}
+
+template <class T>
+TORCHCE_HD float widen(T x) {
+  return math::from_bits(widen_bits(T{}, int32_t(x.bits)));
+}
+template <class T>
+TORCHCE_HD T narrow(T, float x) {
+  return {uint16_t(narrow_bits(T{}, math::to_bits(x)))};
+}
+
+#endif
+
+// One element to and from the accumulation type.
+
+template <class A, class T>
+TORCHCE_HD A load_one(const T* p) {
+  return A(*p);
+}
+template <class A>
+TORCHCE_HD A load_one(const BFloat16* p) {
+  return widen(*p);
+}
+template <class A>
+TORCHCE_HD A load_one(const Half* p) {
+  return widen(*p);
+}
+
+template <class T, class A>
+TORCHCE_HD void store_one(T* p, A value) {
+  *p = T(value);
+}
+template <class A>
+TORCHCE_HD void store_one(BFloat16* p, A value) {
+  *p = narrow(BFloat16{}, float(value));
+}
+template <class A>
+TORCHCE_HD void store_one(Half* p, A value) {
+  *p = narrow(Half{}, float(value));
+}
+
+// Calls f with a value of the storage type of floating `dtype`.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f may be for the host only, where the host calls this
+#endif
+template <class F>
+TORCHCE_HD void with_float_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(Half{});
+    default:
+      return f(float{});
+  }
+}
+
+// One element of a dtype known only at run time.
+template <class A>
+TORCHCE_HD void store_as(DType dtype, void* data, int64_t i, A value) {
+  with_float_type(dtype, [&](auto storage) { store_one(static_cast<decltype(storage)*>(data) + i, value); });
+}
+
+template <class A>
+TORCHCE_HD A load_as(DType dtype, const void* data, int64_t i) {
+  A value{};
+  with_float_type(dtype,
+                  [&](auto storage) { value = A(load_one<A>(static_cast<const decltype(storage)*>(data) + i)); });
+  return value;
+}
+
+}  // namespace torchce
