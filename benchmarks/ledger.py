@@ -77,13 +77,14 @@ def environment(device: str, quick: bool) -> dict[str, Any]:
     """Everything about here and now that a figure depends on."""
     info = torchce.build_info()
     cuda = device == "cuda"
+    threads = torch.get_num_threads()
     return {
         "device": device,
-        "name": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "name": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "machine": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cases import Case, cases
 from benchmarks.contenders import COPY, IN_PLACE, OURS, PEERS, TORCHCE
@@ -29,7 +33,7 @@ COLOURS = {
     "Apple CCE": "#8C6D31",
     COPY: "#888888",
 }
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,14 +73,14 @@ def _dtypes(found: Sequence[Case]) -> list[str]:
     return [dtype for dtype in DTYPES if any(case.dtype == dtype for case in found)]
 
 
-def _heading(figure: plt.Figure, title: str, subtitle: str) -> None:
+def _heading(figure: Figure, title: str, subtitle: str) -> None:
     """A title and where it was measured, above the axes at any height of the figure."""
     inches = figure.get_size_inches()[1]
     figure.suptitle(title, x=0.02, y=1 + 0.36 / inches, ha="left", va="bottom", fontsize=12, weight="bold")
     figure.text(0.02, 1 + 0.1 / inches, subtitle, ha="left", va="bottom", fontsize=8, color="#555555")
 
 
-def _speedups(found: Sequence[Case], subtitle: str) -> plt.Figure | None:
+def _speedups(found: Sequence[Case], subtitle: str) -> Figure | None:
     dtypes = _dtypes(found)
     if not dtypes:
         return None
@@ -106,22 +110,22 @@ def _speedups(found: Sequence[Case], subtitle: str) -> plt.Figure | None:
                 reach.append(speedup)
                 axis.barh(y + offset, speedup - 1, 0.36, left=1, color=COLOURS[ours])
                 ahead = speedup >= 1
+                goal = goals.get(ours, 0.0)
+                beyond = goal if ahead and speedup <= goal < 1.3 * speedup else speedup  # no label across a goal
                 axis.annotate(
                     f"{speedup:.2g}x" if speedup < 9.95 else f"{speedup:.0f}x",
-                    *((speedup, y + offset), (3 if ahead else -3, 0)),
+                    *((beyond, y + offset), (3 if ahead else -3, 0)),
                     textcoords="offset points",
-                    **{"va": "center", "ha": "left" if ahead else "right", "fontsize": 7, "zorder": 4},
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+                    **{"va": "center", "ha": "left" if ahead else "right", "fontsize": 7},
                 )
-                if ours in goals:
-                    ends = [y + offset - 0.2, y + offset + 0.2]
-                    axis.plot([goals[ours]] * 2, ends, color="black", linewidth=1.2, zorder=3)
+                if goal:
+                    axis.plot([goal] * 2, [y + offset - 0.2, y + offset + 0.2], color="black", linewidth=1.2)
         axis.axvline(1, color="#444444", linewidth=0.8)
         axis.set_title(dtype, loc="left")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("times faster than the fastest peer")
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -129,14 +133,14 @@ def _speedups(found: Sequence[Case], subtitle: str) -> plt.Figure | None:
     axes[0][0].set_xlim(min(reach) / 1.5, max(reach) * 1.5)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].set_ylim(len(names) - 0.4, -0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[ours]) for ours in OURS]
-    handles.append(plt.Line2D([], [], color="black", marker="|", linestyle="", markersize=9))
+    handles: list[Any] = [Rectangle((0, 0), 1, 1, color=COLOURS[ours]) for ours in OURS]
+    handles.append(Line2D([], [], color="black", marker="|", linestyle="", markersize=9))
     figure.legend(handles, [*OURS, "goal"], loc="outside lower right", ncols=3)
     _heading(figure, "Forward and backward", subtitle)
     return figure
 
 
-def _against_classes(found: Sequence[Case], subtitle: str) -> plt.Figure | None:
+def _against_classes(found: Sequence[Case], subtitle: str) -> Figure | None:
     dtypes = _dtypes(found)
     if len({case.shape[1] for case in found}) < 2:
         return None
@@ -160,8 +164,10 @@ def _against_classes(found: Sequence[Case], subtitle: str) -> plt.Figure | None:
         axis.set_title(dtype, loc="left")
         ticks = sorted(largest)
         axis.set_xticks(ticks, [f"{c}\n({largest[c].shape[0]})" for c in ticks], fontsize=7)
-        axis.xaxis.set_minor_locator(plt.NullLocator())
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
     axes[0][0].set_ylabel("nanoseconds a logit")

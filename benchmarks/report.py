@@ -67,7 +67,7 @@ def size(value: float | None) -> str:
     if value is None:
         return "-"
     for scale, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if value >= scale:
+        if value >= 1000 * scale / 1024:  # 1000 KiB would be four digits
             return f"{value / scale:.3g} {unit}"
     return f"{value:.0f} B"
 
@@ -219,7 +219,7 @@ def comparison(old: Iterable[Row], new: Iterable[Row]) -> Grid:
         {(case.op, case.size, case.variant, case.dtype, case.phase): case for case in cases(rows)}
         for rows in (old, new)
     )
-    lines = []
+    lines: list[tuple[Cell, ...]] = []
     for key, case in after.items():
         for ours in OURS:
             row = case.rows.get(ours)
