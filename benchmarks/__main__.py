@@ -104,15 +104,15 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.out or ledger.folder(environment)
     path = folder / ledger.FILE
 
-    console.print(report.describe(environment), highlight=False)
-    if warning := report.busy(environment):
-        console.print(f"[yellow]{warning}[/]")
+    if options.from_ledger and not path.exists():
+        raise SystemExit(f"nothing measured yet: {path} is not there")
     start = time.perf_counter()
-    if options.from_ledger:
-        if not path.exists():
-            raise SystemExit(f"nothing measured yet: {path} is not there")
-        rows = ledger.load(path)
-    else:
+    rows = ledger.load(path) if options.from_ledger else []
+    for each in report.environments(rows) or [environment]:
+        console.print(report.describe(each), highlight=False)
+        if warning := report.busy(each):
+            console.print(f"[yellow]{warning}[/]")
+    if not rows:
         rows = _run(options, environment, path, console)
     everything = ledger.load(path)
     pictures = plots.draw(everything, folder, report.describe(everything[-1].environment))
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.statistic == "minimum":
         rows, previous = with_minima(rows), previous and with_minima(previous)
-    console.print(report.results(rows).rich())
+    console.print(report.results(rows).rich(caption=report.LEGEND.replace("*", "").replace("`", "")))
     for line in report.notes(rows):
         console.print(f"[yellow]{line}[/]", highlight=False)
     for line in report.missed_goals(rows):

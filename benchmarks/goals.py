@@ -132,7 +132,7 @@ CUDA_GOALS = [
     Goal("cuda", SPEEDUP, 4.0, BCE, _LARGE_BCE, peers=(EAGER,)),
     Goal("cuda", SPEEDUP, 1.2, BCE, _LARGE_BCE, peers=(COMPILE,)),
     Goal("cuda", SPEEDUP, 1.0, sizes=("32x10", "4096x10"), phases=(FORWARD, BACKWARD, TRAINING)),
-    Goal("cuda", SPEEDUP, 0.95, phases=(FORWARD, TRAINING), peers=(EAGER, COMPILE, LIGER, QUACK)),
+    Goal("cuda", SPEEDUP, 0.95, phases=(FORWARD, BACKWARD, TRAINING), peers=(EAGER, COMPILE, LIGER, QUACK)),
     Goal("cuda", PEAK, 1.0),
     Goal("cuda", PEAK, 0.0, contender=IN_PLACE),
 ]

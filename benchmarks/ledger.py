@@ -105,6 +105,11 @@ def folder(environment: dict[str, Any]) -> Path:
     return RESULTS / name / "quick" if environment["quick"] else RESULTS / name
 
 
+def _short(value: Any) -> Any:
+    """Six digits of a float: more than any clock has here, and readable."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def save(path: Path, rows: Iterable[Row]) -> None:
     """Writes rows one to a line, environments once each: a change is a readable diff."""
     environments: list[dict[str, Any]] = []
@@ -112,7 +117,9 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     for row in rows:
         if row.environment not in environments:
             environments.append(row.environment)
-        values = {name: value for name, value in asdict(row).items() if value is not None}
+        values = {name: _short(value) for name, value in asdict(row).items() if value is not None and name != "note"}
+        if row.note:
+            values["note"] = row.note
         lines.append(json.dumps({**values, "environment": environments.index(row.environment)}))
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(f"  {line}" for line in lines)

@@ -51,7 +51,9 @@ TITLES = {"cpu": "CPU", "cuda": "CUDA"}
 def _table(device: str, rows: Sequence[Row]) -> str:
     found = {(c.op, c.size, c.variant, c.dtype): c for c in cases(rows) if c.phase == TRAINING}
     peers = PEERS[device]
-    header = ["problem", "dtype", "torchce", "in place", *peers, "speed-up", "in place", "memory", "in place"]
+    ours = ["torchce", "in place"]
+    figures = ["speed-up", "speed-up in place", "memory", "memory in place"]
+    header = ["problem", "dtype", *ours, *peers, *figures]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for op, extent, variant in HEADLINES[device]:
         name = f"{LABELS[op]} {extent} {variant}".rstrip()
@@ -76,9 +78,9 @@ def _figures(case: Case | None, peers: Sequence[str]) -> list[str]:
 def section(results: Path = RESULTS) -> str:
     """The text between the markers."""
     parts = [
-        "Forward and backward together: medians, all interleaved in one process. *speed-up*: against the fastest "
-        "column beside ours; *in place*: `inplace_backward=True`, the gradient overwriting the logits; *memory*: the "
-        "most held at once beyond the inputs.",
+        "Forward and backward together: medians, all interleaved in one process. *speed-up*: over the fastest of the "
+        "others; *in place*: `inplace_backward=True`, the gradient overwriting the logits; *memory*: the most held at "
+        "once beyond the inputs.",
     ]
     for device in ("cpu", "cuda"):
         rows = latest(device, results)
@@ -86,10 +88,9 @@ def section(results: Path = RESULTS) -> str:
         if rows:
             parts.append("\n".join(f"- {describe(each)}" for each in environments(rows)))
             where = folder(rows[0].environment).relative_to(ROOT).as_posix()
-            parts.append(f"Every problem and pass, with plots: [{where}]({where}/results.md).")
+            parts += [_table(device, rows), f"Every problem and pass, with plots: [{where}]({where}/results.md)."]
         else:
             parts.append(f"{NOT_MEASURED.capitalize()}: `python -m benchmarks --device {device}` fills this in.")
-        parts.append(_table(device, rows))
     return "\n\n".join(parts)
 
 

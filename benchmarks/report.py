@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COPY, IN_PLACE, OURS, PEERS, TORCHCE, YARDSTICKS
+from benchmarks.contenders import IN_PLACE, OURS, PEERS, TORCHCE
 from benchmarks.goals import Verdict, verdicts
 from benchmarks.ledger import Row
 
@@ -33,8 +33,10 @@ class Grid:
     lines: list[tuple[Cell, ...]]
     left: int  # columns that hold words
 
-    def rich(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    def rich(self, caption: str = "") -> Table:
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, caption=caption, caption_justify="left"
+        )
         for i, title in enumerate(self.header):
             table.add_column(title, justify="left" if i < self.left else "right", no_wrap=i < self.left)
         styles = {True: "green", False: "red", None: ""}
@@ -108,7 +110,7 @@ def _line(case: Case, ours: str, peers: Sequence[str], judged: list[Verdict]) ->
     best = case.fastest_peer()
     speedup, share, bandwidth = case.speedup(ours, best), case.copy_share(ours), case.bandwidth(ours)
     missed = [verdict for verdict in judged if not verdict.met]
-    goal = Cell("; ".join(map(str, missed)) or "met" if judged else "", not missed if judged else None)
+    goal = Cell("missed" if missed else "met", not missed) if judged else Cell("")
     return (
         Cell(case.name),
         Cell(case.dtype),
@@ -190,7 +192,7 @@ LEGEND = (
     "Times are medians, ± the interquartile range. *vs best*: times faster than the fastest peer. *GB/s*: by the "
     "traffic model (`benchmarks/traffic.py`); *of copy*: against a plain copy that moves as many bytes. *memory*: most "
     "held at once beyond the inputs; *best's*: the fastest peer's. *in place*: forward+backward, the gradient "
-    "overwriting the logits, against the peers' forward+backward. *goal*: met, or what was missed with what was wanted."
+    "overwriting the logits, against the peers' forward+backward. *goal*: those missed are listed with what was wanted."
 )
 
 
@@ -253,5 +255,5 @@ def short(rows: Sequence[Row]) -> str:
     case = found[-1] if found else None
     if case is None or case.time(TORCHCE) is None:
         return ""
-    best = case.fastest_peer([peer for peer in case.rows if peer not in (*OURS, *YARDSTICKS, COPY)])
+    best = case.fastest_peer()
     return f"{case.name} {case.dtype}: {seconds(case.time(TORCHCE))}, {ratio(case.speedup(TORCHCE, best))} {best or ''}"

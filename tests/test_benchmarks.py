@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,8 +186,8 @@ def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
 
     assert readme.update(page, results)
     empty = page.read_text()
-    figures = [line for line in empty.splitlines() if line.startswith(("| CE", "| BCE"))]
-    assert all(readme.NOT_MEASURED in line for line in figures)
+    assert empty.count(readme.NOT_MEASURED.capitalize()) == 2
+    assert "| CE" not in empty
     assert not readme.update(page, results)
 
     ledger.save(results / "some-cpu" / ledger.FILE, ROWS)
@@ -194,6 +195,7 @@ def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| CE 512x32000 | float32 | 20 ms | 10 ms | 80 ms | 50 ms | 2.5x | 5.0x | 62 MiB | 4 KiB |" in text
     assert f"| CE 512x32000 | bfloat16 | {readme.NOT_MEASURED} |" in text
+    assert text.count(readme.NOT_MEASURED.capitalize()) == 1  # CUDA
     assert ENVIRONMENT["commit"] in text
     assert "typed by hand" not in text
     assert text.startswith("# Title\n")
@@ -225,6 +227,46 @@ def test_calls_take_the_input_sets_in_turn() -> None:
     order = [[("prepare", i), ("prepare", j), ("run", i), ("run", j)] for i, j in ((0, 1), (2, 0))]
     assert seen == order[0] + order[1]
     assert timed.most_calls == 3
+
+
+def test_cuda_times_single_calls_cold_and_launch_bound_ones_back_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0  # milliseconds
+
+    class Driver:
+        def get_empty_cache_for_benchmark(self) -> str:
+            return "L2"
+
+        def clear_cache(self, cache: str) -> None:
+            log.append(f"flush {cache}")
+
+    runtime = pytest.importorskip("triton", reason="triton flushes the L2 cache").runtime
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=Driver()))
+    cuda = {"Event": Event, "synchronize": lambda: log.append("sync"), "_sleep": lambda _: log.append("busy")}
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    clock = timing.clock("cuda")
+    timed = timing.Timed("x", [lambda: log.append("call")] * 3, lambda i: log.append(f"prepare {i}"))
+    assert clock.calls_per_sample(timed, launch_bound=False) == 1
+    assert clock.sample(timed, 1) == pytest.approx(6e-3)
+    assert log == ["prepare 0", "sync", "flush L2", "busy", "event", "call", "event", "wait"]
+    log.clear()
+    assert clock.calls_per_sample(timed, launch_bound=True) == 3  # as many as there are inputs to consume
+    assert clock.sample(timed, 3) == pytest.approx(2e-3)
+    assert log == ["prepare 1", "prepare 2", "prepare 0", "sync", "event", "call", "call", "call", "event", "wait"]
 
 
 def test_peak_memory_is_that_of_the_allocations() -> None:
