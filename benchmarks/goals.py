@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.cases import Case
 from benchmarks.contenders import COMPILE, COPY, EAGER, IN_PLACE, LIGER, QUACK, TORCHCE
-from benchmarks.problems import BCE, CROSS_ENTROPY, CUDA, Problem
+from benchmarks.problems import BCE, CPU, CROSS_ENTROPY, CUDA, Problem
 
 SPEEDUP = "speed-up"
 COPY_SHARE = "share of copy"
@@ -96,10 +96,7 @@ _QUACK_GRID = _sizes([p for p in _CE_2D if p.rows >= 8192])
 _LARGE_C = _sizes([p for p in _CE_2D if p.rows >= 8192 and p.classes >= 32768])
 _LARGE_BCE = _sizes([p for p in CUDA if p.op == BCE and p.rows * p.classes >= 1 << 24])
 _LARGE_CPU = ("512x32000", "256x128256")
-_NOT_LAUNCH_BOUND = (
-    *("256x1000", "4096x1000", "65536x32", *_LARGE_CPU, "8x19x256x256", "1024x1000 soft", "8x1x512x512"),
-    *("4096x1000 smoothing", "4096x1000 weight", "512x32000 ignored", "8x19x256x256 pos_weight"),
-)
+_NOT_LAUNCH_BOUND = _sizes([p for p in CPU if not p.launch_bound])
 
 CPU_GOALS = [
     Goal("cpu", SPEEDUP, 3.0, CROSS_ENTROPY, _LARGE_CPU, ("float32",)),
