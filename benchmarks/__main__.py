@@ -120,7 +120,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.statistic == "minimum":
         rows, previous = with_minima(rows), previous and with_minima(previous)
-    console.print(report.results(rows).rich(caption=report.LEGEND.replace("*", "").replace("`", "")))
+    legend = report.LEGEND.translate({ord("*"): None, ord("`"): None})
+    if options.statistic == "minimum":
+        legend = legend.replace("medians", "minima")
+    console.print(report.results(rows).rich(legend))
     for line in report.notes(rows):
         console.print(f"[yellow]{line}[/]", highlight=False)
     for line in report.missed_goals(rows):
