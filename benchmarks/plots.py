@@ -111,7 +111,7 @@ def _speedups(found: Sequence[Case], subtitle: str) -> Figure | None:
                 axis.barh(y + offset, speedup - 1, 0.36, left=1, color=COLOURS[ours])
                 ahead = speedup >= 1
                 goal = goals.get(ours, 0.0)
-                beyond = goal if ahead and speedup <= goal < 1.3 * speedup else speedup  # no label across a goal
+                beyond = goal if ahead and speedup <= goal < 1.5 * speedup else speedup  # no label across a goal
                 axis.annotate(
                     f"{speedup:.2g}x" if speedup < 9.95 else f"{speedup:.0f}x",
                     *((beyond, y + offset), (3 if ahead else -3, 0)),
