@@ -1,7 +1,10 @@
-# make demo | test | check. Each sets up what it needs, once: a virtual environment, its packages, the build.
+# make demo | test | check | bench. Each sets up what it needs, once: a virtual environment, its packages, the build.
 PYTHON ?= python3
 # The newest torch the project is tested with; for example `make test TORCH=torch==2.13.0`.
 TORCH ?= torch==2.14.1
+
+# What `make bench` measures; for example `make bench BENCH=--quick`, `make bench BENCH="--device cuda"`.
+BENCH ?= --device cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +13,7 @@ BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check format lint types build info clean
+.PHONY: demo test check bench format lint types build info clean
 
 demo: build
 	$(BIN)/python -m examples
@@ -19,6 +22,10 @@ test: build
 	$(BIN)/python -m pytest
 
 check: lint types test
+
+# Results go to benchmarks/results/<device name>; `python -m benchmarks.readme` then renews README's speed section.
+bench: build
+	$(BIN)/python -m benchmarks $(BENCH)
 
 build: $(BUILT)
 

@@ -36,6 +36,17 @@ __device__ __forceinline__ Word load_word(const Word* p) {
   return *p;
 }
 
+// With the default cache policy, named so that the compiler leaves the word whole: it has split plain stores of 16
+// bytes.
+template <class Word>
+__device__ __forceinline__ void store_word(Word* p, Word word) {
+#if defined(__CUDA_ARCH__)
+  __stwb(p, word);
+#else
+  *p = word;
+#endif
+}
+
 // The machine word of at most 16 bytes that a pack of that many bytes consists of.
 template <int kBytes>
 struct WordOf {
@@ -90,7 +101,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool al
     Word<T, V> words[kWords];
     std::memcpy(words, &pack, sizeof pack);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word<T, V>*>(p)[i] = words[i];
+    for (int i = 0; i < kWords; ++i) store_word(reinterpret_cast<Word<T, V>*>(p) + i, words[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) p[i] = pack.elements[i];

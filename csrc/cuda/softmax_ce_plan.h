@@ -97,11 +97,15 @@ struct BackwardPlan {
   int64_t blocks;
 };
 
-// Along the rows: a team has one batch of packs in flight and is done.
+// Along the rows. A short row gets enough threads that they write side by side, two packs each; a long one is cut into
+// parts of one batch of packs.
 inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack) {
-  const int64_t batches = ceil_div(ceil_div(classes, pack), kPacksInFlight);
-  const int team = power_of_two(batches, batches > kMostLanes ? kBlock : kMostLanes);
-  const int64_t part = int64_t(team) * pack * kPacksInFlight;
+  constexpr int64_t kSideBySide = 4;  // threads, for rows of less than two packs
+  const int64_t packs = ceil_div(classes, pack);
+  const bool is_short = packs <= kMostLanes * kPacksInFlight;
+  const int team = is_short ? power_of_two(std::max(ceil_div(packs, 2), std::min(classes, kSideBySide)), kMostLanes)
+                            : power_of_two(ceil_div(packs, kPacksInFlight), kBlock);
+  const int64_t part = is_short ? classes : int64_t(team) * pack * kPacksInFlight;
   const int64_t parts = ceil_div(classes, part);
   return {team, parts, part, ceil_div(rows * parts, kBlock / team)};
 }

@@ -1,0 +1,130 @@
+"""Who is measured: each an adapter of a few lines from a problem to a function of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchce
+from benchmarks.problems import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, Problem
+from benchmarks.traffic import PHASES
+
+Loss = Callable[..., Tensor]
+
+
+class Unsupported(Exception):
+    """The contender does not solve this problem at all; says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    loss: Callable[[Problem], Loss]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    module: str | None = None  # what must be importable
+    distribution: str | None = None  # where it is to be had
+    overwrites: bool = False  # a training step destroys the logits, so each needs them afresh
+    phases: tuple[str, ...] = PHASES  # that it has
+
+    def missing(self) -> str | None:
+        """Why it cannot be measured here, or None."""
+        if self.module is None or util.find_spec(self.module) is not None:
+            return None
+        return f"not installed (pip install {self.distribution})"
+
+    def version(self) -> str | None:
+        try:
+            return metadata.version(self.distribution) if self.distribution else None
+        except metadata.PackageNotFoundError:
+            return None
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise Unsupported(what)
+
+
+def _torchce(problem: Problem) -> Loss:
+    _require(hasattr(torchce.functional, problem.op), f"torchce has no {problem.op}")
+    return getattr(torchce.functional, problem.op)
+
+
+def _torchce_in_place(problem: Problem) -> Loss:
+    _require(problem.op != LINEAR_CROSS_ENTROPY, "no logits to overwrite")
+    loss = _torchce(problem)
+    return lambda *arguments, **keywords: loss(*arguments, **keywords, inplace_backward=True)
+
+
+def _linear_then_cross_entropy(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, linear_weight), target)
+
+
+def _eager(problem: Problem) -> Loss:
+    return _linear_then_cross_entropy if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
+
+
+def _compile(problem: Problem) -> Loss:
+    # Static shapes are the best case for the compiler; the default mode is what a training loop uses.
+    loss = _eager(problem)
+    return torch.compile(lambda *arguments, **keywords: loss(*arguments, **keywords), fullgraph=True, dynamic=False)
+
+
+def _liger(problem: Problem) -> Loss:
+    from liger_kernel.transformers import functional as liger
+
+    if problem.op == LINEAR_CROSS_ENTROPY:
+        return liger.liger_fused_linear_cross_entropy
+    _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
+    _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
+    return liger.liger_cross_entropy
+
+
+def _quack(problem: Problem) -> Loss:
+    from quack import cross_entropy
+
+    _require(problem.op == CROSS_ENTROPY, f"has no {problem.op} on plain tensors")
+    _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
+    _require(problem.variant != "smoothing", "has no label smoothing")
+    return cross_entropy
+
+
+def _apple_cce(problem: Problem) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    _require(problem.op == LINEAR_CROSS_ENTROPY, "takes no logits: it fuses the linear layer before them")
+    return linear_cross_entropy
+
+
+TORCHCE = "torchce"
+IN_PLACE = "torchce in place"
+EAGER = "eager"
+COMPILE = "compile"
+LIGER = "Liger"
+QUACK = "QuACK"
+APPLE_CCE = "Apple CCE"
+
+CONTENDERS = [
+    Contender(TORCHCE, _torchce),
+    Contender(IN_PLACE, _torchce_in_place, overwrites=True, phases=("forward+backward",)),
+    Contender(EAGER, _eager),
+    Contender(COMPILE, _compile),
+    Contender(
+        # Its forward already computes the gradient, over the logits: there is no backward to time.
+        *(LIGER, _liger, ("cuda",), "liger_kernel", "liger-kernel"),
+        overwrites=True,
+        phases=("forward", "forward+backward"),
+    ),
+    Contender(QUACK, _quack, ("cuda",), "quack", "quack-kernels"),
+    Contender(APPLE_CCE, _apple_cce, ("cuda",), "cut_cross_entropy", "cut-cross-entropy"),
+]
+
+OURS = (TORCHCE, IN_PLACE)
+PEERS = tuple(contender.name for contender in CONTENDERS if contender.name not in OURS)
+COPY = "copy"
+READ = "read"
+YARDSTICKS = (COPY, READ)

@@ -1,0 +1,184 @@
+"""The grid: every size with the reason it is there, and how its data is drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CROSS_ENTROPY = "cross_entropy"
+BCE = "binary_cross_entropy_with_logits"
+LINEAR_CROSS_ENTROPY = "linear_cross_entropy"
+"""Ops go by their names in :mod:`torch.nn.functional`."""
+
+LABELS = {CROSS_ENTROPY: "CE", BCE: "BCE", LINEAR_CROSS_ENTROPY: "linear CE"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+IGNORE_INDEX = -100
+IGNORED_SHARE = 0.5
+LABEL_SMOOTHING = 0.1
+LOGIT_SCALE = 4.0  # a trained classifier's logits spread about that far; zeros or 0.1 would flatter a skipped rescale
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call of a loss; the first ``differentiable`` of them want gradients."""
+
+    arguments: tuple[Tensor, ...]
+    keywords: dict[str, Any]
+    differentiable: int = 1
+
+    def with_first(self, *first: Tensor) -> Inputs:
+        """The same call on other differentiable arguments."""
+        return Inputs((*first, *self.arguments[self.differentiable :]), self.keywords, self.differentiable)
+
+
+@dataclass(frozen=True)
+class Problem:
+    op: str
+    shape: tuple[int, ...]  # of the logits
+    reason: str
+    variant: str = ""  # soft, smoothing, weight, ignored; pos_weight
+    quick: bool = False  # part of --quick
+    launch_bound: bool = False  # so small that launching it is what takes the time
+    hidden: int = 0  # width before the linear layer of linear_cross_entropy
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def name(self) -> str:
+        return f"{LABELS[self.op]} {self.size} {self.variant}".rstrip()
+
+    @property
+    def classes(self) -> int:
+        return self.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape) // self.classes
+
+    def matches(self, ops: list[str], sizes: list[str]) -> bool:
+        """Whether the filters let it through: op names or labels, and patterns such as ``512x*`` or ``*soft``."""
+        op_names = {self.op, LABELS[self.op].lower()}
+        size_names = (self.size, f"{self.size} {self.variant}")
+        return (not ops or not op_names.isdisjoint(map(str.lower, ops))) and (
+            not sizes or any(fnmatch(name, pattern) for name in size_names for pattern in sizes)
+        )
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+        """Fresh data, drawn on the device: copying gigabytes to it would take longer than the benchmark."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int, scale: float) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(scale)
+
+        def indices() -> Tensor:
+            shape = (self.shape[0], *self.shape[2:])
+            return torch.randint(self.classes, shape, generator=generator, device=device)
+
+        def uniform(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+
+        if self.op == LINEAR_CROSS_ENTROPY:
+            hidden = normal(self.rows, self.hidden, scale=1.0)
+            linear_weight = normal(self.classes, self.hidden, scale=LOGIT_SCALE / math.sqrt(self.hidden))
+            return Inputs((hidden, linear_weight, indices()), {}, differentiable=2)
+
+        logits = normal(*self.shape, scale=LOGIT_SCALE)
+        if self.op == BCE:
+            keywords = {}
+            if self.variant == "pos_weight":  # [C, 1, 1] in the logits' dtype, as torch's promotion wants it
+                keywords["pos_weight"] = uniform(self.classes, *[1] * (len(self.shape) - 2), dtype=dtype).add_(0.5)
+            targets = uniform(*self.shape, dtype=dtype).round_()
+            return Inputs((logits, targets), keywords)
+
+        if self.variant == "soft":
+            return Inputs((logits, torch.softmax(normal(*self.shape, scale=1.0), 1)), {})
+        target = indices()
+        if self.variant == "ignored":
+            target[uniform(*target.shape) < IGNORED_SHARE] = IGNORE_INDEX
+        return Inputs(
+            (logits, target),
+            {
+                **({"weight": uniform(self.classes, dtype=dtype).add_(0.5)} if self.variant == "weight" else {}),
+                **({"label_smoothing": LABEL_SMOOTHING} if self.variant == "smoothing" else {}),
+            },
+        )
+
+
+def _ce(*shape: int, reason: str, **options: Any) -> Problem:
+    return Problem(CROSS_ENTROPY, shape, reason, **options)
+
+
+def _bce(*shape: int, reason: str, **options: Any) -> Problem:
+    return Problem(BCE, shape, reason, **options)
+
+
+CPU = [
+    _ce(32, 10, reason="digits: the cost of a call, not of its arithmetic", launch_bound=True, quick=True),
+    _ce(256, 1000, reason="an ImageNet batch: logits fit the L2 cache"),
+    _ce(4096, 1000, reason="a large ImageNet batch: logits fit the L3 cache at most", quick=True),
+    _ce(65536, 32, reason="tagging: many short rows, shorter than a cache line or two"),
+    _ce(512, 32000, reason="Llama 2's vocabulary: memory bound", quick=True),
+    _ce(256, 128256, reason="Llama 3's vocabulary: the longest rows"),
+    _ce(8, 19, 256, 256, reason="Cityscapes segmentation: classes are strided", quick=True),
+    _ce(1024, 1000, reason="mixup or distillation: the target is as large as the logits", variant="soft", quick=True),
+    _ce(4096, 1000, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
+    _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
+    _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
+    _bce(32, 10, reason="the cost of a call, not of its arithmetic", launch_bound=True),
+    _bce(4096, 1000, reason="multi-label tagging: fits the L3 cache at most", quick=True),
+    _bce(512, 32000, reason="extreme multi-label: memory bound", quick=True),
+    _bce(8, 1, 512, 512, reason="binary segmentation"),
+    _bce(8, 19, 256, 256, reason="multi-label segmentation: one weight [C, 1, 1] a class", variant="pos_weight"),
+]
+
+_QUACK = "QuACK's published grid: "
+
+CUDA = [
+    _ce(32, 10, reason="digits: launches are the cost", launch_bound=True, quick=True),
+    _ce(4096, 10, reason="a larger batch of them: still launches", launch_bound=True),
+    _ce(32768, 256, reason=_QUACK + "a row in a warp's registers"),
+    _ce(32768, 512, reason=_QUACK + "a row in a warp's registers"),
+    _ce(32768, 1024, reason=_QUACK + "about ImageNet's class count"),
+    _ce(32768, 2048, reason=_QUACK + "between a warp and a block per row"),
+    _ce(32768, 4096, reason=_QUACK + "a block per row", quick=True),
+    _ce(32768, 8192, reason=_QUACK + "a block per row"),
+    _ce(32768, 16384, reason=_QUACK + "a block per row"),
+    _ce(32768, 32768, reason=_QUACK + "about Llama 2's vocabulary", quick=True),
+    _ce(32768, 65536, reason=_QUACK + "2^31 logits"),
+    _ce(16384, 131072, reason=_QUACK + "about Llama 3's vocabulary"),
+    _ce(8192, 262144, reason=_QUACK + "Gemma's vocabulary"),
+    _ce(1, 128256, reason="decoding: one row must fill the card", quick=True),
+    _ce(8, 128256, reason="few rows: each over several blocks"),
+    _ce(32, 128256, reason="few rows: each over several blocks"),
+    _ce(128, 128256, reason="about as many rows as multiprocessors"),
+    _ce(8, 19, 512, 1024, reason="Cityscapes segmentation: classes are strided", quick=True),
+    _ce(16, 150, 512, 512, reason="ADE20K segmentation: more strided classes"),
+    _ce(4, 1000, 64, 64, reason="dense features: many classes, few positions"),
+    _ce(4096, 32768, reason="distillation: the target is as large as the logits", variant="soft"),
+    _ce(32768, 1024, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
+    _ce(32768, 1024, reason="imbalanced classes: a weighted mean", variant="weight"),
+    _ce(8192, 32768, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
+    _bce(1024, 1024, reason="2^20 elements: fits the L2 cache"),
+    _bce(8, 1, 512, 512, reason="binary segmentation, 2^21 elements"),
+    _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True),
+    _bce(16384, 16384, reason="2^28 elements: long enough to hide every launch"),
+    _bce(8, 80, 256, 256, reason="detection maps: one weight [C, 1, 1] a class", variant="pos_weight"),
+    Problem(
+        LINEAR_CROSS_ENTROPY,
+        (8192, 128256),
+        "a language model's head: the peers' fused linear + CE",
+        hidden=4096,
+        dtypes=("bfloat16",),
+    ),
+]
+
+GRIDS = {"cpu": CPU, "cuda": CUDA}

@@ -1,0 +1,47 @@
+"""How many bytes of memory a call must move, with everything read once and written once.
+
+With L bytes of logits, T of target, W of class weights or ``pos_weight``, S of row statistics (two float32 a row,
+three for probability targets; none for BCE) and k the share of rows that are not ignored::
+
+    forward             k L + k' T + W     read,   S written
+    backward            k L + k' T + W + S read,   L written
+    forward+backward    the sum of both: softmax needs a whole row before its first gradient
+
+k' is k for probability targets, 1 for class indices: those are what says that a row is ignored. An ignored row's
+gradient is written, as zeros. In place is the same traffic; what it saves is memory, and on CPU the zeroing of fresh
+pages by the system, which is in no formula here.
+
+Linear cross entropy is bound by its matrix products and has no figure.
+"""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.problems import BCE, CROSS_ENTROPY, IGNORED_SHARE, Problem
+
+INDEX_BYTES = 8  # int64
+STATISTIC_BYTES = 4  # float32
+
+PHASES = ("forward", "backward", "forward+backward")
+
+
+def traffic_bytes(problem: Problem, phase: str, element_bytes: int) -> int | None:
+    """Bytes one call of ``phase`` moves, for logits of ``element_bytes`` each."""
+    logits = math.prod(problem.shape) * element_bytes
+    soft = problem.variant == "soft"
+    kept = 1 - IGNORED_SHARE if problem.variant == "ignored" else 1.0
+    if problem.op == BCE:
+        target, statistics = logits, 0
+    elif problem.op == CROSS_ENTROPY:
+        target = logits if soft else problem.rows * INDEX_BYTES
+        statistics = problem.rows * STATISTIC_BYTES * (3 if soft else 2)
+    else:
+        return None
+    weights = problem.classes * element_bytes if problem.variant in ("weight", "pos_weight") else 0
+    reads = int(kept * logits) + target + weights
+    return {
+        "forward": reads + statistics,
+        "backward": reads + statistics + logits,
+        "forward+backward": 2 * reads + 2 * statistics + logits,
+    }[phase]

@@ -1,0 +1,358 @@
+"""The benchmark tool itself: its byte counts, ledger, goals, comparison and README section, and a tiny grid run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmarks print with rich")
+pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
+
+from benchmarks import __main__ as command
+from benchmarks import contenders, goals, ledger, measure, plots, problems, readme, report, timing, traffic
+from benchmarks.cases import cases
+from benchmarks.problems import BCE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, Problem
+
+ENVIRONMENT = {
+    **{"device": "cpu", "name": "Some CPU, 2 threads", "threads": 2, "load": 0.1, "cpu_level": "x86-64-v3"},
+    **{"torch": "2.14.1", "torchce": "0.1.0", "commit": "0123456789ab", "date": "2026-01-02 03:04 UTC", "quick": False},
+}
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads: None) -> None:
+    """Nothing here is large enough to gain from more, and waiting for them takes long on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def row(contender: str, median: float | None, **changes: Any) -> ledger.Row:
+    """A measured row of CE 512x32000 float32."""
+    values: dict[str, Any] = {
+        **{"op": CROSS_ENTROPY, "size": "512x32000", "variant": "", "dtype": "float32", "phase": "forward+backward"},
+        **{"iqr": 1e-4, "minimum": median, "samples": 9, "calls_per_sample": 1, "environment": ENVIRONMENT},
+        **{"peak_bytes": 62 * MIB, "traffic_bytes": 196_616_192},
+    }
+    return ledger.Row(contender=contender, median=median, **{**values, **changes})
+
+
+ROWS = [
+    row("torchce", 0.020),
+    row("torchce in place", 0.010, peak_bytes=4096),
+    row("eager", 0.080),
+    row("compile", 0.050),
+    row("copy", 0.008, peak_bytes=None),
+]
+
+L = 4 * 6 * 4  # float32 logits of shape [4, 6]
+TRAFFIC = [
+    pytest.param(Problem(CROSS_ENTROPY, (4, 6), ""), (L + 32 + 32, L + 32 + 32 + L), id="indices"),
+    pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "soft"), (2 * L + 48, 3 * L + 48), id="probabilities"),
+    pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "weight"), (L + 32 + 24 + 32, 2 * L + 32 + 24 + 32), id="weight"),
+    pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "ignored"), (L // 2 + 64, L // 2 + 64 + L), id="half_ignored"),
+    pytest.param(Problem(CROSS_ENTROPY, (2, 6, 2), ""), (L + 32 + 32, 2 * L + 32 + 32), id="strided_classes"),
+    pytest.param(Problem(BCE, (4, 6), ""), (2 * L, 3 * L), id="bce"),
+    pytest.param(Problem(BCE, (4, 6), "", "pos_weight"), (2 * L + 24, 3 * L + 24), id="pos_weight"),
+]
+
+
+@pytest.mark.parametrize(("problem", "expected"), TRAFFIC)
+def test_traffic_counts_each_byte_once(problem: Problem, expected: tuple[int, int]) -> None:
+    forward, backward, both = (traffic.traffic_bytes(problem, phase, 4) for phase in traffic.PHASES)
+    assert (forward, backward) == expected
+    assert both == sum(expected)
+
+
+def test_traffic_of_products_is_not_counted() -> None:
+    assert traffic.traffic_bytes(Problem(LINEAR_CROSS_ENTROPY, (4, 6), "", hidden=8), "forward", 2) is None
+
+
+@pytest.mark.parametrize("device", problems.GRIDS)
+def test_every_problem_is_distinct_and_has_a_reason(device: str) -> None:
+    grid = problems.GRIDS[device]
+    assert len({problem.name for problem in grid}) == len(grid)
+    assert all(problem.reason for problem in grid)
+    assert any(problem.quick for problem in grid)
+
+
+@pytest.mark.parametrize("device", problems.GRIDS)
+def test_every_goal_names_problems_of_the_grid(device: str) -> None:
+    known = {f"{problem.size} {problem.variant}".rstrip() for problem in problems.GRIDS[device]}
+    named = {size for goal in goals.GOALS if goal.device == device for size in goal.sizes or ()}
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("device", readme.HEADLINES)
+def test_every_headline_is_in_the_grid(device: str) -> None:
+    known = {(problem.op, problem.size, problem.variant) for problem in problems.GRIDS[device]}
+    assert set(readme.HEADLINES[device]) <= known
+
+
+def test_filters() -> None:
+    soft = Problem(CROSS_ENTROPY, (1024, 1000), "", "soft")
+    assert soft.matches([], [])
+    assert soft.matches(["ce"], ["1024x*"])
+    assert soft.matches([CROSS_ENTROPY], ["*soft"])
+    assert not soft.matches(["bce"], [])
+    assert not soft.matches([], ["512x*"])
+
+
+def test_the_ledger_round_trips(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ledger.FILE
+    rows = [*ROWS, row("Liger", None, note="not installed", environment={**ENVIRONMENT, "date": "2026-01-03"})]
+    ledger.save(path, rows)
+    loaded = ledger.load(path)
+    assert [dataclasses.replace(r, iqr=None, minimum=None) for r in loaded] == [
+        dataclasses.replace(r, iqr=None, minimum=None) for r in rows
+    ]
+    assert loaded[0] == rows[0]
+    assert path.read_text().count('"Some CPU') == 2  # each environment once, not with every row
+
+
+def test_the_ledger_keeps_what_was_not_measured_again() -> None:
+    merged = ledger.merge(ROWS, [row("torchce", 0.015), row("torchce", 0.001, size="32x10")])
+    assert len(merged) == len(ROWS) + 1
+    assert merged[0].median == 0.015
+
+
+def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    for text in ("", "[]", '{"rows": [{}]}', '{"environments": [], "rows": [{"environment": 1}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no benchmark ledger"):
+            ledger.load(path)
+
+
+def test_goals_are_judged_against_the_fastest_peer() -> None:
+    (case,) = cases(ROWS)
+    judged = {(v.goal.quantity, v.goal.contender): v for v in goals.verdicts(case)}
+    assert judged["speed-up", "torchce"].value == pytest.approx(2.5)  # over compile, not eager
+    assert not judged["speed-up", "torchce"].met
+    assert not judged["speed-up", "torchce in place"].met
+    assert judged["peak memory", "torchce"].met
+    assert judged["peak memory", "torchce in place"].met
+    assert case.copy_share("torchce") == pytest.approx(0.4)
+    assert case.bandwidth("torchce") == pytest.approx(196_616_192 / 0.020)
+    assert len(report.missed_goals(ROWS)) == 2
+
+
+def test_nothing_is_judged_that_was_not_measured() -> None:
+    (case,) = cases([row("torchce", 0.02, peak_bytes=None), row("eager", None), row("compile", None)])
+    assert goals.verdicts(case) == []
+
+
+def test_comparison_shows_only_what_left_the_spread() -> None:
+    new = [row("torchce", 0.0101), row("torchce in place", 0.0101), row("compile", 0.050)]
+    (line,) = report.comparison(ROWS, new).lines
+    assert [cell.text for cell in line] == [
+        *("CE 512x32000", "float32", "forward+backward", "20 ms", "10.1 ms", "1.98x", "2.50x", "4.95x")
+    ]
+    noisy = [row("torchce", 0.0101, iqr=0.02)]
+    assert report.comparison(ROWS, noisy).lines == []
+    (line,) = report.comparison([], [row("torchce", 0.01)]).lines
+    assert "new" in [cell.text for cell in line]
+
+
+def test_markdown_says_what_is_missing_and_missed() -> None:
+    text = report.markdown([*ROWS, row("QuACK", None, note="not installed")], ["speedup.png"])
+    assert "Some CPU, 2 threads" in text
+    assert "QuACK: not installed" in text
+    assert "2.50x eager / compile (≥ 3x)" in text
+    assert "|CE 512x32000|float32|in place|10 ms|" in text
+
+
+def test_a_busy_machine_is_named() -> None:
+    assert report.busy(ENVIRONMENT) is None
+    assert "load 3.5" in (report.busy({**ENVIRONMENT, "load": 3.5}) or "")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "-"), (2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 µs"), (5e-8, "50 ns")]
+)
+def test_seconds(value: float | None, expected: str) -> None:
+    assert report.seconds(value) == expected
+
+
+def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    page = tmp_path / "README.md"
+    page.write_text(f"# Title\n\n{readme.BEGIN}\ntyped by hand\n{readme.END}\n\nThe end.\n")
+
+    assert readme.update(page, results)
+    empty = page.read_text()
+    assert empty.count(readme.NOT_MEASURED.capitalize()) == 2
+    assert "| CE" not in empty
+    assert not readme.update(page, results)
+
+    ledger.save(results / "some-cpu" / ledger.FILE, ROWS)
+    assert readme.update(page, results)
+    text = page.read_text()
+    assert "| CE 512x32000 | float32 | 20 ms | 10 ms | 80 ms | 50 ms | 2.5x | 5.0x | 62 MiB | 4 KiB |" in text
+    assert f"| CE 512x32000 | bfloat16 | {readme.NOT_MEASURED} |" in text
+    assert text.count(readme.NOT_MEASURED.capitalize()) == 1  # CUDA
+    assert ENVIRONMENT["commit"] in text
+    assert "typed by hand" not in text
+    assert text.startswith("# Title\n")
+    assert text.endswith("The end.\n")
+
+
+def test_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        readme.update(page, tmp_path)
+    assert page.read_text() == "# Title\n"
+
+
+def test_quick_results_stay_apart() -> None:
+    thorough, quick = (ledger.folder({**ENVIRONMENT, "quick": quick}) for quick in (False, True))
+    assert thorough.name == "some-cpu-2-threads"
+    assert quick.parent == thorough
+
+
+def test_calls_take_the_input_sets_in_turn() -> None:
+    seen: list[tuple[str, int]] = []
+    timed = timing.Timed(
+        "x", [lambda i=i: seen.append(("run", i)) for i in range(3)], lambda i: seen.append(("prepare", i))
+    )
+    for _ in range(2):
+        timed.ready(2)
+        timed.run(2)
+    order = [[("prepare", i), ("prepare", j), ("run", i), ("run", j)] for i, j in ((0, 1), (2, 0))]
+    assert seen == order[0] + order[1]
+    assert timed.most_calls == 3
+
+
+def test_cuda_times_single_calls_cold_and_launch_bound_ones_back_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0  # milliseconds
+
+    class Driver:
+        def get_empty_cache_for_benchmark(self) -> str:
+            return "L2"
+
+        def clear_cache(self, cache: str) -> None:
+            log.append(f"flush {cache}")
+
+    runtime = pytest.importorskip("triton", reason="triton flushes the L2 cache").runtime
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=Driver()))
+    cuda = {"Event": Event, "synchronize": lambda: log.append("sync"), "_sleep": lambda _: log.append("busy")}
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    clock = timing.clock("cuda")
+    timed = timing.Timed("x", [lambda: log.append("call")] * 3, lambda i: log.append(f"prepare {i}"))
+    assert clock.calls_per_sample(timed, launch_bound=False) == 1
+    assert clock.sample(timed, 1) == pytest.approx(6e-3)
+    assert log == ["prepare 0", "sync", "flush L2", "busy", "event", "call", "event", "wait"]
+    log.clear()
+    assert clock.calls_per_sample(timed, launch_bound=True) == 3  # as many as there are inputs to consume
+    assert clock.sample(timed, 3) == pytest.approx(2e-3)
+    assert log == ["prepare 1", "prepare 2", "prepare 0", "sync", "event", "call", "call", "call", "event", "wait"]
+
+
+def test_peak_memory_is_that_of_the_allocations() -> None:
+    def call() -> None:
+        first = torch.empty(1000, dtype=torch.float32)
+        second = torch.empty(500, dtype=torch.float32)
+        del first, second
+        torch.empty(100, dtype=torch.float32)
+
+    assert timing.peak_bytes(timing.Timed("x", [call]), "cpu") == 6000
+
+
+TINY = [
+    pytest.param(Problem(CROSS_ENTROPY, (8, 5), "indices", launch_bound=True), id="ce"),
+    pytest.param(Problem(CROSS_ENTROPY, (2, 5, 3, 3), "strided classes"), id="ce_4d"),
+    *(
+        pytest.param(Problem(CROSS_ENTROPY, (8, 5), "", variant), id=f"ce_{variant}")
+        for variant in ("soft", "smoothing", "weight", "ignored")
+    ),
+    pytest.param(Problem(BCE, (2, 5, 3, 3), "", "pos_weight"), id="bce_pos_weight"),
+    pytest.param(Problem(LINEAR_CROSS_ENTROPY, (8, 5), "", hidden=4), id="linear"),
+]
+ALL_PHASES = traffic.PHASES
+NO_COMPILE = [c for c in contenders.CONTENDERS if "cpu" in c.devices and c.name != contenders.COMPILE]
+
+
+@pytest.mark.parametrize("problem", TINY)
+def test_every_kind_of_problem_is_measured(problem: Problem) -> None:
+    dtype = "bfloat16"  # the one that asks more of the contenders
+    rows = list(measure.measure(problem, dtype, "cpu", NO_COMPILE, measure.Budget(0.0, 1), ALL_PHASES))
+    found = {(r.phase, r.contender): r for r in rows}
+    for phase in ALL_PHASES:
+        assert found[phase, "eager"].median, found[phase, "eager"].note
+        if problem.op != LINEAR_CROSS_ENTROPY:
+            assert found[phase, "torchce"].median, found[phase, "torchce"].note
+            assert found[phase, "copy"].median
+    if problem.op != LINEAR_CROSS_ENTROPY:
+        ours, in_place = found["forward+backward", "torchce"], found["forward+backward", "torchce in place"]
+        assert in_place.median, in_place.note
+        element_bytes = problems.DTYPES[dtype].itemsize
+        assert (ours.peak_bytes or 0) >= problem.rows * problem.classes * element_bytes  # the gradient
+
+
+def test_whoever_computes_something_else_is_not_timed() -> None:
+    def half(problem: Problem) -> contenders.Loss:
+        return lambda *arguments, **keywords: torch.nn.functional.cross_entropy(*arguments, **keywords) / 2
+
+    def broken(problem: Problem) -> contenders.Loss:
+        raise RuntimeError("out of order\nwith details")
+
+    entrants = [contenders.Contender("half", half), contenders.Contender("broken", broken), NO_COMPILE[0]]
+    problem = Problem(CROSS_ENTROPY, (8, 5), "")
+    rows = list(measure.measure(problem, "float32", "cpu", entrants, measure.Budget(0.0, 1), ["forward"]))
+    found = {r.contender: r for r in rows}
+    assert found["half"].median is None
+    assert "float32 torch" in found["half"].note
+    assert found["broken"].note == "failed: RuntimeError: out of order"
+    assert found["torchce"].median
+
+
+def test_the_command_measures_reports_draws_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(problems.GRIDS, "cpu", [Problem(CROSS_ENTROPY, (512, c), "", quick=True) for c in (256, 512)])
+    monkeypatch.setattr(command, "QUICK", measure.Budget(0.0, 2))
+    arguments = ["--quick", "--no-compile", "--dtype", "float32", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("ledger.json", "results.md", "speedup.png", "time_against_classes.png")
+    }
+    assert "CE 512x256" in capsys.readouterr().out
+
+    old = tmp_path / "old.json"
+    slower = [dataclasses.replace(r, median=r.median and r.median * 100) for r in ledger.load(tmp_path / ledger.FILE)]
+    ledger.save(old, slower)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])  # once is enough
+    assert command.main([*arguments, "--from-ledger", "--statistic", "minimum", "--compare", str(old)]) == 0
+    assert command.main([*arguments, "--size", "512x512", "--compare", str(old)]) == 0
+    assert "Changes since" in capsys.readouterr().out
+    assert len({r.size for r in ledger.load(tmp_path / ledger.FILE)}) == 2  # the filtered run kept the other one
+    with pytest.raises(SystemExit, match="no problem"):
+        command.main([*arguments, "--op", "bce"])
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    stale = tmp_path / "speedup.png"
+    stale.write_bytes(b"")
+    assert plots.draw([row("copy", 0.01)], tmp_path, "") == []
+    assert not stale.exists()

@@ -1,0 +1,125 @@
+"""What the CUDA compiler made of the kernels, read from the built extension: registers, local memory, load widths.
+
+This needs no GPU, only torchce._cuda and cuobjdump (of a CUDA toolkit, or the one triton brings).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from functools import cache
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+# 256 threads of 128 registers leave room for two blocks on a multiprocessor (kBlocksToFit in csrc/cuda/pack.cuh).
+MOST_REGISTERS = 128
+# Gradients of float32 targets beside float64 logits come two at a time, as these do: 8 bytes.
+NARROW = "8backwardIdfLNS1_2OfE1ELi2E"
+KERNELS = {
+    "forward_by_lanes",
+    "forward_by_block",
+    "forward_by_parts",
+    "forward_across",
+    "backward_along",
+    "backward_across",
+    "forward",
+    "backward",
+}
+
+
+def _extension() -> Path | None:
+    spec = util.find_spec("torchce._cuda")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def _cuobjdump() -> str | None:
+    triton = util.find_spec("triton")
+    places = (
+        [] if triton is None else [str(Path(p, "backends/nvidia/bin")) for p in triton.submodule_search_locations or []]
+    )
+    return next(filter(None, (shutil.which("cuobjdump", path=place) for place in (None, *places))), None)
+
+
+EXTENSION, CUOBJDUMP = _extension(), _cuobjdump()
+pytestmark = [
+    pytest.mark.skipif(EXTENSION is None, reason="torchce._cuda is not built"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
+]
+
+
+def _dump(*options: str) -> str:
+    command = [str(CUOBJDUMP), *options, str(EXTENSION)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kernel_name(symbol: str) -> str:
+    """``forward_by_lanes`` of ``_ZN7torchce4cuda10softmax_ce16forward_by_lanesI...``."""
+    found = re.search(r"(?:softmax_ce|sigmoid_bce)\d+([a-z_]+?)I", symbol)
+    return found[1] if found else symbol
+
+
+@cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel symbol) -> REG, STACK, LOCAL, ..."""
+    result = {}
+    arch = symbol = ""
+    for line in _dump("-res-usage").splitlines():
+        if found := re.match(r"\s*arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):$", line):
+            symbol = found[1]
+        elif symbol and "REG:" in line:
+            result[arch, symbol] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+            symbol = ""
+    return result
+
+
+@cache
+def instructions() -> dict[str, set[str]]:
+    """Kernel symbol -> the memory instructions in it, of one architecture: disassembling each takes half a minute."""
+    arches = {arch for arch, _ in resources()}
+    arch = "sm_90" if "sm_90" in arches else min(arches)
+    result = defaultdict(set)
+    symbol = ""
+    for line in _dump("-arch", arch, "-sass").splitlines():
+        if found := re.match(r"\s*Function : (\S+)", line):
+            symbol = found[1]
+        elif found := re.search(r"\s((?:LD|ST)[GL]\.[A-Z0-9.]+)", line):
+            result[symbol].add(found[1])
+    return result
+
+
+def test_every_kernel_is_there() -> None:
+    assert {kernel_name(symbol) for _, symbol in resources()} == KERNELS
+    symbols = defaultdict(set)
+    for arch, symbol in resources():
+        symbols[arch].add(symbol)
+    assert len({frozenset(s) for s in symbols.values()}) == 1, "the architectures differ in their kernels"
+
+
+def test_no_local_memory_and_registers_within_budget() -> None:
+    """A spill is memory traffic that no one counts."""
+    for key, used in resources().items():
+        assert used["STACK"] == used["LOCAL"] == 0, key
+        assert used["REG"] <= MOST_REGISTERS, key
+    for symbol, used_instructions in instructions().items():
+        assert not any(name.startswith(("LDL", "STL")) for name in used_instructions), symbol
+
+
+def has_packs(symbol: str) -> bool:
+    """Kernels along rows find aligned packs by themselves; across rows and in BCE the pack size is an argument, V."""
+    across = kernel_name(symbol) in {"forward_across", "backward_across", "forward", "backward"}
+    return not across or "Li1EEEv" not in symbol
+
+
+def test_hot_paths_use_the_widest_accesses() -> None:
+    packed = {symbol: names for symbol, names in instructions().items() if has_packs(symbol)}
+    assert {kernel_name(symbol) for symbol in packed} == KERNELS
+    for symbol, names in packed.items():
+        assert any(re.fullmatch(r"LDG\.[A-Z0-9.]*128[A-Z0-9.]*", name) for name in names), symbol
+        if kernel_name(symbol).startswith("backward") and NARROW not in symbol:
+            assert any(re.fullmatch(r"STG\.[A-Z0-9.]*128[A-Z0-9.]*", name) for name in names), symbol
