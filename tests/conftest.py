@@ -25,13 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a torchce built with CUDA")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     reason = _why_no_cuda()
     if reason is None:
         return
     skip = pytest.mark.skip(reason=reason)
+    emulated = config.getoption("--emulate-cuda")
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("cuda") and not (emulated and "cuda_device" in getattr(item, "fixturenames", ())):
             item.add_marker(skip)
 
 

@@ -76,7 +76,8 @@ BCE_SAMPLES = {
 
 
 def op(name: str) -> Any:
-    return getattr(torch.ops.torchce, name).default
+    """As torchce.ops calls it: torch.ops.torchce's, or what --emulate-cuda has put in its place."""
+    return getattr(torchce.ops, f"_{name}")
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str) -> Tensor:

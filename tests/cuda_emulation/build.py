@@ -25,7 +25,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",  # unroll
     "-Wno-unused-function",
 ]
-PLAIN = ["-O2"]
+PLAIN = ["-O1"]
 SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -95,6 +96,7 @@ class Machine {
   void seed(uint64_t seed) { random_ = Random(seed_ = seed); }
 
   uint64_t launches = 0, switches = 0;
+  std::set<const void*> kernels;  // launched so far
 
  private:
   static void fiber_main();
@@ -196,6 +198,7 @@ void Machine::launch(const void* kernel, unsigned blocks, unsigned threads, void
                      const void* closure) {
   const std::lock_guard lock(mutex_);
   ++launches;
+  kernels.insert(kernel);
   kernel_ = kernel;
   thread_ = thread;
   closure_ = closure;
@@ -432,3 +435,10 @@ void launch(const void* kernel, unsigned blocks, unsigned threads, void (*thread
 void cuda_emulation_seed(uint64_t seed) { cuda_emulation::machine().seed(seed); }
 uint64_t cuda_emulation_launches() { return cuda_emulation::machine().launches; }
 uint64_t cuda_emulation_switches() { return cuda_emulation::machine().switches; }
+
+const char* cuda_emulation_kernels() {
+  static std::string names;
+  names.clear();
+  for (const void* kernel : cuda_emulation::machine().kernels) names += cuda_emulation::name_of_kernel(kernel) + "\n";
+  return names.c_str();
+}

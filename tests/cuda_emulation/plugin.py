@@ -18,13 +18,20 @@ import torch
 import torchce.ops
 from cuda_emulation import build
 
-# What differs on CUDA by design, or asks about another part than the kernels.
+# Where the kernels are tested; the other files ask about the layers above them.
+EMULATED_FILES = {
+    "test_autograd",
+    "test_cuda_kernels",
+    "test_determinism",
+    "test_ops",
+    "test_sigmoid_bce",
+    "test_softmax_ce",
+}
 NOT_EMULATED = {
-    "test_out_of_range": "a bad index makes its row NaN on CUDA, without an IndexError",
-    "test_backward_with_a_bad_index_stays_in_bounds": "the CPU test; CUDA has its own, NaN",
-    "test_opcheck": "opcheck needs the registrations of torchce's own ops, which the emulated ones lack",
+    "test_backward_with_a_bad_index_stays_in_bounds": "CUDA gives NaN, and has its own test",
+    "test_opcheck": "looks at how torchce's own ops are registered",
     "test_fake_results_have_the_real_layout": "fakes are registered for torchce's own ops",
-    "test_schemas_are_the_contract": "is about torchce's own ops",
+    "test_schemas_are_the_contract": "looks at torchce's own ops",
     "test_thread_count_does_not_matter": "kernels use no CPU threads",
     "test_every_thread_count": "kernels use no CPU threads",
 }
@@ -39,8 +46,9 @@ class Emulation:
         self.library.cuda_emulation_seed.argtypes = [ctypes.c_uint64]
         self.library.cuda_emulation_launches.restype = ctypes.c_uint64
         self.library.cuda_emulation_switches.restype = ctypes.c_uint64
-        self.library.cuda_emulation_set_multiprocessors(int(os.environ.get("TORCHCE_EMULATED_SMS", "3")))
+        self.library.cuda_emulation_kernels.restype = ctypes.c_char_p
         self.initial_seed = int(os.environ.get("TORCHCE_EMULATION_SEED", "0"))
+        self.multiprocessors = int(os.environ.get("TORCHCE_EMULATED_SMS", "3"))
 
     def take_over(self) -> None:
         """Makes every wrapper in torchce.ops call the emulated op."""
@@ -50,8 +58,9 @@ class Emulation:
                 assert hasattr(torchce.ops, f"_{op}"), f"torchce.ops has no _{op}"
                 setattr(torchce.ops, f"_{op}", getattr(torch.ops.torchce_emulated, op).default)
 
-    def seed(self, seed: int) -> None:
-        self.library.cuda_emulation_seed(seed)
+    def start_afresh(self) -> None:
+        self.library.cuda_emulation_seed(self.initial_seed)
+        self.library.cuda_emulation_set_multiprocessors(self.multiprocessors)
 
 
 emulation: Emulation | None = None
@@ -80,6 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         reason = NOT_EMULATED.get(getattr(item, "originalname", item.name))
+        if item.path.stem not in EMULATED_FILES:
+            reason = "asks nothing of the kernels"
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"--emulate-cuda: {reason}"))
 
@@ -90,14 +101,36 @@ def _emulation_starts_afresh() -> Iterator[None]:
     if emulation is None:
         yield
         return
-    emulation.seed(emulation.initial_seed)
+    emulation.start_afresh()
     yield
     left = emulation.library.cuda_emulation_counter()
     assert left == 0, f"a kernel left the counter of its blocks at {left}: later launches would go wrong"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+@pytest.fixture
+def cuda_device() -> str:
+    """Where CUDA kernels run: for tests that only CUDA can pass, or only CUDA need."""
+    return "cuda" if emulation is None else "cpu"
+
+
+@pytest.fixture
+def multiprocessors(request: pytest.FixtureRequest) -> int:
+    """How many a kernel's plan reckons with. A real device has what it has, so that one parameter is enough for it."""
     if emulation is not None:
-        launches = emulation.library.cuda_emulation_launches()
-        switches = emulation.library.cuda_emulation_switches()
-        terminalreporter.write_line(f"CUDA emulation: {launches} launches, {switches / 1e6:.1f} million switches")
+        emulation.library.cuda_emulation_set_multiprocessors(request.param)
+    elif request.param != 1:
+        pytest.skip("only the emulation can choose")
+    return int(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if emulation is None:
+        return
+    kernels = emulation.library.cuda_emulation_kernels().decode().splitlines()
+    launches = emulation.library.cuda_emulation_launches()
+    switches = emulation.library.cuda_emulation_switches()
+    for kernel in kernels:
+        terminalreporter.write_line(f"emulated: {kernel}")
+    terminalreporter.write_line(
+        f"CUDA emulation: {len(kernels)} kernels, {launches} launches, {switches / 1e6:.1f} million switches"
+    )
