@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import cases
@@ -19,8 +20,23 @@ def _why_no_cuda() -> str | None:
     return None
 
 
+# What pytest's own summary does not count: torch's samples, by whose they are, and fuzzed problems.
+COUNTS = pytest.StashKey[Counter[str]]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA device and a torchce built with CUDA")
+    config.stash[COUNTS] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for what, count in sorted(config.stash[COUNTS].items()):
+        terminalreporter.write_line(f"{count} {what}")
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Counter[str]:
+    """Counts that are printed at the end of the run, each with its key behind it."""
+    return request.config.stash[COUNTS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -138,7 +138,7 @@ def cross_entropy(
     Keyword Args:
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense and no leaf; using them after backward, or a second backward, raises.
-            Default: ``False``
+            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
@@ -184,6 +184,7 @@ def cross_entropy(
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, _REDUCTION_NAMES[number], label_smoothing)
         return _explain(problem, _torch_cross_entropy, *arguments)
+    inplace_backward = inplace.applies(inplace_backward)
     if inplace_backward and (refusal := inplace.refusal(input)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
@@ -294,7 +295,7 @@ def binary_cross_entropy_with_logits(
     Keyword Args:
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense and no leaf; using them after backward, or a second backward, raises.
-            Default: ``False``
+            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
 
     Shape:
         - input, target: :math:`(*)`, the same
@@ -336,6 +337,7 @@ def binary_cross_entropy_with_logits(
     if problem is not None:
         arguments = (input, target, weight, None, None, _REDUCTION_NAMES[number], pos_weight)
         return _explain(problem, _torch_bce_with_logits, *arguments)
+    inplace_backward = inplace.applies(inplace_backward)
     if inplace_backward and (refusal := inplace.refusal(input)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
