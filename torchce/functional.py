@@ -7,7 +7,8 @@ what torch raises, with a message that names the argument, or answers where only
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
 - complex or integer inputs, and inputs without classes (``C = 0``);
 - a ``weight`` or ``pos_weight`` that requires grad (torch differentiates the former for probability targets only);
-- :mod:`torch.func` transforms and forward-mode AD.
+- :mod:`torch.func` transforms and forward-mode AD;
+- ``torch.jit.trace``. ``torch.jit.script`` raises: TorchScript cannot compile these functions.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
             return False
     if device.type == "cuda" and not ops.has_cuda():
         return False
-    return not (in_forward_ad() or in_functorch())
+    return not (in_forward_ad() or in_functorch() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def _no_kernels(**tensors: Tensor | None) -> str:
@@ -376,3 +377,8 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
 def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
     offset = len(wanted) - len(shape)
     return offset >= 0 and all(size in (1, wanted[offset + d]) for d, size in enumerate(shape))
+
+
+NO_TORCHSCRIPT = "torchce's losses cannot be scripted; use torch.compile or torch.export, or torch.nn's losses"
+for _function in (cross_entropy, binary_cross_entropy_with_logits):
+    setattr(_function, "__script_unsupported", NO_TORCHSCRIPT)  # where torch.jit.script looks

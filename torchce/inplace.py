@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def applies(inplace_backward: bool) -> bool:
-    """Whether the gradient is to overwrite the logits. In a compiled graph the compiler decides which memory to reuse."""
+    """Whether the gradient is to overwrite the logits. In a compiled graph it is the compiler that plans the memory."""
     return inplace_backward and not torch.compiler.is_compiling()
 
 
