@@ -24,6 +24,10 @@ def _why_no_cuda() -> str | None:
 COUNTS = pytest.StashKey[Counter[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="also run the tests beyond 2^31 elements, which take minutes")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = Counter()
 
@@ -39,14 +43,15 @@ def counts(request: pytest.FixtureRequest) -> Counter[str]:
     return request.config.stash[COUNTS]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_no_cuda()
-    if reason is None:
-        return
-    skip = pytest.mark.skip(reason=reason)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "cuda": _why_no_cuda(),
+        "large": None if config.getoption("--large") else "takes minutes and gigabytes: make test-large",
+    }
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=cases.DEVICES)

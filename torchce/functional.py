@@ -351,7 +351,7 @@ def binary_cross_entropy_with_logits(
         elif target.dtype not in (input.dtype, torch.float32):
             target = target.to(ops.accumulation_dtype(input.dtype))
     elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
-        target = target.to(torch.int64)
+        target = target.to(ops.accumulation_dtype(input.dtype))
     acc = ops.accumulation_dtype(input.dtype)
     if weight is not None:
         weight = weight.to(acc)
