@@ -136,7 +136,7 @@ def check_softmax_ce(
     def describe(index: tuple[int, ...]) -> str:
         return _describe_row(logits, target, index, options)
 
-    return _check(
+    return check(
         torchce.functional.cross_entropy,
         torch.nn.functional.cross_entropy,
         reference.softmax_ce,
@@ -165,7 +165,7 @@ def check_sigmoid_bce(
             return _describe_all(logits, target, options)
         return f"logit {logits[index].item()!r}, target {target[index].item()!r}, {options}"
 
-    return _check(
+    return check(
         torchce.functional.binary_cross_entropy_with_logits,
         torch.nn.functional.binary_cross_entropy_with_logits,
         reference.sigmoid_bce,
@@ -177,7 +177,7 @@ def check_sigmoid_bce(
     )
 
 
-def _check(
+def check(
     our_function: Callable[..., Tensor],
     torch_function: Callable[..., Tensor],
     reference_function: Callable[..., Any],
@@ -187,6 +187,12 @@ def _check(
     target_grad: bool,
     describe: Callable[[tuple[int, ...]], str],
 ) -> Tensor:
+    """Hold one function to another and to the reference.
+
+    Args:
+        tensors: logits, target and the target as torch takes it
+        options: ours and torch's; the reference gets ours
+    """
     logits, target, torch_target = tensors
     ours = run(our_function, logits, target, options[0], grad_output, target_grad)
     theirs = run(torch_function, logits, torch_target, options[1], grad_output, target_grad)
