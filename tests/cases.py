@@ -66,7 +66,6 @@ def classes_around_plan_changes(dtype: torch.dtype) -> list[int]:
     return sorted({1, 2, 3, 4, 5, *(switch + step for switch in switches for step in (-1, 0, 1))} - {0})
 
 
-
 def dtype_id(value: object) -> str | None:
     """A readable id for a torch.dtype parameter; pytest's own for anything else."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
