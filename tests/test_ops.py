@@ -287,3 +287,12 @@ def test_backward_with_a_bad_index_stays_in_bounds(bad: int) -> None:
     result = op("softmax_ce_backward")(grad, logits, wrong, *rest)
     others = torch.arange(6) != 3
     assert_bitwise_equal(result[others], expected[others])
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 0), (2, 0, 3)], ids=str)
+def test_no_classes_are_refused(device: str, shape: tuple[int, ...]) -> None:
+    """torchce.functional sends them to torch; a kernel has no logit to read and no number of classes to divide by."""
+    logits = torch.empty(shape, device=device)
+    target = torch.full(cases.index_shape(shape), -100, device=device)
+    with pytest.raises(RuntimeError, match=r"logits: expected at least one class, got shape \["):
+        op("softmax_ce_forward")(logits, target, None, MEAN, -100, 0.0, None)

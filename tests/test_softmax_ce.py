@@ -329,7 +329,7 @@ def test_all_weights_zero(device: str, smoothing: float) -> None:
     assert loss == 0 and torch.count_nonzero(grad) == 0
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 20001), (0, 5, 3), (2, 5, 0), (2, 5, 3, 0)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(device: str, kind: str, shape: tuple[int, ...]) -> None:
     logits = cases.normal(shape, torch.float32, device)

@@ -37,7 +37,9 @@ const DeviceFacts& facts_of(int device) {
 
 DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   const int device = on.device().index();
-  host::check(device < kMostDevices, "device: expected an index below ", kMostDevices, ", got ", device);
+  // The CPU's index is -1: logits may lie there when only another argument brought the call here.
+  host::check(0 <= device && device < kMostDevices, "logits: expected a CUDA device of an index below ", kMostDevices,
+              ", got index ", device);
   DeviceGuardHandle guard = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
   guard_ = guard;

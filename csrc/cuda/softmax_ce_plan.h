@@ -66,7 +66,8 @@ inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int mul
     return {Regime::lanes, lanes, 1, classes, std::min(resident, ceil_div(rows, kBlock / lanes))};
   }
   // Fewer rows than multiprocessors: two blocks for each are enough to hide what one waits for.
-  const int64_t parts = rows < multiprocessors ? std::min(ceil_div(2 * multiprocessors, rows), classes / kPart) : 1;
+  const bool few = 0 < rows && rows < multiprocessors;
+  const int64_t parts = few ? std::min(ceil_div(2 * multiprocessors, rows), classes / kPart) : 1;
   if (parts > 1) {
     const int64_t part = ceil_div(ceil_div(classes, parts), pack) * pack;
     return {Regime::parts, 0, int(ceil_div(classes, part)), part, rows * ceil_div(classes, part)};
