@@ -1,7 +1,7 @@
 """One tolerance for the whole suite, and one way to run ours, torch's and the reference on the same problem.
 
-The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of the
-output dtype at that value plus 1e-6 of the value's condition (reference.py). Two places are stricter than the rule:
+The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of
+the output dtype at that value plus 1e-6 of the value's condition (reference.py). Two places are stricter than the rule:
 16-bit results are rounded once from float32 and so are not granted torch's error (torch rounds at every step), and
 float64 gets 1e-13, so that a float32 step in a float64 kernel cannot pass.
 """
@@ -80,7 +80,7 @@ def assert_accurate(
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Equal to the last bit: -0.0 is not 0.0, and a NaN equals itself."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
     bits, expected_bits = (t.detach().contiguous().view(integer) for t in (actual, expected))
     differing = int((bits != expected_bits).sum())
     assert differing == 0, f"{what}: {differing} of {expected.numel()} elements differ"

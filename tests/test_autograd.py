@@ -323,7 +323,9 @@ def test_no_grad_keeps_no_state(device: str, context: Callable[[], Any], loss: s
     function, logits, target = problem(loss, device)
     with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function(logits, target)
-    assert result.grad_fn is None and not result.requires_grad and not saved
+    assert result.grad_fn is None
+    assert not result.requires_grad
+    assert not saved
 
 
 @pytest.mark.parametrize("loss", LOSSES)
