@@ -305,7 +305,7 @@ def test_empty(device: str, pos_weight: bool, shape: tuple[int, ...]) -> None:
 def test_infinite_logits(
     device: str, logit: float, target: float, loss: float, grad: float, weighted: bool, dtype: torch.dtype
 ) -> None:
-    """A certain and right prediction costs nothing, its gradient is 0; a wrong one costs inf, with a finite gradient."""
+    """Being certain and right costs nothing, with gradient 0; being wrong costs inf, with a finite gradient."""
     scale = 2.0 if weighted else 1.0  # weight 2, and pos_weight 1 so that the limits stay readable
     options = {"weight": torch.tensor(2.0), "pos_weight": torch.ones(3)} if weighted else {}
     options = {name: tensor.to(device, dtype) for name, tensor in options.items()}
