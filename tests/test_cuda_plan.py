@@ -27,7 +27,7 @@ pytestmark = [
 
 BLOCK = 256  # kBlock
 BLOCKS_PER_PROCESSOR = 8  # kBlocksPerProcessor
-PART = 8192  # plan_forward's kPart
+PART = 256  # packs, plan_forward's smallest_part
 LANES, WHOLE_BLOCK, PARTS = range(3)  # Regime
 
 ROWS = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 131, 132, 133, 263, 264, 1000, 32768, 2**20 + 1, 2**31, 2**40]
@@ -106,7 +106,7 @@ def test_forward(ask: Ask) -> None:
             assert parts > 1, question
             assert blocks == rows * parts < 2**31, question
             assert rows < multiprocessors, question
-            assert part >= PART, question
+            assert part >= PART * pack, question
             assert part % pack == 0, f"{question}: parts that start misaligned"
             assert blocks <= 4 * multiprocessors, f"{question}: more partial sums than the last block should merge"
 
@@ -114,10 +114,10 @@ def test_forward(ask: Ask) -> None:
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
 def test_few_long_rows_fill_the_device(ask: Ask, multiprocessors: int, pack: int) -> None:
-    """A block for each multiprocessor wherever each would have two batches of packs to read."""
+    """A block for each multiprocessor wherever each of its threads would have a pack to read."""
     questions = [Question(rows, 128256, pack, multiprocessors) for rows in range(1, 129)]
     for question, (*_, blocks) in zip(questions, ask("forward", questions), strict=True):
-        possible = question.rows * (question.classes // PART)
+        possible = question.rows * (question.classes // (PART * pack))
         assert blocks >= min(multiprocessors, possible), question
 
 
@@ -157,7 +157,8 @@ def test_backward_across(ask: Ask) -> None:
 def test_the_gpu_tests_know_every_change_of_plan(ask: Ask, dtype: torch.dtype) -> None:
     """cases.classes_around_plan_changes holds both sides of each class count at which a plan changes."""
     known = set(cases.classes_around_plan_changes(dtype))
-    questions = [Question(3, classes, 16 // dtype.itemsize, 132) for classes in range(1, 3 * PART + 2)]
+    pack = 16 // dtype.itemsize
+    questions = [Question(3, classes, pack, 132) for classes in range(1, 3 * PART * pack + 2)]
     forward = [(regime, lanes, min(parts, 3)) for regime, lanes, parts, *_ in ask("forward", questions)]
     backward = [(team, min(parts, 2)) for team, parts, *_ in ask("backward", questions)]
     changes = [
