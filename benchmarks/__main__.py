@@ -13,6 +13,7 @@ Examples::
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import replace
@@ -40,6 +41,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", action="append", default=[], metavar="PATTERN", help="such as 512x32000, '4096x*'")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--seconds", type=float, help="for each pass of a problem, shared by all contenders")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no problem after that; those of --quick go first, those left out are named",
+    )
     parser.add_argument("--statistic", choices=["median", "minimum"], default="median", help="of the printed table")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show what changed since that ledger")
     parser.add_argument("--from-ledger", action="store_true", help="report what is there, measure nothing")
@@ -60,6 +68,13 @@ def _run(options: argparse.Namespace, environment: dict, path: Path, console: Co
     ]
     if not grid:
         raise SystemExit("no problem passes these filters")
+    deadline = math.inf
+    if options.time_limit is not None:
+        deadline = time.perf_counter() + options.time_limit
+        grid.sort(key=lambda pair: not pair[0].quick)
+    budget = QUICK if options.quick else THOROUGH
+    if options.seconds is not None:
+        budget = replace(budget, seconds=options.seconds)
     present = [c for c in CONTENDERS if device in c.devices and not (options.no_compile and c.name == COMPILE)]
     for contender in present:
         if reason := contender.missing():
@@ -77,9 +92,12 @@ def _run(options: argparse.Namespace, environment: dict, path: Path, console: Co
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(grid))
-        for problem, dtype in grid:
+        for number, (problem, dtype) in enumerate(grid):
+            if number > 0 and time.perf_counter() > deadline:
+                left = ", ".join(f"{problem.name} {dtype}" for problem, dtype in grid[number:])
+                progress.console.print(f"[yellow]not measured within {options.time_limit:.0f} s: {left}[/]")
+                break
             progress.update(task, description=f"{problem.name} {dtype}: {problem.reason}")
-            budget = QUICK if options.quick else THOROUGH
             rows = list(measure(problem, dtype, device, present, budget, PHASES[device]))
             rows = [replace(row, environment=environment) for row in rows]
             new += rows

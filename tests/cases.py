@@ -56,6 +56,16 @@ ELEMENT_SHAPES = [
 SCALES = [1.0, 10.0, 1e4]
 
 
+def classes_around_plan_changes(dtype: torch.dtype) -> list[int]:
+    """Class counts on both sides of each at which csrc/cuda/softmax_ce_plan.h plans otherwise, for a few rows.
+
+    ``test_cuda_plan.py`` holds this to the header.
+    """
+    pack = 16 // dtype.itemsize
+    switches = [pack * packs for packs in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024)]
+    return sorted({1, 2, 3, 4, 5, *(switch + step for switch in switches for step in (-1, 0, 1))} - {0})
+
+
 def dtype_id(value: object) -> str | None:
     """A readable id for a torch.dtype parameter; pytest's own for anything else."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None

@@ -1,7 +1,7 @@
 """One tolerance for the whole suite, and one way to run ours, torch's and the reference on the same problem.
 
-The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of the
-output dtype at that value plus 1e-6 of the value's condition (reference.py). Two places are stricter than the rule:
+The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of
+the output dtype at that value plus 1e-6 of the value's condition (reference.py). Two places are stricter than the rule:
 16-bit results are rounded once from float32 and so are not granted torch's error (torch rounds at every step), and
 float64 gets 1e-13, so that a float32 step in a float64 kernel cannot pass.
 """
@@ -80,7 +80,7 @@ def assert_accurate(
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Equal to the last bit: -0.0 is not 0.0, and a NaN equals itself."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
     bits, expected_bits = (t.detach().contiguous().view(integer) for t in (actual, expected))
     differing = int((bits != expected_bits).sum())
     assert differing == 0, f"{what}: {differing} of {expected.numel()} elements differ"
@@ -136,7 +136,7 @@ def check_softmax_ce(
     def describe(index: tuple[int, ...]) -> str:
         return _describe_row(logits, target, index, options)
 
-    return _check(
+    return check(
         torchce.functional.cross_entropy,
         torch.nn.functional.cross_entropy,
         reference.softmax_ce,
@@ -165,7 +165,7 @@ def check_sigmoid_bce(
             return _describe_all(logits, target, options)
         return f"logit {logits[index].item()!r}, target {target[index].item()!r}, {options}"
 
-    return _check(
+    return check(
         torchce.functional.binary_cross_entropy_with_logits,
         torch.nn.functional.binary_cross_entropy_with_logits,
         reference.sigmoid_bce,
@@ -177,7 +177,7 @@ def check_sigmoid_bce(
     )
 
 
-def _check(
+def check(
     our_function: Callable[..., Tensor],
     torch_function: Callable[..., Tensor],
     reference_function: Callable[..., Any],
@@ -187,6 +187,12 @@ def _check(
     target_grad: bool,
     describe: Callable[[tuple[int, ...]], str],
 ) -> Tensor:
+    """Hold one function to another and to the reference.
+
+    Args:
+        tensors: logits, target and the target as torch takes it
+        options: ours and torch's; the reference gets ours
+    """
     logits, target, torch_target = tensors
     ours = run(our_function, logits, target, options[0], grad_output, target_grad)
     theirs = run(torch_function, logits, torch_target, options[1], grad_output, target_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import cases
@@ -21,19 +22,40 @@ def _why_no_cuda() -> str | None:
     return None
 
 
+# What pytest's own summary does not count: torch's samples, by whose they are, and fuzzed problems.
+COUNTS = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="also run the tests beyond 2^31 elements, which take minutes")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA device and a torchce built with CUDA")
+    config.stash[COUNTS] = Counter()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    reason = _why_no_cuda()
-    if reason is None:
-        return
-    skip = pytest.mark.skip(reason=reason)
-    emulated = config.getoption("--emulate-cuda")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for what, count in sorted(config.stash[COUNTS].items()):
+        terminalreporter.write_line(f"{count} {what}")
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Counter[str]:
+    """Counts that are printed at the end of the run, each with its key behind it."""
+    return request.config.stash[COUNTS]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "cuda": _why_no_cuda(),
+        "large": None if config.getoption("--large") else "takes minutes and gigabytes: make test-large",
+    }
     for item in items:
-        if item.get_closest_marker("cuda") and not (emulated and "cuda_device" in getattr(item, "fixturenames", ())):
-            item.add_marker(skip)
+        if "cuda_device" in getattr(item, "fixturenames", ()) and config.getoption("--emulate-cuda"):
+            continue
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=cases.DEVICES)

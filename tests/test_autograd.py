@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as theirs
 from comparison import assert_bitwise_equal
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
+import torchce
 import torchce.functional as ours
 
 LOSSES = ["cross_entropy_index", "cross_entropy_probability", "bce"]
@@ -64,6 +67,23 @@ def test_gradcheck_bce(device: str, weights: str, reduction: str) -> None:
 
     assert torch.autograd.gradcheck(loss, (logits, target))
     assert torch.autograd.gradgradcheck(loss, (logits, target))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_every_mode_against_finite_differences(device: str, reduction: str, loss: str) -> None:
+    """Forward mode, batched gradients both ways, forward over reverse; the 3d samples of torch come on top."""
+    function, logits, target = problem(loss, device, torch.float64)
+    logits = logits[:3].detach().requires_grad_()
+    target = target[:3].requires_grad_(target.is_floating_point())
+
+    def reduced(logits: Tensor, target: Tensor) -> Tensor:
+        return function(logits, target, reduction=reduction)
+
+    assert torch.autograd.gradcheck(
+        reduced, (logits, target), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(reduced, (logits, target), check_fwd_over_rev=True, check_batched_grad=True)
 
 
 # --- second derivatives, graphs kept and graphs made ----------------------------------------------------------------
@@ -161,6 +181,119 @@ def test_one_tensor_as_logits_and_target(device: str, loss: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tangent_that_meets_only_the_backward(device: str, loss: str) -> None:
+    """Forward over reverse where the loss was computed before the dual level: the kernels would drop the tangent."""
+    function, logits, target = problem(loss, device, torch.float64)
+    tangents = []
+    for f in (function, getattr(theirs, function.__name__)):
+        result = f(logits, target, reduction="none")
+        with forward_ad.dual_level():
+            tangent = cases.uniform(result.shape, torch.float64, device)
+            grad_output = forward_ad.make_dual(torch.ones_like(result), tangent)
+            (grad,) = torch.autograd.grad(result, logits, grad_output)
+            tangents.append(forward_ad.unpack_dual(grad).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(tangents[0], tangents[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_third_derivative(device: str, loss: str) -> None:
+    function, logits, target = problem(loss, device, torch.float64)
+    direction = cases.normal(logits.shape, torch.float64, device, seed=9)
+    thirds = []
+    for f in (function, getattr(theirs, function.__name__)):
+        derivative = f(logits, target)
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(derivative, logits, create_graph=True)
+            derivative = (grad * direction).sum()
+        thirds.append(grad)
+    torch.testing.assert_close(thirds[0], thirds[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_batched_gradients(device: str, loss: str) -> None:
+    """Three gradients at once, as torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    function, logits, target = problem(loss, device, torch.float64)
+    results = []
+    for f in (function, getattr(theirs, function.__name__)):
+        result = f(logits, target, reduction="none")
+        grad_outputs = cases.normal((3, *result.shape), torch.float64, device, seed=9)
+        results.append(torch.autograd.grad(result, logits, grad_outputs, is_grads_batched=True)[0])
+    assert results[0].shape == (3, 6, 5)
+    torch.testing.assert_close(results[0], results[1])
+
+
+# --- hooks and checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hooks_see_and_change_the_gradient(device: str, loss: str) -> None:
+    """On the logits, on the loss, and on the loss's node in the graph."""
+    function, leaf, target = problem(loss, device, torch.float64)
+    results = []
+    for f in (function, getattr(theirs, function.__name__)):
+        seen: list[Tensor] = []
+        logits = leaf * 1
+        logits.register_hook(lambda grad, seen=seen: seen.append(grad) or 2 * grad)
+        result = f(logits, target, reduction="none")
+        result.register_hook(lambda grad: 3 * grad)
+        result.grad_fn.register_prehook(lambda grads: tuple(5 * grad for grad in grads))
+        result.grad_fn.register_hook(lambda grads, _: tuple(None if g is None else 7 * g for g in grads))
+        (grad,) = torch.autograd.grad(result.sum(), leaf)
+        results.append([*seen, grad])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("module", [torchce.CrossEntropyLoss, torchce.BCEWithLogitsLoss], ids=lambda m: m.__name__)
+def test_module_hooks(device: str, module: type[torch.nn.Module]) -> None:
+    _, logits, target = problem("bce", device)
+    seen: list[Tensor] = []
+    loss = module()
+    loss.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss.register_forward_hook(lambda _, inputs, output: seen.append(output) or 2 * output)
+    loss.register_full_backward_hook(lambda _, grads, grad_outputs: seen.append(grads[0]))
+    loss(logits, target).backward()
+    assert len(seen) == 3
+    assert_bitwise_equal(seen[2], logits.grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointing(device: str, reentrant: bool, loss: str) -> None:
+    """The loss is computed again in backward, to the same bits."""
+    function, logits, target = problem(loss, device)
+    (expected,) = torch.autograd.grad(function(logits * 2, target), logits)
+
+    def head(x: Tensor) -> Tensor:
+        return function(x * 2, target)
+
+    checkpoint(head, logits, use_reentrant=reentrant).backward()
+    assert_bitwise_equal(logits.grad, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_saved_on_the_cpu(device: str, loss: str) -> None:
+    function, logits, target = problem(loss, device)
+    (expected,) = torch.autograd.grad(function(logits, target), logits)
+    with torch.autograd.graph.save_on_cpu():
+        result = function(logits, target)
+    assert_bitwise_equal(torch.autograd.grad(result, logits)[0], expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inference_tensors(device: str, loss: str) -> None:
+    """They take part in no graph, and a graph cannot keep them for backward: torch's answer, both times."""
+    function, logits, target = problem(loss, device)
+    expected = function(logits.detach(), target)
+    with torch.inference_mode():
+        frozen_logits, frozen_target = logits.detach().clone(), target.clone()
+    assert_bitwise_equal(function(frozen_logits, frozen_target), expected)
+    for f in (function, getattr(theirs, function.__name__)):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            f(logits, frozen_target)
+
+
 # --- what autograd must be told -------------------------------------------------------------------------------------
 
 
@@ -190,7 +323,9 @@ def test_no_grad_keeps_no_state(device: str, context: Callable[[], Any], loss: s
     function, logits, target = problem(loss, device)
     with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function(logits, target)
-    assert result.grad_fn is None and not result.requires_grad and not saved
+    assert result.grad_fn is None
+    assert not result.requires_grad
+    assert not saved
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -351,6 +351,18 @@ def test_the_command_measures_reports_draws_and_compares(
         command.main([*arguments, "--op", "bce"])
 
 
+def test_time_limit_measures_the_quick_ones_first_and_names_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = [Problem(CROSS_ENTROPY, (8, classes), "", quick=classes == 7) for classes in (5, 6, 7)]
+    monkeypatch.setitem(problems.GRIDS, "cpu", grid)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+    limits = ["--time-limit", "0", "--seconds", "0"]
+    assert command.main([*limits, "--no-compile", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    assert {r.size for r in ledger.load(tmp_path / ledger.FILE)} == {"8x7"}
+    assert "not measured within 0 s: CE 8x5 float32, CE 8x6 float32" in capsys.readouterr().out
+
+
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     stale = tmp_path / "speedup.png"
     stale.write_bytes(b"")

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def setup() -> ModuleType:
     spec = importlib.util.spec_from_file_location("torchce_setup", SETUP)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
@@ -78,7 +79,8 @@ def test_what_leaves_cuda_out(
 ) -> None:
     """The CPU kernels are built all the same; insisting on CUDA makes it an error with the same words."""
     plan = setup.make_plan(machine(**changes), environ)
-    assert plan.archs is None and len(plan.lines) == 2
+    assert plan.archs is None
+    assert len(plan.lines) == 2
     assert re.search(f"CPU kernels only: .*{message}", plan.lines[1])
     if environ:
         return
@@ -111,7 +113,8 @@ def test_architectures(
     setup: ModuleType, machine: Callable[..., Any], changes: dict[str, Any], environ: dict[str, str], archs: str
 ) -> None:
     plan = setup.make_plan(machine(**changes), environ)
-    assert plan.archs == archs and archs in plan.lines[1]
+    assert plan.archs == archs
+    assert archs in plan.lines[1]
 
 
 def test_architectures_that_this_toolkit_does_not_know_are_left_out(
@@ -167,6 +170,7 @@ def test_compiler_may_come_with_a_launcher(setup: ModuleType, tmp_path: Path) ->
 def test_build_info_tells_what_runs() -> None:
     info = torchce.build_info()
     assert info["torch_running"] == torch.__version__
-    assert info["cpu_level"] in info["cpu_levels"] and info["cpu_levels"][-1] == "baseline"
+    assert info["cpu_level"] in info["cpu_levels"]
+    assert info["cpu_levels"][-1] == "baseline"
     assert info["cuda_loaded"] == (info["cuda_built"] is not None)
     assert info["cuda_loaded"] or info["cuda_status"] == "not built" or info["cuda_status"].startswith("built, but")

@@ -51,7 +51,8 @@ def test_signature_extends_torchs(name: str) -> None:
     for our, their in zip(our_parameters, their_parameters, strict=False):
         assert (our.name, our.default, our.kind) == (their.name, their.default, their.kind)
     for extra in our_parameters[len(their_parameters) :]:
-        assert extra.kind == inspect.Parameter.KEYWORD_ONLY and extra.default is not inspect.Parameter.empty
+        assert extra.kind == inspect.Parameter.KEYWORD_ONLY
+        assert extra.default is not inspect.Parameter.empty
 
 
 def test_every_argument_by_position() -> None:
@@ -84,7 +85,8 @@ def test_legacy_arguments(name: str, size_average: bool | None, reduce: bool | N
             warnings.simplefilter("always")
             results.append(function(*problem(name), **options))
         messages.append([(warning.category, str(warning.message)) for warning in caught])
-    assert messages[0] == messages[1] and len(messages[0]) == 1
+    assert messages[0] == messages[1]
+    assert len(messages[0]) == 1
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -277,7 +279,8 @@ def test_dispatch_modes_see_the_op(name: str) -> None:
     with Recorder():
         getattr(ours, name)(logits.requires_grad_(), target).backward()
     op = "softmax_ce" if name == "cross_entropy" else "sigmoid_bce"
-    assert f"torchce.{op}_forward.default" in seen and f"torchce.{op}_backward.default" in seen
+    assert f"torchce.{op}_forward.default" in seen
+    assert f"torchce.{op}_backward.default" in seen
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -288,7 +291,9 @@ def test_default_device_context_changes_nothing(name: str) -> None:
     with torch.device("meta"):
         loss = getattr(ours, name)(logits, target)
         loss.backward()
-    assert loss.device.type == "cpu" and logits.grad is not None and logits.grad.device.type == "cpu"
+    assert loss.device.type == "cpu"
+    assert logits.grad is not None
+    assert logits.grad.device.type == "cpu"
     torch.testing.assert_close(loss.detach(), getattr(theirs, name)(logits.detach(), target))
 
 
@@ -429,12 +434,12 @@ def test_error(wrong: Wrong, grad: bool) -> None:
     function, torch_function = both(wrong.loss)
 
     def logits() -> Any:
-        may_require = isinstance(wrong.input, Tensor) and not wrong.input.dtype == torch.int64
+        may_require = isinstance(wrong.input, Tensor) and wrong.input.dtype != torch.int64
         return wrong.input.clone().requires_grad_(grad) if may_require else wrong.input
 
-    with pytest.raises(Exception) as torchs:
+    with pytest.raises(Exception) as torchs:  # noqa: PT011  (which one is what is asked)
         torch_function(logits(), wrong.target, **wrong.options)
-    with pytest.raises(Exception) as raised:
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (compared below)
         function(logits(), wrong.target, **wrong.options)
     assert raised.type is torchs.type, f"{raised.value!r}, torch: {torchs.value!r}"
     for pattern in wrong.message:
@@ -462,7 +467,8 @@ def test_bad_index_is_reported_the_same_for_any_thread_count(
         torch.set_num_threads(threads)
         with pytest.raises(IndexError) as raised:
             ours.cross_entropy(logits, target)
-        assert re.search(number(77), str(raised.value)) and re.search(number(111), str(raised.value))
+        assert re.search(number(77), str(raised.value))
+        assert re.search(number(111), str(raised.value))
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**40])

@@ -87,7 +87,8 @@ def test_signature_extends_torchs(name: str) -> None:
     for our, their in zip(ours, theirs, strict=False):
         assert (our.name, our.default, our.kind) == (their.name, their.default, their.kind)
     for extra in ours[len(theirs) :]:
-        assert extra.kind == inspect.Parameter.KEYWORD_ONLY and extra.default is not inspect.Parameter.empty
+        assert extra.kind == inspect.Parameter.KEYWORD_ONLY
+        assert extra.default is not inspect.Parameter.empty
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTIONS)
@@ -119,7 +120,7 @@ def test_bad_reduction_raises_at_the_call(name: str) -> None:
 def test_legacy_constructor_warns_as_torch(name: str) -> None:
     messages = []
     for home in (torchce, nn):
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="size_average") as caught:
             getattr(home, name)(size_average=False)
         messages.append([str(warning.message) for warning in caught])
     assert messages[0] == messages[1]

@@ -39,13 +39,16 @@ SCHEMAS = {
         "(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, ScalarType? dtype) -> Tensor"
     ),
     "sigmoid_bce_backward": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction) -> Tensor"
+        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
+        "int reduction) -> Tensor"
     ),
     "sigmoid_bce_backward_": (
-        "(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction) -> ()"
+        "(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
+        "int reduction) -> ()"
     ),
     "sigmoid_bce_backward_target": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction) -> Tensor"
+        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
+        "int reduction) -> Tensor"
     ),
 }
 
@@ -218,8 +221,10 @@ def test_statistics_are_two_or_three_numbers_a_row(device: str, kind: str) -> No
     logits = cases.normal((3, 5, 4), torch.bfloat16, device, scale=3)
     target = cases.softmax_target(kind, (3, 5, 4), torch.bfloat16, device)
     loss, statistics, totals = op("softmax_ce_forward")(logits, target, None, MEAN, -100, 0.0, None)
-    assert loss.shape == () and totals.shape == (2,)
-    assert statistics.shape == (2 if kind == "index" else 3, 12) and statistics.dtype == torch.float32
+    assert loss.shape == ()
+    assert totals.shape == (2,)
+    assert statistics.shape == (2 if kind == "index" else 3, 12)
+    assert statistics.dtype == torch.float32
     largest = logits.float().amax(1).flatten()
     torch.testing.assert_close(statistics[0], largest, rtol=0, atol=0)
     exponentials = (logits.float() - largest.view(3, 1, 4)).exp().sum(1).flatten()
@@ -288,3 +293,12 @@ def test_backward_with_a_bad_index_stays_in_bounds(bad: int) -> None:
     result = op("softmax_ce_backward")(grad, logits, wrong, *rest)
     others = torch.arange(6) != 3
     assert_bitwise_equal(result[others], expected[others])
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 0), (2, 0, 3)], ids=str)
+def test_no_classes_are_refused(device: str, shape: tuple[int, ...]) -> None:
+    """torchce.functional sends them to torch; a kernel has no logit to read and no number of classes to divide by."""
+    logits = torch.empty(shape, device=device)
+    target = torch.full(cases.index_shape(shape), -100, device=device)
+    with pytest.raises(RuntimeError, match=r"logits: expected at least one class, got shape \["):
+        op("softmax_ce_forward")(logits, target, None, MEAN, -100, 0.0, None)

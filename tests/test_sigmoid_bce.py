@@ -199,7 +199,8 @@ def test_bool_weight_masks(device: str) -> None:
     mask = cases.uniform((9, 21), torch.float32, device, seed=6) > 0.5
     logits = cases.normal((9, 21), torch.float32, device)
     loss = check_sigmoid_bce(logits, cases.uniform((9, 21), torch.float32, device), weight=mask, reduction="none")
-    assert torch.count_nonzero(loss[~mask]) == 0 and bool((loss[mask] > 0).all())
+    assert torch.count_nonzero(loss[~mask]) == 0
+    assert bool((loss[mask] > 0).all())
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
@@ -283,7 +284,8 @@ def test_empty(device: str, pos_weight: bool, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(loss.item(), expected, rtol=0, atol=0, equal_nan=True)
         assert grad.shape == shape
     loss, grad = loss_and_grad(logits, target, reduction="none", **options)
-    assert loss.shape == shape and grad.shape == shape
+    assert loss.shape == shape
+    assert grad.shape == shape
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
@@ -303,7 +305,7 @@ def test_empty(device: str, pos_weight: bool, shape: tuple[int, ...]) -> None:
 def test_infinite_logits(
     device: str, logit: float, target: float, loss: float, grad: float, weighted: bool, dtype: torch.dtype
 ) -> None:
-    """A certain and right prediction costs nothing; its gradient is 0. A wrong one costs inf, with a finite gradient."""
+    """Being certain and right costs nothing, with gradient 0; being wrong costs inf, with a finite gradient."""
     scale = 2.0 if weighted else 1.0  # weight 2, and pos_weight 1 so that the limits stay readable
     options = {"weight": torch.tensor(2.0), "pos_weight": torch.ones(3)} if weighted else {}
     options = {name: tensor.to(device, dtype) for name, tensor in options.items()}
@@ -345,7 +347,7 @@ def test_confident_and_right_is_not_rounded_to_zero(device: str, logit: float, d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 def test_tail_keeps_relative_precision(device: str, dtype: torch.dtype) -> None:
-    """|x| from 1 to 80 on the right side: loss and gradient fall to 1e-35 and stay right, without torch's error granted."""
+    """|x| from 1 to 80 on the right side: loss and gradient fall to 1e-35 and stay right, torch's error not granted."""
     logits = torch.linspace(-80, 80, 641, device=device, dtype=torch.float64).to(dtype)
     target = (logits > 0).to(dtype)
     loss, grad = loss_and_grad(logits, target, reduction="none")
@@ -373,7 +375,8 @@ def test_nan_stays_in_its_element(device: str) -> None:
     target[4, 39] = math.nan
     loss, grad = loss_and_grad(logits, target, reduction="none")
     expected = logits.isnan() | target.isnan()
-    assert torch.equal(loss.isnan(), expected) and torch.equal(grad.isnan(), expected)
+    assert torch.equal(loss.isnan(), expected)
+    assert torch.equal(grad.isnan(), expected)
 
 
 def test_inputs_are_not_written(device: str) -> None:

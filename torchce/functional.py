@@ -7,7 +7,8 @@ what torch raises, with a message that names the argument, or answers where only
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
 - complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
 - a ``weight`` or ``pos_weight`` that requires grad (torch differentiates the former for probability targets only);
-- :mod:`torch.func` transforms and forward-mode AD.
+- :mod:`torch.func` transforms and forward-mode AD;
+- ``torch.jit.trace``. ``torch.jit.script`` raises: TorchScript cannot compile these functions.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
             return False
     if device.type == "cuda" and not ops.has_cuda():
         return False
-    return not (in_forward_ad() or in_functorch())
+    return not (in_forward_ad() or in_functorch() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def _no_kernels(**tensors: Tensor | None) -> str:
@@ -141,7 +142,7 @@ def cross_entropy(
     Keyword Args:
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense and no leaf; using them after backward, or a second backward, raises.
-            Default: ``False``
+            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
@@ -187,6 +188,7 @@ def cross_entropy(
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, _REDUCTION_NAMES[number], label_smoothing)
         return _explain(problem, _torch_cross_entropy, *arguments)
+    inplace_backward = inplace.applies(inplace_backward)
     if inplace_backward and (refusal := inplace.refusal(input)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
@@ -308,7 +310,7 @@ def binary_cross_entropy_with_logits(
     Keyword Args:
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense and no leaf; using them after backward, or a second backward, raises.
-            Default: ``False``
+            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
 
     Shape:
         - input, target: :math:`(*)`, the same
@@ -350,6 +352,7 @@ def binary_cross_entropy_with_logits(
     if problem is not None:
         arguments = (input, target, weight, None, None, _REDUCTION_NAMES[number], pos_weight)
         return _explain(problem, _torch_bce_with_logits, *arguments)
+    inplace_backward = inplace.applies(inplace_backward)
     if inplace_backward and (refusal := inplace.refusal(input)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
@@ -362,7 +365,7 @@ def binary_cross_entropy_with_logits(
         elif target.dtype not in (input.dtype, torch.float32):
             target = target.to(ops.accumulation_dtype(input.dtype))
     elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
-        target = target.to(torch.int64)
+        target = target.to(ops.accumulation_dtype(input.dtype))
     acc = ops.accumulation_dtype(input.dtype)
     if weight is not None:
         weight = weight.to(acc)
@@ -390,3 +393,8 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
 def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
     offset = len(wanted) - len(shape)
     return offset >= 0 and all(size in (1, wanted[offset + d]) for d, size in enumerate(shape))
+
+
+NO_TORCHSCRIPT = "torchce's losses cannot be scripted; use torch.compile or torch.export, or torch.nn's losses"
+for _function in (cross_entropy, binary_cross_entropy_with_logits):
+    setattr(_function, "__script_unsupported", NO_TORCHSCRIPT)  # where torch.jit.script looks

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def applies(inplace_backward: bool) -> bool:
+    """Whether the gradient is to overwrite the logits. In a compiled graph it is the compiler that plans the memory."""
+    return inplace_backward and not torch.compiler.is_compiling()
+
+
 def refusal(logits: Tensor) -> str | None:
     """Why a gradient cannot overwrite ``logits``, or None where it can."""
     if logits.requires_grad and logits.is_leaf:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor, nn
 
 from torchce import functional
+
+
+def _refuse_scripting(self: nn.Module) -> NoReturn:
+    """What ``torch.jit.script`` calls before it compiles a module, whose own words would not tell the reason."""
+    raise RuntimeError(f"TorchScript error: {functional.NO_TORCHSCRIPT}")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -45,6 +52,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -94,6 +103,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.inplace_backward = inplace_backward
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(

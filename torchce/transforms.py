@@ -19,10 +19,11 @@ in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def differentiates_backward() -> bool:
     """In a backward: whether it must consist of operations that torch can transform again.
 
-    That is so with ``create_graph=True`` and in a batched backward. While ``torch.compile`` traces a backward, grad
-    mode is on as well, but what it traces is the first derivative only.
+    That is so with ``create_graph=True``, in a batched backward, and where the gradient that comes in may carry a
+    forward-mode tangent, which the kernels would drop. While ``torch.compile`` traces a backward, grad mode is on as
+    well, but what it traces is the first derivative only.
     """
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or in_functorch()
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or in_functorch() or in_forward_ad()
 
 
 def in_forward_ad() -> bool:

@@ -2,6 +2,7 @@
 #include "../host/sigmoid_bce.h"
 
 #include "levels.h"
+#include "memory.h"
 #include "reduce.h"
 
 namespace torchce::cpu {
@@ -16,6 +17,7 @@ Tensor forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::
                int64_t reduction, std::optional<ScalarType> dtype) {
   auto call = host::sigmoid_bce::prepare_forward(logits, target, weight, pos_weight, reduction, dtype);
   const auto& elements = call.problem.elements;
+  if (elements.reduction == Reduction::none) advise_huge_pages(call.loss);
   const Partial total = sum_over_chunks(elements.numel, kChunk, [&](int64_t begin, int64_t end, Partial* partial) {
     kernels().sigmoid_bce_forward(elements, begin, end, partial);
   });
@@ -27,6 +29,7 @@ Tensor forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::
 template <class Kernel>
 Tensor run_backward(const BackwardCall& call, Kernel kernel) {
   const auto& elements = call.problem.elements;
+  if (elements.output != elements.data[torchce::sigmoid_bce::kLogits]) advise_huge_pages(call.grad);
   for_each_chunk(elements.numel, kChunk, [&](int64_t begin, int64_t end) { kernel(elements, begin, end); });
   return call.grad;
 }

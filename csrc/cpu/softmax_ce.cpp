@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "levels.h"
+#include "memory.h"
 #include "reduce.h"
 
 namespace torchce::cpu {
@@ -72,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::op
 }
 
 Tensor run_backward(BackwardCall call, GradientOf of) {
+  if (of != GradientOf::logits_in_place) advise_huge_pages(call.grad);
   const auto kernel = of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
   for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });

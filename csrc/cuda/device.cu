@@ -15,39 +15,40 @@ __device__ unsigned counters[kCounters];
 
 constexpr int kMostDevices = 64;
 
-struct DeviceFacts {
-  int multiprocessors;
-  unsigned* counters;
-};
-
-const DeviceFacts& facts_of(int device) {
+int multiprocessors_of(int device) {
   static std::once_flag known[kMostDevices];
-  static DeviceFacts facts[kMostDevices];
+  static int multiprocessors[kMostDevices];
   std::call_once(known[device], [&] {
-    check_cuda(cudaDeviceGetAttribute(&facts[device].multiprocessors, cudaDevAttrMultiProcessorCount, device),
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors[device], cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
-    void* address = nullptr;
-    check_cuda(cudaGetSymbolAddress(&address, counters), "cudaGetSymbolAddress");
-    facts[device].counters = static_cast<unsigned*>(address);
   });
-  return facts[device];
+  return multiprocessors[device];
+}
+
+// The first call may load the module, which a capture would not allow: not to be called in one.
+unsigned* counters_of(int device) {
+  static std::once_flag known[kMostDevices];
+  static void* address[kMostDevices];
+  std::call_once(known[device],
+                 [&] { check_cuda(cudaGetSymbolAddress(&address[device], counters), "cudaGetSymbolAddress"); });
+  return static_cast<unsigned*>(address[device]);
 }
 
 }  // namespace
 
 DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   const int device = on.device().index();
-  host::check(device < kMostDevices, "device: expected an index below ", kMostDevices, ", got ", device);
+  // The CPU's index is -1: logits may lie there when only another argument brought the call here.
+  host::check(0 <= device && device < kMostDevices, "logits: expected a CUDA device of an index below ", kMostDevices,
+              ", got index ", device);
   DeviceGuardHandle guard = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
-  guard_ = guard;
+  guard_ = {guard, [](void* held) { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(held)); }};
   void* current = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
-  multiprocessors = facts_of(device).multiprocessors;
+  multiprocessors = multiprocessors_of(device);
 }
-
-DeviceScope::~DeviceScope() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
 unsigned* DeviceScope::counter(void* spare) const {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
@@ -59,7 +60,7 @@ unsigned* DeviceScope::counter(void* spare) const {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   static std::atomic<unsigned> next;
-  return facts_of(device).counters + next++ % kCounters;
+  return counters_of(device) + next++ % kCounters;
 }
 
 }  // namespace torchce::cuda

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,8 +21,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
 class DeviceScope {
  public:
   explicit DeviceScope(const torch::stable::Tensor& on);
-  ~DeviceScope();
-  DeviceScope(const DeviceScope&) = delete;
 
   // A counter that is 0, for the blocks of one launch to count themselves with (reduce.cuh). While the stream is being
   // captured into a graph it lies in `spare`, which the graph keeps.
@@ -31,7 +30,7 @@ class DeviceScope {
   int multiprocessors = 0;
 
  private:
-  void* guard_ = nullptr;
+  std::unique_ptr<void, void (*)(void*)> guard_{nullptr, nullptr};
 };
 
 // Launches `kernel` on at least one block, at most as many as there can be: kernels stride over what is left.

@@ -58,15 +58,16 @@ struct ForwardPlan {
 // Along the rows, `pack` classes in 16 bytes.
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
   constexpr int64_t kPacksOfLane = 16;  // at most: then a block takes the row
-  constexpr int64_t kPart = 8192;       // classes, at the least: a kilobyte or more for each warp of a block
   const int64_t resident = int64_t(multiprocessors) * kBlocksPerProcessor;
   const int64_t packs = ceil_div(classes, pack);
+  const int64_t smallest_part = int64_t(kBlock) * pack;  // a pack for each thread
   if (packs <= kMostLanes * kPacksOfLane) {
     const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
     return {Regime::lanes, lanes, 1, classes, std::min(resident, ceil_div(rows, kBlock / lanes))};
   }
   // Fewer rows than multiprocessors: two blocks for each are enough to hide what one waits for.
-  const int64_t parts = rows < multiprocessors ? std::min(ceil_div(2 * multiprocessors, rows), classes / kPart) : 1;
+  const bool few = 0 < rows && rows < multiprocessors;
+  const int64_t parts = few ? std::min(ceil_div(2 * multiprocessors, rows), classes / smallest_part) : 1;
   if (parts > 1) {
     const int64_t part = ceil_div(ceil_div(classes, parts), pack) * pack;
     return {Regime::parts, 0, int(ceil_div(classes, part)), part, rows * ceil_div(classes, part)};

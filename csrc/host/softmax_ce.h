@@ -76,6 +76,7 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   Rows& rows = p.rows;
   rows.outer = class_dim == 1 ? sizes[0] : 1;
   rows.classes = sizes[class_dim];
+  check(rows.classes > 0, "logits: expected at least one class, got shape ", sizes);
   rows.inner = 1;
   for (size_t d = 2; d < sizes.size(); ++d) rows.inner *= sizes[d];
   rows.dtype = float_dtype_of(logits, "logits");

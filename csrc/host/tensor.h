@@ -132,8 +132,14 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
 // As torch.empty_like: the layout of t where it is dense, else the one torch chooses.
 inline Tensor empty_like(const Tensor& t, ScalarType type) {
   const Sizes sizes = sizes_of(t), strides = strides_of(t);
-  const bool dense = is_dense(sizes, strides);
-  return empty_strided(sizes, dense ? strides : strides_of(torch::stable::empty_like(t)), type, t);
+  if (is_dense(sizes, strides)) return empty_strided(sizes, strides, type, t);
+  Sizes chosen;
+  {
+    const Tensor like = torch::stable::empty_like(t);
+    if (like.scalar_type() == type) return like;
+    chosen = strides_of(like);
+  }  // freed, so that no two tensors of this size are held at once
+  return empty_strided(sizes, chosen, type, t);
 }
 
 inline Reduction reduction_of(int64_t reduction) {

@@ -44,7 +44,8 @@ TORCHCE_HD F two_atanh(F u) {
 
 TORCHCE_HD float exp_of_negative(float x) { return ::expf(x); }
 TORCHCE_HD double exp_of_negative(double x) { return ::exp(x); }
-// Subnormal results may become 0, which no sum with a term of 1 in it can tell. Two instructions where expf takes eight.
+// Subnormal results may become 0, which no sum with a term of 1 in it can tell. Two instructions where expf takes
+// eight.
 TORCHCE_HD float exp_in_sum(float x) {
 #if defined(__CUDA_ARCH__)
   float y;

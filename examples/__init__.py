@@ -1,0 +1,1 @@
+"""Real models on real data, each trained with torch's loss and with torchce's: ``python -m examples``."""

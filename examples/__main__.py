@@ -1,0 +1,19 @@
+"""``python -m examples``: all three, one after the other, with one table and one picture."""
+
+from __future__ import annotations
+
+from examples import digits, glyphs, tokens
+from examples.command import main
+
+DESCRIPTION = """\
+Trains three real models, each with torch's loss and with torchce's from the same seed, and compares the two trainings:
+
+  digits  a classifier of handwritten digits, cross entropy over 10 classes
+  glyphs  the words of characters' names from their pictures, binary cross entropy over some 350 labels
+  tokens  the next token of Python's standard library, cross entropy over 32,000 classes
+
+Each also runs alone: python -m examples.digits --help"""
+
+
+if __name__ == "__main__":
+    main(digits.task, glyphs.task, tokens.task, description=DESCRIPTION)

@@ -1,0 +1,29 @@
+// Answers, line by line, what csrc/cuda/softmax_ce_plan.h decides; test_cuda_plan.py asks.
+#include <iostream>
+#include <string>
+
+#include "../csrc/cuda/softmax_ce_plan.h"
+
+using namespace torchce::cuda::softmax_ce;
+
+int main() {
+  std::string question;
+  while (std::cin >> question) {
+    int64_t rows, classes, pack, multiprocessors;
+    std::cin >> rows >> classes >> pack >> multiprocessors;
+    if (question == "forward") {
+      const ForwardPlan p = plan_forward(rows, classes, int(pack), int(multiprocessors));
+      std::cout << int(p.regime) << ' ' << p.lanes << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
+    } else if (question == "forward_across") {
+      const AcrossPlan p = plan_forward_across(rows / pack, classes, int(multiprocessors));
+      std::cout << p.columns << ' ' << p.blocks << '\n';
+    } else if (question == "backward") {
+      const BackwardPlan p = plan_backward(rows, classes, int(pack));
+      std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
+    } else if (question == "backward_across") {
+      const BackwardPlan p = plan_backward_across(rows / pack, classes, int(multiprocessors));
+      std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
+    }
+    std::cout.flush();  // an answer that never comes names its question
+  }
+}

@@ -1,0 +1,186 @@
+"""``python -m gpu.kernels``: every CUDA kernel on small problems, held to the CPU kernels' results.
+
+Small and plain enough to run under compute-sanitizer. Inputs are made on the CPU and copied, results are copied back:
+hardly any kernel but torchce's runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cases
+import torch
+from torch import Tensor
+
+import torchce
+from torchce import ops
+
+NONE, MEAN, SUM = 0, 1, 2
+IGNORED = -100
+
+
+class Softmax(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str  # index, smoothed, probability
+    layout: str | None = None
+    reduction: int = MEAN
+    weighted: bool = False
+
+
+class Bce(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    target_dtype: torch.dtype | None = None
+    layout: str | None = None
+    reduction: int = MEAN
+    weighted: bool = False
+
+
+F64, F32, BF16, F16 = cases.DTYPES
+
+# By kernel, with more than one block wherever a kernel shares anything between blocks.
+SOFTMAX = {
+    "a lane a row": Softmax((700, 10), F32, "index"),
+    "lanes, bfloat16": Softmax((300, 7), BF16, "index", weighted=True),
+    "lanes, misaligned": Softmax((37, 1001), BF16, "probability", "sliced", NONE),
+    "lanes, float64": Softmax((33, 500), F64, "smoothed", reduction=SUM, weighted=True),
+    "block": Softmax((5, 2100), F32, "index"),
+    "block, misaligned": Softmax((3, 5001), F16, "smoothed", "sliced", NONE),
+    "block, probabilities": Softmax((3, 5000), BF16, "probability", weighted=True),
+    "parts": Softmax((2, 20001), F32, "index"),
+    "parts, smoothed": Softmax((1, 40000), BF16, "smoothed", weighted=True),
+    "parts, probabilities": Softmax((2, 20001), F32, "probability", reduction=SUM),
+    "across, packs": Softmax((2, 19, 64), F32, "index"),
+    "across, packs, bfloat16": Softmax((2, 40, 16, 8), BF16, "probability", reduction=NONE),
+    "across, single rows": Softmax((2, 19, 7, 11), BF16, "smoothed", weighted=True),
+    "across, transposed": Softmax((64, 300), F32, "probability", "transposed"),
+    "across, channels last": Softmax((2, 21, 5, 7), F32, "index", "channels_last", SUM),
+    "across, float64": Softmax((3, 33, 50), F64, "probability"),
+}
+BCE = {
+    "packs": Bce((4096,), BF16),
+    "packs, float64": Bce((64, 32), F64, weighted=True),
+    "single elements": Bce((33, 31), F32, reduction=SUM),
+    "sliced": Bce((33, 31), F16, layout="sliced", reduction=NONE, weighted=True),
+    "transposed": Bce((40, 24), F32, layout="transposed", reduction=NONE),
+    "bool targets": Bce((2, 8, 8, 8), BF16, torch.bool, weighted=True),
+    "integer targets": Bce((16, 16), F32, torch.int64, reduction=NONE),
+    "float32 targets": Bce((16, 16), BF16, torch.float32, reduction=NONE),
+}
+# One rounding apart, for sums of another order; 16-bit gradients may round to a neighbour.
+TOLERANCES = {F64: 1e-12, F32: 2e-5, BF16: 1e-2, F16: 2e-3}
+
+Results = Iterator[tuple[str, Tensor]]
+
+
+def arranged(make: cases.Maker, shape: tuple[int, ...], layout: str | None) -> Tensor:
+    return make(shape) if layout is None else cases.LAYOUTS[layout](make, shape)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
+
+
+def softmax(problem: Softmax, device: str) -> Results:
+    """The results of every op of the loss."""
+    shape, dtype, kind, layout, reduction, weighted = problem
+
+    def logits() -> Tensor:
+        return arranged(lambda s: cases.normal(s, dtype, device, scale=3), shape, layout)
+
+    x, smoothing = logits(), 0.1 if kind == "smoothed" else 0.0
+    acc = ops.accumulation_dtype(dtype)
+    weight = cases.uniform([shape[1]], acc, device, seed=6) if weighted else None
+    if kind == "probability":
+        target = arranged(lambda s: cases.uniform(s, dtype, device), shape, layout)
+    else:
+        target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, "cpu")
+        target[-1] = IGNORED if shape[0] > 1 else target[-1]
+        target = target.to(device)
+    loss, statistics, totals = ops.softmax_ce_forward(x, target, weight, reduction, IGNORED, smoothing, None)
+    yield "loss", loss
+    grad_output = cases.normal(loss.shape, dtype, device, seed=7)
+    saved = (grad_output, x, target, weight, statistics, totals, reduction)
+    yield "gradient", ops.softmax_ce_backward(*saved, IGNORED, smoothing)
+    if kind == "probability":
+        yield "gradient of the target", ops.softmax_ce_backward_target(*saved, smoothing)
+    if is_dense(x):
+        overwritten = logits()
+        ops.softmax_ce_backward_(grad_output, overwritten, *saved[2:], IGNORED, smoothing)
+        yield "gradient in place", overwritten
+
+
+def bce(problem: Bce, device: str) -> Results:
+    shape, dtype, target_dtype, layout, reduction, weighted = problem
+
+    def logits() -> Tensor:
+        return arranged(lambda s: cases.normal(s, dtype, device, scale=3), shape, layout)
+
+    x, acc = logits(), ops.accumulation_dtype(dtype)
+    target = arranged(lambda s: cases.uniform(s, dtype, "cpu"), shape, layout)
+    if target_dtype is not None:
+        target = target.to(target_dtype) if target_dtype.is_floating_point else target.round().to(target_dtype)
+    target = target.to(device)
+    of_classes = [shape[1], *[1] * (len(shape) - 2)] if len(shape) > 1 else [1]
+    weight = cases.uniform([1], acc, device, seed=6) if weighted else None
+    pos_weight = cases.uniform(of_classes, acc, device, seed=8) if weighted else None
+    loss = ops.sigmoid_bce_forward(x, target, weight, pos_weight, reduction, None)
+    yield "loss", loss
+    saved = (cases.normal(loss.shape, dtype, device, seed=7), x, target, weight, pos_weight, reduction)
+    yield "gradient", ops.sigmoid_bce_backward(*saved)
+    if target.is_floating_point():
+        yield "gradient of the target", ops.sigmoid_bce_backward_target(*saved)
+    if is_dense(x):
+        overwritten = logits()
+        ops.sigmoid_bce_backward_(saved[0], overwritten, *saved[2:])
+        yield "gradient in place", overwritten
+
+
+def differences(name: str, run: Callable[[str], Results], dtype: torch.dtype) -> Iterator[str]:
+    for (what, result), (_, expected) in zip(run("cuda"), run("cpu"), strict=True):
+        tolerance = TOLERANCES[dtype]
+        try:
+            torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=tolerance / 20, equal_nan=True)
+        except AssertionError as error:
+            yield f"{name}, {what}: {' '.join(str(error).split())}"
+
+
+def bad_targets() -> Iterator[str]:
+    """Indices far outside: nothing outside the tensors may be read."""
+    for shape in ((40, 10), (4, 5000), (2, 40000), (4, 19, 8, 8)):
+        x = cases.normal(shape, F32, "cuda")
+        target = torch.full(cases.index_shape(shape), 2**40, dtype=torch.int64)
+        target[0], target[1] = -1, shape[1]
+        target = target.to("cuda")
+        loss, statistics, totals = ops.softmax_ce_forward(x, target, None, NONE, IGNORED, 0.1, None)
+        grad_output = torch.ones(cases.index_shape(shape)).to("cuda")
+        grad = ops.softmax_ce_backward(grad_output, x, target, None, statistics, totals, NONE, IGNORED, 0.1)
+        if not loss.cpu().isnan().all() or not grad.cpu().isnan().all():
+            yield f"bad targets {list(shape)}: expected NaN everywhere"
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device is visible to torch")
+        return 1
+    info = torchce.build_info()
+    if not info["cuda_loaded"]:
+        print(f"torchce._cuda: {info['cuda_status']}")
+        return 1
+    print(f"{torch.cuda.get_device_name()}, kernels for {info['cuda_archs']}", flush=True)
+    wrong: list[str] = []
+    for name, problem in SOFTMAX.items():
+        wrong += differences(name, lambda device, p=problem: softmax(p, device), problem.dtype)
+    for name, problem in BCE.items():
+        wrong += differences(f"BCE, {name}", lambda device, p=problem: bce(p, device), problem.dtype)
+    wrong += bad_targets()
+    torch.cuda.synchronize()
+    print("\n".join(wrong) or f"{len(SOFTMAX) + len(BCE)} problems, as on the CPU")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
