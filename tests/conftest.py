@@ -9,9 +9,9 @@ import cases
 import pytest
 import torch
 
-pytest_plugins = ["cuda_emulation.plugin"]
-
 import torchce  # noqa: F401  (registers the ops that are asked about below)
+
+pytest_plugins = ["cuda_emulation.plugin"]
 
 
 def _why_no_cuda() -> str | None:

@@ -59,8 +59,8 @@ def build(*, sanitized: bool = False, csrc: Path = CSRC) -> Path:
 def sanitized_environment() -> dict[str, str]:
     """What a process needs in its environment to load a sanitized library.
 
-    The sanitizers' runtime comes first, then the C++ library whose ``throw`` it wraps. Memory that Python never frees is
-    no leak of ours, and a report ends the process: pytest's own handler would only print a traceback of Python.
+    The sanitizers' runtime comes first, then the C++ library whose ``throw`` it wraps. Memory that Python never frees
+    is no leak of ours, and a report ends the process: pytest's own handler would only print a traceback of Python.
     """
     compiler = os.environ.get("CXX", "g++")
     runtimes = [

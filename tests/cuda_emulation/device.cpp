@@ -11,8 +11,6 @@ unsigned counter_of_device = 0;
 
 DeviceScope::DeviceScope(const torch::stable::Tensor&) { multiprocessors = multiprocessors_of_device; }
 
-DeviceScope::~DeviceScope() = default;
-
 // Now the device's own, which kernels must leave as they find it, now as in a capture the one that the graph keeps.
 unsigned* DeviceScope::counter(void* spare) const {
   static bool capturing = false;
@@ -24,7 +22,7 @@ unsigned* DeviceScope::counter(void* spare) const {
 
 extern "C" {
 void cuda_emulation_set_multiprocessors(int count) { multiprocessors_of_device = count; }
-unsigned cuda_emulation_counter() { return counter_of_device; }  // 0 but for a launch that spoiled it
+unsigned cuda_emulation_reset_counter() { return std::exchange(counter_of_device, 0); }  // what it was: 0, or spoiled
 }
 
 }  // namespace torchce::cuda

@@ -1,8 +1,8 @@
 """``pytest --emulate-cuda``: the CUDA kernels in place of the CPU ones, run on the CPU by the emulation.
 
 Tests then run on ``device == "cpu"`` as ever, but whatever reaches an op through :mod:`torchce.ops` is computed by
-``csrc/cuda``. Outputs and shared memory are filled with NaN before they are written, and each test starts from the seed
-in ``TORCHCE_EMULATION_SEED``, which orders blocks and threads. ``TORCHCE_EMULATED_SMS`` is the number of multiprocessors.
+``csrc/cuda``. Outputs and shared memory are filled with NaN before they are written. ``TORCHCE_EMULATION_SEED`` orders
+blocks and threads, for each test anew; ``TORCHCE_EMULATED_SMS`` is the number of multiprocessors.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import build
 
 import torchce.ops
-from cuda_emulation import build
 
 # Where the kernels are tested; the other files ask about the layers above them.
 EMULATED_FILES = {
     "test_autograd",
-    "test_cuda_kernels",
+    "test_cuda_regimes",
     "test_determinism",
     "test_ops",
     "test_sigmoid_bce",
@@ -70,6 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("CUDA emulation")
     group.addoption("--emulate-cuda", action="store_true", help="run the CUDA kernels on the CPU in place of the CPU's")
     group.addoption("--sanitized", action="store_true", help="with AddressSanitizer and UBSan")
+    group.addoption("--emulated-kernels", type=Path, help="file that gets the names of all kernels that were launched")
     group.addoption("--csrc", type=Path, default=build.CSRC, help="sources to emulate, if not the project's")
 
 
@@ -80,7 +81,11 @@ def pytest_configure(config: pytest.Config) -> None:
     sanitized = config.getoption("--sanitized")
     if sanitized and not build.is_sanitized_process():
         raise pytest.UsageError(f"--sanitized needs the environment: {build.sanitized_environment()}")
-    emulation = Emulation(build.build(sanitized=sanitized, csrc=config.getoption("--csrc").resolve()))
+    try:
+        library = build.build(sanitized=sanitized, csrc=config.getoption("--csrc").resolve())
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from None
+    emulation = Emulation(library)
     emulation.take_over()
 
 
@@ -103,34 +108,46 @@ def _emulation_starts_afresh() -> Iterator[None]:
         return
     emulation.start_afresh()
     yield
-    left = emulation.library.cuda_emulation_counter()
+    left = emulation.library.cuda_emulation_reset_counter()
     assert left == 0, f"a kernel left the counter of its blocks at {left}: later launches would go wrong"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "multiprocessors" in metafunc.fixturenames:
+        counts = [1, 5] if emulation is not None else ["all"]
+        metafunc.parametrize("multiprocessors", counts, indirect=True, ids=lambda count: f"{count}_sms")
+
+
 @pytest.fixture
-def cuda_device() -> str:
-    """Where CUDA kernels run: for tests that only CUDA can pass, or only CUDA need."""
-    return "cuda" if emulation is None else "cpu"
+def emulated() -> bool:
+    """Whether the emulation runs the CUDA kernels."""
+    return emulation is not None
+
+
+@pytest.fixture
+def cuda_device(emulated: bool) -> str:
+    """Where CUDA kernels run: for tests that the CPU's kernels would not pass, or do not need."""
+    return "cpu" if emulated else "cuda"
 
 
 @pytest.fixture
 def multiprocessors(request: pytest.FixtureRequest) -> int:
-    """How many a kernel's plan reckons with. A real device has what it has, so that one parameter is enough for it."""
-    if emulation is not None:
-        emulation.library.cuda_emulation_set_multiprocessors(request.param)
-    elif request.param != 1:
-        pytest.skip("only the emulation can choose")
+    """How many the device has; a test that asks for it runs on several emulated devices."""
+    if emulation is None:
+        return torch.cuda.get_device_properties().multi_processor_count
+    emulation.library.cuda_emulation_set_multiprocessors(request.param)
     return int(request.param)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if emulation is None:
         return
-    kernels = emulation.library.cuda_emulation_kernels().decode().splitlines()
+    kernels = emulation.library.cuda_emulation_kernels().decode()
+    if (file := config.getoption("--emulated-kernels")) is not None:
+        file.write_text(kernels)
     launches = emulation.library.cuda_emulation_launches()
     switches = emulation.library.cuda_emulation_switches()
-    for kernel in kernels:
-        terminalreporter.write_line(f"emulated: {kernel}")
+    count = len(kernels.splitlines())
     terminalreporter.write_line(
-        f"CUDA emulation: {len(kernels)} kernels, {launches} launches, {switches / 1e6:.1f} million switches"
+        f"CUDA emulation: {count} kernels, {launches} launches, {switches / 1e6:.1f} million switches"
     )
