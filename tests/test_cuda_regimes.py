@@ -16,7 +16,13 @@ import torchce.functional
 
 pytestmark = pytest.mark.cuda
 
-KINDS = ["index", "smoothed", "probability"]  # of softmax targets: each has kernels of its own
+# Softmax targets and logits that have kernels of their own.
+KINDS = ["index", "smoothed", "probability"]
+TYPES = [
+    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KINDS for dtype in cases.DTYPES),
+    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
+    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
+]
 BLOCK = 256  # threads of every kernel
 BLOCKS_PER_PROCESSOR = 8
 
@@ -29,22 +35,23 @@ def logits_of(layout: str | None, shape: tuple[int, ...], dtype: torch.dtype, de
 
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
     """Loss and gradients; index targets have a row that is ignored, smoothed ones weights."""
-    shape, dtype, device = tuple(logits.shape), logits.dtype, str(logits.device)
-    target = cases.softmax_target("probability" if kind == "probability" else "index", shape, dtype, device)
+    shape, device = tuple(logits.shape), str(logits.device)
     options: dict[str, object] = {}
-    if kind != "probability" and target.numel() > 2:
-        target.view(-1)[1] = -100
+    if kind.endswith("probability"):
+        target = cases.probabilities(shape, logits.dtype if kind == "probability" else torch.float32, device)
+    else:
+        target = cases.softmax_target("index", shape, logits.dtype, device)
+        target.view(-1)[1:2] = -100
     if kind == "smoothed":
-        options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], dtype, device)}
-    check_softmax_ce(logits, target, target_grad=kind == "probability", reduction=reduction, **options)
+        options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], logits.dtype, device)}
+    check_softmax_ce(logits, target, target_grad=kind.endswith("probability"), reduction=reduction, **options)
 
 
 # --- rows whose classes are adjacent in memory ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", [None, "sliced"], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
 def test_every_change_of_plan(
     cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
 ) -> None:
@@ -61,9 +68,8 @@ def test_few_rows_of_llama_3(cuda_device: str, emulated: bool, rows: int) -> Non
     check("index", logits_of(None, (rows, 128256), torch.bfloat16, cuda_device))
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
 def test_rows_shared_by_blocks(
     cuda_device: str, multiprocessors: int, kind: str, rows: int, dtype: torch.dtype
 ) -> None:
@@ -113,9 +119,8 @@ def test_more_rows_than_resident_blocks_take_at_once(
 # --- rows that are adjacent in memory -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("packs", [1, 7, 8, 9, 63, 64, 65, 255, 256, 257])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
 def test_inner_positions_around_every_block_width(
     cuda_device: str, multiprocessors: int, kind: str, packs: int, dtype: torch.dtype
 ) -> None:
@@ -137,8 +142,7 @@ def test_inner_positions_that_fill_the_device(
     check("index", logits_of(None, (1, classes, packs * 4), torch.float32, cuda_device), "mean")
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
 def test_transposed_rows(cuda_device: str, multiprocessors: int, kind: str, dtype: torch.dtype) -> None:
     """Without an inner dimension rows that follow each other are neighbours; in packs, or one by one."""
     for shape in ((64, 130), (61, 37), (4096, 3)):
