@@ -6,6 +6,7 @@
 // microseconds each.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "tensor.h"
@@ -40,11 +41,12 @@ inline RowStrides row_strides(Tensor& t, int classes) {
     const Sizes sizes = sizes_of(t), strides = strides_of(t);
     const bool batched = int64_t(sizes.size()) > classes;
     const auto inner = merged_stride(sizes, strides, batched ? 1 + classes : sizes.size());
-    if (inner) {
+    const bool no_elements = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
+    if (inner || no_elements) {  // no copy would change the strides of an empty tensor
       RowStrides result{};
       if (batched) result.outer = strides[0];
       if (classes == 1) result.classes = strides[batched ? 1 : 0];
-      result.inner = *inner;
+      result.inner = inner.value_or(1);
       return result;
     }
     t = torch::stable::contiguous(t);
