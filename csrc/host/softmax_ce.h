@@ -53,6 +53,16 @@ inline RowStrides row_strides(Tensor& t, int classes) {
   }
 }
 
+// Memory for a gradient: laid out as `like`, or contiguous where no single stride leads through its inner dimensions.
+// torchce/ops.py has the same choice in its fakes.
+inline Tensor empty_gradient(const Tensor& like) {
+  {
+    const Tensor grad = empty_like(like, like.scalar_type());
+    if (merged_stride(sizes_of(grad), strides_of(grad), 2)) return grad;
+  }
+  return empty(sizes_of(like), like.scalar_type(), like);
+}
+
 struct Problem {
   Tensor logits, target;
   std::optional<Tensor> weight;
@@ -165,10 +175,9 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
     check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
     check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
   } else {
-    const Tensor& like = of == GradientOf::target ? target : logits;
-    grad = empty_like(like, like.scalar_type());
+    grad = empty_gradient(of == GradientOf::target ? target : logits);
   }
-  Tensor described = grad;  // a fresh gradient always has strides, so this is never copied
+  Tensor described = grad;  // never copied: its strides merge
   args.grad_strides = row_strides(described, 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
