@@ -19,7 +19,7 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
         return "input is a leaf that requires grad: its own values would be lost"
     if not torch.ops.aten.is_non_overlapping_and_dense.default(logits):
         return f"input has overlapping or scattered memory (shape {list(logits.shape)}, strides {logits.stride()})"
-    if rows and not ops.one_stride(logits):
+    if rows and logits.numel() > 0 and not ops.one_stride(logits):
         return f"input's inner dimensions are permuted (shape {list(logits.shape)}, strides {logits.stride()})"
     return None
 
