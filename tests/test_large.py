@@ -1,7 +1,7 @@
-"""Beyond 2^31 elements: offsets are 64 bits wide everywhere. `make test-large`; without the memory a test is skipped.
+"""Beyond 2^31 elements: offsets are 64 bits wide everywhere. Run by `make test-large`; skipped where memory is short.
 
-The logits repeat a block of a prime number of values, so that rows differ wherever they are cut. What is compared with
-the float64 reference are rows at both ends and on both sides of element 2^31; sums, with the unreduced loss.
+The logits repeat a block of a prime number of values, so that rows differ wherever they are cut. Rows at both ends and
+on both sides of element 2^31 are compared with the float64 reference, sums with the unreduced loss.
 """
 
 from __future__ import annotations
