@@ -369,8 +369,8 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
             return f"{name}: expected a real dtype, got {tensor.dtype}"
         if tensor is not None and not _broadcasts_to(tensor.shape, input.shape):
             return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
-    if pos_weight is not None and not pos_weight.is_floating_point():
-        return f"pos_weight: expected a floating point tensor, got {pos_weight.dtype}"
+    if pos_weight is not None and pos_weight.dtype == torch.bool:
+        return f"pos_weight: expected numbers, got {pos_weight.dtype}"
     return None
 
 
