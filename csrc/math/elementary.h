@@ -202,6 +202,12 @@ struct ExpInSum {
   }
 };
 
+// For CUDA's kernels where an emulation runs them.
+template <class F>
+TORCHCE_HD F exp_in_sum(F x) {
+  return ExpInSum<F>{}(x);
+}
+
 // scale e^x for x <= 0, or NaN, subnormal results included. kShort: of the shorter polynomial, where the result is
 // rounded to 16 bits.
 //
