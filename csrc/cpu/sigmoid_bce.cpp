@@ -18,9 +18,10 @@ Tensor forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::
                int64_t reduction, std::optional<ScalarType> dtype) {
   auto call = host::sigmoid_bce::prepare_forward(logits, target, weight, pos_weight, reduction, dtype);
   const auto& elements = call.problem.elements;
-  const Partial total = sum_over_chunks(elements.numel, kSummedChunk, [&](int64_t begin, int64_t end, Partial* partial) {
-    kernels().sigmoid_bce_forward(elements, begin, end, partial);
-  });
+  const Partial total =
+      sum_over_chunks(elements.numel, kSummedChunk, [&](int64_t begin, int64_t end, Partial* partial) {
+        kernels().sigmoid_bce_forward(elements, begin, end, partial);
+      });
   store_reduced(elements.reduction, total.loss, double(elements.numel), elements.dtypes[torchce::sigmoid_bce::kOutput],
                 elements.output);
   return call.loss;
