@@ -150,7 +150,8 @@ TORCHCE_HD F exp_of_rest(F x, F n) {
 }
 
 // The same within |x| 2^-26 + 2^-23 of its value and three operations shorter: 2^(x / ln 2 - n), a minimax fit of 2^f
-// on |f| <= 1/2 that is exactly 1 at 0. A fused multiply-add does not round the product; without one it is |x| 2^-24.
+// on |f| <= 1/2 that is exactly 1 at 0. A fused multiply-add does not round the product; without one it is |x| 2^-24
+// more.
 template <class F>
 TORCHCE_HD F short_exp_of_rest(F x, F n) {
   const F f = x * kLog2E - n;
