@@ -16,13 +16,33 @@ BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check bench gpu format lint types build info clean
+.PHONY: demo test test-large fuzz sanitize check bench gpu format lint types build info clean
 
 demo: build
 	$(BIN)/python -m examples
 
 test: build
 	$(BIN)/python -m pytest
+
+# Beyond 2^31 elements: minutes, and up to 15 GiB of memory.
+test-large: build
+	$(BIN)/python -m pytest tests/test_large.py --large -rs
+
+# 5000 problems for each of the five fuzz tests, new ones each time.
+fuzz: build
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+
+# The whole suite on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not built so:
+# the runtimes are loaded first, leaks (Python's own) are not looked for, and Python's allocator makes way for the checked one.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := build/sanitize/lib
+sanitize: $(PACKAGES)
+	TORCHCE_CUDA=0 CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
+	    $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  $(BIN)/python -m pytest -p no:cacheprovider -o "pythonpath=$(SANITIZED) tests"
 
 check: lint types test
 

@@ -46,20 +46,23 @@ struct RowPosition {
   TORCHCE_HD RowPosition(const Rows& rows, int64_t r)
       : n(rows.inner == 1 ? r : r / rows.inner), s(rows.inner == 1 ? 0 : r % rows.inner) {}
   TORCHCE_HD int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
+  // To the next row, without the division.
+  TORCHCE_HD void advance(const Rows& rows) {
+    if (++s == rows.inner) {
+      s = 0;
+      ++n;
+    }
+  }
 };
 
 enum class RowKind { kept, ignored, bad };
 
-// The class index of one row and what hangs on it.
-template <class A>
-struct IndexedRow {
+// The class index of one row.
+struct TargetClass {
   RowKind kind = RowKind::kept;
   int64_t index = 0;  // a class even where the row is not kept, so that reading its logit is safe
-  A weight = 1;
-  A hot = 0;
-  A uniform = 0;
 
-  TORCHCE_HD IndexedRow(const Rows& rows, RowPosition at) {
+  TORCHCE_HD TargetClass(const Rows& rows, RowPosition at) {
     const int64_t target = target_at(rows, at);
     if (target == rows.ignore_index) {
       kind = RowKind::ignored;
@@ -68,10 +71,6 @@ struct IndexedRow {
     } else {
       index = target;
     }
-    if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
-    const IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
-    hot = coefficients.hot;
-    uniform = coefficients.uniform;
   }
 
   TORCHCE_HD static int64_t target_at(const Rows& rows, RowPosition at) {
@@ -84,6 +83,21 @@ struct IndexedRow {
       default:
         return static_cast<const uint8_t*>(rows.target)[i];
     }
+  }
+};
+
+// And what hangs on it.
+template <class A>
+struct IndexedRow : TargetClass {
+  A weight = 1;
+  A hot = 0;
+  A uniform = 0;
+
+  TORCHCE_HD IndexedRow(const Rows& rows, RowPosition at) : TargetClass(rows, at) {
+    if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
+    const IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
+    hot = coefficients.hot;
+    uniform = coefficients.uniform;
   }
 };
 

@@ -132,6 +132,11 @@ def _second_last(make: Maker, shape: Sequence[int]) -> Tensor:
     return make([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
 
 
+def _permuted_inner(make: Maker, shape: Sequence[int]) -> Tensor:
+    """Dense, but no single stride leads through the inner dimensions."""
+    return make([*shape[:2], *reversed(shape[2:])]).permute(0, 1, *reversed(range(2, len(shape))))
+
+
 def _sliced(make: Maker, shape: Sequence[int]) -> Tensor:
     """Every row starts one element off, and rows are not adjacent."""
     return make([shape[0], shape[1] + 3, *shape[2:]])[:, 1:-2]
@@ -167,6 +172,7 @@ LAYOUTS: dict[str, Callable[[Maker, Sequence[int]], Tensor]] = {
     "channels_last": _second_last,  # the same as transposed(1, 2) for three dimensions
     "sliced": _sliced,
     "channels_last_sliced": _channels_last_sliced,
+    "permuted_inner": _permuted_inner,
     "strided": _strided,
     "offset": _offset,
     "expanded_rows": _expanded(0),
@@ -178,9 +184,9 @@ LAYOUTS: dict[str, Callable[[Maker, Sequence[int]], Tensor]] = {
 
 def layouts_for(dims: int) -> list[str]:
     """The layouts that differ from contiguous for a tensor of that many dimensions."""
-    if dims < 3:
-        return [name for name in LAYOUTS if name not in ("channels_last", "channels_last_sliced", "expanded_inner")]
-    return list(LAYOUTS)
+    needs_inner = ("channels_last", "channels_last_sliced", "expanded_inner") if dims < 3 else ()
+    needs_two_inner = ("permuted_inner",) if dims < 4 else ()
+    return [name for name in LAYOUTS if name not in (*needs_inner, *needs_two_inner)]
 
 
 LAYOUT_SHAPES = [

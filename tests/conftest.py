@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import cases
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-import torchce  # noqa: F401  (registers the ops that are asked about below)
+import torchce
 
 pytest_plugins = ["cuda_emulation.plugin"]
 
@@ -26,6 +28,17 @@ def _why_no_cuda() -> str | None:
 COUNTS = pytest.StashKey[Counter[str]]()
 
 
+# Hypothesis checks how long a problem takes to draw and to run, which on a shared machine says nothing about it.
+_UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+settings.register_profile(
+    "short", max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=_UNHURRIED
+)
+settings.register_profile(
+    "fuzz", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_UNHURRIED
+)  # of each test; there are five
+settings.load_profile("short")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--large", action="store_true", help="also run the tests beyond 2^31 elements, which take minutes")
 
@@ -34,12 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = Counter()
 
 
+def pytest_report_header() -> str:
+    """Which build is tested: `make sanitize` has its own."""
+    return f"torchce: {Path(torchce.__file__).parent}, torch {torch.__version__}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for what, count in sorted(config.stash[COUNTS].items()):
         terminalreporter.write_line(f"{count} {what}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def counts(request: pytest.FixtureRequest) -> Counter[str]:
     """Counts that are printed at the end of the run, each with its key behind it."""
     return request.config.stash[COUNTS]

@@ -16,6 +16,7 @@ import torchce.functional
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
+NO_ROWS = ("permuted_inner",)  # whose memory cannot be overwritten by rows
 
 # The contract between Python and the kernels of every device. A change here is a change of every layer.
 SCHEMAS = {
@@ -59,6 +60,7 @@ SOFTMAX_SAMPLES = {
     "channels_last": {"shape": (2, 5, 3, 4), "layout": "channels_last"},
     "sliced": {"shape": (6, 5), "layout": "sliced"},
     "permuted_sliced": {"shape": (2, 5, 3, 4), "layout": "channels_last_sliced"},
+    "permuted_inner": {"shape": (2, 5, 3, 4), "layout": "permuted_inner"},
     "expanded": {"shape": (6, 5), "layout": "expanded_rows"},
     "none": {"shape": (3, 5, 4), "reduction": NONE},
     "weighted": {"shape": (6, 5), "weighted": True, "smoothing": 0.1},
@@ -72,6 +74,7 @@ BCE_SAMPLES = {
     "channels_last": {"shape": (2, 5, 3, 4), "layout": "channels_last", "reduction": NONE},
     "sliced": {"shape": (6, 5), "layout": "sliced", "reduction": NONE},
     "permuted_sliced": {"shape": (2, 5, 3, 4), "layout": "channels_last_sliced", "reduction": NONE},
+    "permuted_inner": {"shape": (2, 5, 3, 4), "layout": "permuted_inner", "reduction": NONE},
     "weighted": {"shape": (6, 5), "weighted": True},
     "loss_dtype": {"shape": (6, 5), "dtype": torch.float16, "loss_dtype": torch.float32, "reduction": NONE},
     "empty": {"shape": (0, 5), "reduction": SUM},  # opcheck takes NaN, the mean, for a difference
@@ -109,7 +112,7 @@ def softmax_calls(
     loss, statistics, totals = op("softmax_ce_forward")(*forward)
     state = (torch.ones_like(loss), logits, target, weight, statistics, totals, reduction)
     calls = {"softmax_ce_forward": forward, "softmax_ce_backward": (*state, -100, smoothing)}
-    if layout not in NOT_DENSE:
+    if layout not in NOT_DENSE + NO_ROWS:
         calls["softmax_ce_backward_"] = (*state, -100, smoothing)
     if kind == "probability":
         calls["softmax_ce_backward_target"] = (*state, smoothing)

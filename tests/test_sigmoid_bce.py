@@ -368,6 +368,14 @@ def test_many_elements_do_not_drift(device: str, reduction: str, dtype: torch.dt
     assert_accurate("loss", loss, truth.loss)
 
 
+@pytest.mark.parametrize("logit", [1.5, 0.3, -2.7])
+def test_many_equal_elements_do_not_drift(device: str, logit: float) -> None:
+    """Equal terms round the same way each time, so that a long float32 sum goes astray where random terms even out."""
+    logits = torch.full((1, 1), logit, device=device).expand(1000, 1001)
+    target = torch.zeros((1, 1), device=device).expand(1000, 1001)
+    assert_accurate("loss", bce(logits, target), reference.sigmoid_bce(logits, target).loss)
+
+
 def test_nan_stays_in_its_element(device: str) -> None:
     logits = cases.normal((5, 40), torch.float32, device)
     target = cases.uniform((5, 40), torch.float32, device)

@@ -350,6 +350,20 @@ def test_empty_batch(device: str, kind: str, shape: tuple[int, ...]) -> None:
     assert grad.shape == logits.shape
 
 
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("shape", [(3, 5, 2, 0), (3, 5, 0, 2), (0, 5, 0, 0), (0, 5, 2, 3)], ids=str)
+def test_empty_with_inner_dimensions_of_no_common_stride(device: str, kind: str, shape: tuple[int, ...]) -> None:
+    """Fuzzing found it: a copy was to give strides that merge, but torch does not copy what has no elements: no end."""
+    logits = torch.empty_strided(shape, (1, 1, 7, 3), device=device)
+    target = torch.empty(shape, device=device)
+    if kind == "index":
+        target = torch.empty(cases.index_shape(shape), dtype=torch.int64, device=device)
+    loss, grad = loss_and_grad(logits, target, reduction="none")
+    assert loss.shape == cases.index_shape(shape)
+    assert grad.shape == shape
+    assert loss_and_grad(logits, target, reduction="mean")[0].isnan()
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("logit", [0.0, 1e4, -1e4])
 def test_one_class(device: str, logit: float, dtype: torch.dtype) -> None:

@@ -189,7 +189,7 @@ def cross_entropy(
         arguments = (input, target, weight, None, ignore_index, None, _REDUCTION_NAMES[number], label_smoothing)
         return _explain(problem, _torch_cross_entropy, *arguments)
     inplace_backward = inplace.applies(inplace_backward)
-    if inplace_backward and (refusal := inplace.refusal(input)) is not None:
+    if inplace_backward and (refusal := inplace.refusal(input, rows=True)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
     dtype = None
@@ -353,7 +353,7 @@ def binary_cross_entropy_with_logits(
         arguments = (input, target, weight, None, None, _REDUCTION_NAMES[number], pos_weight)
         return _explain(problem, _torch_bce_with_logits, *arguments)
     inplace_backward = inplace.applies(inplace_backward)
-    if inplace_backward and (refusal := inplace.refusal(input)) is not None:
+    if inplace_backward and (refusal := inplace.refusal(input, rows=False)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
     dtype = target.dtype if target.is_floating_point() else input.dtype

@@ -97,6 +97,8 @@ def softmax_ce_backward(
 ) -> Tensor:
     """Gradient of :func:`softmax_ce_forward` with respect to the logits, in their shape, dtype and layout.
 
+    Where no single stride leads through the inner dimensions (see :func:`one_stride`) it is contiguous instead.
+
     Shape:
         - grad_output: the loss's
         - the rest as in and out of the forward
@@ -111,7 +113,24 @@ _softmax_ce_backward = _ops.softmax_ce_backward.default
 
 @torch.library.register_fake("torchce::softmax_ce_backward")
 def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits)
+    return _empty_gradient(logits)
+
+
+def one_stride(t: Tensor) -> bool:
+    """Whether one stride leads through all of d1...dk of ``t``, shaped as logits."""
+    expected = None
+    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return False
+        expected = stride * size
+    return True
+
+
+def _empty_gradient(like: Tensor) -> Tensor:
+    grad = torch.empty_like(like)
+    return grad if one_stride(grad) else like.new_empty(like.shape)
 
 
 def softmax_ce_backward_(
@@ -160,7 +179,7 @@ _softmax_ce_backward_target = _ops.softmax_ce_backward_target.default
 
 @torch.library.register_fake("torchce::softmax_ce_backward_target")
 def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(target)
+    return _empty_gradient(target)
 
 
 def sigmoid_bce_forward(

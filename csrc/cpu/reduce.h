@@ -9,10 +9,12 @@
 
 namespace torchce::cpu {
 
-// Calls f(begin, end) for the chunks of [0, count), in parallel.
+// Calls f(begin, end) for the chunks of [0, count), in parallel. A single one needs no other thread, nor to ask for
+// any.
 template <class F>
 void for_each_chunk(int64_t count, int64_t chunk, const F& f) {
   const int64_t chunks = (count + chunk - 1) / chunk;
+  if (chunks == 1) return f(0, count);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) f(c * chunk, std::min(count, (c + 1) * chunk));
   });

@@ -17,7 +17,7 @@ using host::softmax_ce::GradientOf;
 
 // Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows.
 int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
-  constexpr int64_t kLogits = 1 << 15, kStrip = 64;
+  constexpr int64_t kLogits = 1 << 15, kStrip = 256;
   const int64_t fitting = kLogits / std::max<int64_t>(rows.classes, 1);
   if (rows.logits_strides.classes == 1) return std::max<int64_t>(fitting, 1);
   return std::max<int64_t>(fitting / kStrip, 1) * kStrip;

@@ -1,9 +1,12 @@
-// Softmax cross entropy with lanes along each row. Rows have at least one full vector of adjacent classes.
+// Softmax cross entropy with lanes along each row. Rows have at least one full pack (vector.h) of adjacent classes.
 //
-// Bulk and remainder: vectors start at 0, L, 2L, ... and the last one at C - L, so it overlaps its neighbour unless L
-// divides C (C = 1001, L = 16: it covers 985..1000, of which 985..991 were done before). Sums mask what was done
-// before. A gradient that overwrites its logits would transform the overlap twice, so the last vector is read before
-// any is written.
+// Bulk and remainder: packs start at 0, P, 2P, ... and the last one at C - P, so it overlaps its neighbour unless P
+// divides C (C = 1001, P = 32: it covers 969..1000, of which 969..991 were done before). Sums mask what was done
+// before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
+// is written.
+//
+// A row is read once: its exponentials are summed against the largest logit so far, and a sum shrinks when a larger one
+// turns up (Milakov and Gimelshein 2018, arXiv:1805.02867), which is looked at once a block.
 #pragma once
 
 #include "../softmax_ce_row.h"
@@ -13,9 +16,10 @@ namespace torchce::cpu::TORCHCE_LEVEL::along {
 
 using namespace softmax_ce;
 
-// u_k of kLanes classes from k on.
-template <class Target, class A>
+// u_k of the classes of a pack from k on.
+template <class T, class Target>
 struct Coefficients {
+  using A = Accumulate<T>;
   const A* weight;
   const void* target;
   A label_smoothing, classes;
@@ -30,110 +34,126 @@ struct Coefficients {
     }
   }
 
-  TORCHCE_SIMD Lanes<A> at(int64_t k) const {
-    const Lanes<A> w = weight == nullptr ? broadcast<A>(1) : load<A>(weight + k);
+  TORCHCE_SIMD Pack<T> at(int64_t k) const {
+    Pack<T> u = {broadcast<A>(1), broadcast<A>(1)};
+    if (weight != nullptr) u = Pack<T>::load(weight + k);
     if constexpr (Target::kProbabilities) {
-      const auto* probabilities = static_cast<const typename Target::Storage*>(target);
-      return probability_coefficient(load<A>(probabilities + k), w, label_smoothing, classes);
-    } else {
-      return w;
+      const auto t = Pack<T>::load(static_cast<const typename Target::Storage*>(target) + k);
+      for (int i = 0; i < u.kVectors; ++i) u.v[i] = probability_coefficient(t.v[i], u.v[i], label_smoothing, classes);
     }
+    return u;
   }
 };
 
-template <class V>
-TORCHCE_SIMD V larger(V a, V b) {
-  return math::select(b > a, b, a);
-}
-
-template <class A, class T>
-TORCHCE_SIMD A row_max(const T* x, int64_t classes) {
-  using V = Lanes<A>;
-  constexpr int L = kLanes<A>;
-  constexpr int kChains = 4;  // a compare waits for the one before it: four chains keep the loads busy
-  const V last = load<A>(x + classes - L);
-  V max[kChains] = {last, last, last, last};
-  int64_t k = 0;
-  for (; k + kChains * L <= classes; k += kChains * L) {
-    for (int i = 0; i < kChains; ++i) max[i] = larger(max[i], load<A>(x + k + i * L));
-  }
-  for (; k + L <= classes; k += L) max[0] = larger(max[0], load<A>(x + k));
-  return max_of<A>(larger(larger(max[0], max[1]), larger(max[2], max[3])));
-}
-
-template <class A>
+// What one row of logits adds up to.
+template <class T, class Target>
 struct RowSums {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  static constexpr int kPacks = 8;  // of a block, whose largest logit is looked at together
+
+  A max = kLowest<A>;
   A exponentials = 0;
   A coefficients = 0;  // sum_k u_k
   A gaps = 0;          // sum_k u_k (x_k - max)
-};
 
-template <class Target, class A, class T>
-TORCHCE_SIMD RowSums<A> row_sums(const T* x, int64_t classes, A max, const Coefficients<Target, A>& coefficients) {
-  using V = Lanes<A>;
-  constexpr int L = kLanes<A>;
-  // Vectors added in one go before the running total: float32 sums of 10^5 terms would lose digits one by one.
-  constexpr int64_t kBlock = 128 * L;
-  const V max_lanes = broadcast(max);
-  V total{}, total_coefficients{}, total_gaps{};
-
-  const auto add = [&](int64_t k, auto mask, V& sum, V& sum_coefficients, V& gaps) {
-    const V logits = load<A>(x + k);
-    sum += mask(math::exp_of_negative(logits - max_lanes));
-    if constexpr (Target::kSpread) {
-      const V u = mask(coefficients.at(k));
-      sum_coefficients += u;
-      gaps += weighted_gap(u, logits, max_lanes);
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) {
+    constexpr int64_t P = Pack<T>::kSize;
+    int64_t k = 0;
+    for (; k + kPacks * P <= classes; k += kPacks * P) {
+      add<kPacks>(kPacks, [&](int i) { return Pack<T>::load(x + k + i * P); }, [&](int i) { return u.at(k + i * P); });
     }
-  };
-  const auto all = [](auto v) { return v; };
+    const int left = int((classes - k) / P);
+    add<0>(left, [&](int i) { return Pack<T>::load(x + k + i * P); }, [&](int i) { return u.at(k + i * P); });
+    k += left * P;
+    if (k < classes) {
+      const int64_t last = classes - P;
+      add<1>(
+          1, [&](int) { return Pack<T>::load(x + last).from(k - last, kLowest<A>); },
+          [&](int) { return u.at(last).from(k - last, 0); });
+    }
+    finish();
+  }
 
-  int64_t k = 0;
-  while (k + L <= classes) {
-    const int64_t stop = classes - L < k + kBlock - L ? classes - L : k + kBlock - L;
-    V sum{}, sum_coefficients{}, gaps{};
-    for (; k <= stop; k += L) add(k, all, sum, sum_coefficients, gaps);
-    total += sum;
-    total_coefficients += sum_coefficients;
-    total_gaps += gaps;
+ private:
+  math::ExpInSum<V> exp;
+  CompensatedSum<V> exponential_lanes, coefficient_lanes, gap_lanes;
+
+  // A block of packs: as many as the template says, or `count`.
+  template <int kCount, class Logits, class Us>
+  TORCHCE_SIMD void add(int count, Logits logits, Us coefficients_at) {
+    if constexpr (kCount > 0) count = kCount;
+    V block_max = broadcast(max);
+    for (int i = 0; i < count; ++i) {
+      const Pack<T> x = logits(i);
+      block_max = larger(block_max, larger(x.v[0], x.v[1]));
+    }
+    const A new_max = max_of<A>(block_max);
+    if (new_max > max) raise(new_max);
+
+    const V max_lanes = broadcast(max);
+    V sum{}, sum_coefficients{}, sum_gaps{};
+    for (int i = 0; i < count; ++i) {
+      const Pack<T> x = logits(i);
+      for (const V& v : x.v) sum += exp(v - max_lanes);
+      if constexpr (Target::kSpread) {
+        const Pack<T> u = coefficients_at(i);
+        for (int j = 0; j < u.kVectors; ++j) {
+          sum_coefficients += u.v[j];
+          sum_gaps += weighted_gap(u.v[j], x.v[j], max_lanes);
+        }
+      }
+    }
+    exponential_lanes.add(sum);
+    if constexpr (Target::kSpread) {
+      coefficient_lanes.add(sum_coefficients);
+      gap_lanes.add(sum_gaps);
+    }
   }
-  if (k < classes) {
-    const A done_before = A(k - (classes - L));
-    const auto fresh = [&](V v) { return math::select(lane_numbers<A>() >= done_before, v, V{}); };
-    add(classes - L, fresh, total, total_coefficients, total_gaps);
+
+  TORCHCE_SIMD void raise(A new_max) {
+    if (max != kLowest<A>) exponential_lanes.scale(math::exp_of_negative(max - new_max));
+    if constexpr (Target::kSpread)
+      gap_lanes.add(weighted_gap(coefficient_lanes.sum, broadcast(max), broadcast(new_max)));
+    max = new_max;
   }
-  RowSums<A> sums;
-  sums.exponentials = sum_of<A>(total);
-  if constexpr (Target::kSpread) {
-    sums.coefficients = sum_of<A>(total_coefficients);
-    sums.gaps = sum_of<A>(total_gaps);
+
+  TORCHCE_SIMD void finish() {
+    exponentials = sum_of<A>(exponential_lanes.sum);
+    coefficients = sum_of<A>(coefficient_lanes.sum);
+    gaps = sum_of<A>(gap_lanes.sum);
+    // A row with a logit has a term of 1. One of -inf alone has a maximum of -inf and, like one with a NaN, no sum.
+    if (!(exponentials >= 1)) {
+      max = -math::kInfinity<A>;
+      exponentials = max - max;
+    }
   }
-  return sums;
-}
+};
 
 template <class T, class Target>
 void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
   using A = Accumulate<T>;
-  const Rows& rows = call.rows;
+  const Rows rows = call.rows;  // a copy: what is stored might be the original, for all the compiler knows
   const Statistics<A> statistics(rows, call.statistics);
   for (int64_t r = row_begin; r < row_end; ++r) {
     const RowPosition at(rows, r);
     const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
-    A loss = 0, max = 0;
-    RowSums<A> sums{1};
+    A loss = 0, max = 0, sum = 1;
     const auto reduce_row = [&] {
-      max = row_max<A>(x, rows.classes);
-      sums = row_sums<Target, A>(x, rows.classes, max, Coefficients<Target, A>(rows, at));
+      const RowSums<T, Target> sums(x, rows.classes, Coefficients<T, Target>(rows, at));
+      max = sums.max;
+      sum = sums.exponentials;
+      return sums;
     };
     if constexpr (Target::kProbabilities) {
-      reduce_row();
+      const auto sums = reduce_row();
       loss = spread_loss(A(1), sums.coefficients, sums.gaps, math::log(sums.exponentials));
       statistics.spread[r] = sums.coefficients;
     } else {
       const IndexedRow<A> row(rows, at);
       if (row.kind == RowKind::bad && partial->bad_row < 0) partial->bad_row = r;
       if (row.kind == RowKind::kept) {
-        reduce_row();
+        const auto sums = reduce_row();
         const A log_sum = math::log(sums.exponentials);
         loss = hot_loss(row.hot, load_one<A>(x + row.index), max, log_sum);
         if constexpr (Target::kSpread) loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum);
@@ -141,44 +161,50 @@ void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* p
       }
     }
     statistics.max[r] = max;
-    statistics.sum[r] = sums.exponentials;
+    statistics.sum[r] = sum;
     partial->loss += loss;
     if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
   }
 }
 
 // grad_k = exp(x_k - max) scale - spread u_k, for every class.
-template <class Target, class A, class T>
+template <class T, class Target, class A>
 TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, A scale, A spread,
-                               const Coefficients<Target, A>& coefficients) {
-  using V = Lanes<A>;
-  constexpr int L = kLanes<A>;
-  const V max_lanes = broadcast(max), scale_lanes = broadcast(scale);
+                               const Coefficients<T, Target>& coefficients) {
+  constexpr int64_t P = Pack<T>::kSize;
+  const auto max_lanes = broadcast(max);
+  const math::ScaledExp<Lanes<A>, kSixteenBits<T>> scaled_exp(broadcast(scale));
   const auto gradient = [&](int64_t k) {
-    V g = scaled_probability(load<A>(x + k), max_lanes, scale_lanes);
-    if constexpr (Target::kSpread) g -= spread * coefficients.at(k);
+    Pack<T> g = Pack<T>::load(x + k);
+    for (auto& v : g.v) v = scaled_exp(v - max_lanes);
+    if constexpr (Target::kSpread) {
+      const Pack<T> u = coefficients.at(k);
+      for (int i = 0; i < g.kVectors; ++i) g.v[i] -= spread * u.v[i];
+    }
     return g;
   };
-  const bool remainder = classes % L != 0;
-  const V last = remainder ? gradient(classes - L) : V{};
-  for (int64_t k = 0; k + L <= classes; k += L) store(grad + k, gradient(k));
-  if (remainder) store(grad + classes - L, last);
+  const bool remainder = classes % P != 0;
+  Pack<T> last{};
+  if (remainder) last = gradient(classes - P);
+  for (int64_t k = 0; k + P <= classes; k += P) gradient(k).store(grad + k);
+  if (remainder) last.store(grad + classes - P);
 }
 
 template <class T, class Target>
-void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
+void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   using A = Accumulate<T>;
+  const Backward call = original;  // what is stored might be the original, for all the compiler knows
   const Rows& rows = call.rows;
   const Statistics<A> statistics(rows, call.statistics);
   for (int64_t r = row_begin; r < row_end; ++r) {
     const RowPosition at(rows, r);
     const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
     T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
-    const Coefficients<Target, A> coefficients(rows, at);
+    const Coefficients<T, Target> coefficients(rows, at);
     const A max = statistics.max[r], sum = statistics.sum[r];
     if constexpr (Target::kProbabilities) {
       const A g = row_grad_output<A>(call, at);
-      row_gradient<Target>(x, grad, rows.classes, max, g * statistics.spread[r] / sum, g, coefficients);
+      row_gradient<T, Target>(x, grad, rows.classes, max, g * statistics.spread[r] / sum, g, coefficients);
     } else {
       const IndexedRow<A> row(rows, at);
       if (row.kind == RowKind::ignored) {
@@ -189,7 +215,7 @@ void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
       const A spread = g * row.uniform;
       const A scale = (g * row.hot + spread * sum_of_class_weights<A>(call)) / sum;
       const A hot_logit = load_one<A>(x + row.index);  // before it may be overwritten
-      row_gradient<Target>(x, grad, rows.classes, max, scale, spread, coefficients);
+      row_gradient<T, Target>(x, grad, rows.classes, max, scale, spread, coefficients);
       store_one(grad + row.index, scaled_probability(hot_logit, max, scale) - spread * row.weight - g * row.hot);
     }
   }

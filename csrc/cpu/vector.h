@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../math/storage.h"
 #include "levels.h"
@@ -17,6 +18,7 @@ constexpr int kBytes = TORCHCE_LEVEL_BYTES;
 typedef float Floats __attribute__((vector_size(kBytes)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
 template <class A>
 struct LanesOf;
@@ -84,6 +86,92 @@ TORCHCE_SIMD Lanes<A> lane_numbers() {
   return v;
 }
 
+// Two vectors of neighbouring elements of storage type T. Other types lie one vector after the other; of 16-bit types
+// the elements at even places are in the first vector and those at odd ones in the second, which is a shift and a mask
+// away from how they lie in memory, where any other order takes instructions that move data across lanes.
+template <class T>
+struct Pack {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  static constexpr int kVectors = 2;
+  static constexpr int kSize = kVectors * kLanes<A>;
+  static constexpr int kStep = kSixteenBits<T> ? 2 : 1;  // between neighbouring lanes, in elements
+
+  V v[kVectors];
+
+  // Place of the first lane of a vector within the pack.
+  static constexpr int start(int vector) { return kSixteenBits<T> ? vector : vector * kLanes<A>; }
+
+  // Elements p[0] ... p[kSize - 1], of T or of another type, in T's order.
+  template <class P>
+  TORCHCE_SIMD static Pack load(const P* p) {
+    if constexpr (!kSixteenBits<T>) {
+      return {cpu::TORCHCE_LEVEL::load<A>(p), cpu::TORCHCE_LEVEL::load<A>(p + kLanes<A>)};
+    } else if constexpr (kSixteenBits<P>) {
+      Words words;
+      std::memcpy(&words, p, sizeof words);
+      return {math::from_bits(widen_lower_bits(P{}, words)), math::from_bits(widen_upper_bits(P{}, words))};
+    } else {
+      Pack pack{};
+      for (int l = 0; l < kLanes<A>; ++l) {
+        pack.v[0][l] = load_one<A>(p + 2 * l);
+        pack.v[1][l] = load_one<A>(p + 2 * l + 1);
+      }
+      return pack;
+    }
+  }
+
+  TORCHCE_SIMD void store(T* p) const {
+    if constexpr (!kSixteenBits<T>) {
+      cpu::TORCHCE_LEVEL::store(p, v[0]);
+      cpu::TORCHCE_LEVEL::store(p + kLanes<A>, v[1]);
+    } else {
+      const Words low = Words(narrow_bits(T{}, math::to_bits(v[0]))),
+                  high = Words(narrow_bits(T{}, math::to_bits(v[1])));
+      const Words words = (low & 0xffff) | (high << 16);
+      std::memcpy(p, &words, sizeof words);
+    }
+  }
+
+  // This pack with `v` in the places before `place`.
+  TORCHCE_SIMD Pack from(int64_t place, A filler) const {
+    Pack result;
+    for (int i = 0; i < kVectors; ++i) {
+      const V places = lane_numbers<A>() * A(kStep) + A(start(i));
+      result.v[i] = math::select(places >= A(place), v[i], broadcast(filler));
+    }
+    return result;
+  }
+};
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Pack takes the lower half of a word for the even element");
+
+template <class V>
+TORCHCE_SIMD V larger(V a, V b) {
+  return math::select(b > a, b, a);
+}
+
+// Below every logit but -inf.
+template <class A>
+constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-__FLT_MAX__) : A(-__DBL_MAX__);
+
+// A sum that remembers what its additions rounded away (Kahan): float32 sums of 10^5 terms would lose digits.
+template <class V>
+struct CompensatedSum {
+  V sum{}, excess{};
+  TORCHCE_SIMD void add(V term) {
+    term -= excess;
+    const V next = sum + term;
+    excess = (next - sum) - term;
+    excess = math::select(excess == excess, excess, V{});  // NaN: the sum is infinite, and stays so
+    sum = next;
+  }
+  template <class Factor>
+  TORCHCE_SIMD void scale(Factor factor) {
+    sum *= factor;
+    excess *= factor;
+  }
+};
+
 // Folds the upper half of the lanes onto the lower until one is left, so that the order is fixed and short.
 template <class A, class V, class F>
 TORCHCE_SIMD A fold(V v, F combine) {
@@ -103,7 +191,48 @@ TORCHCE_SIMD A sum_of(Lanes<A> v) {
 }
 template <class A>
 TORCHCE_SIMD A max_of(Lanes<A> v) {
-  return fold<A>(v, [](auto a, auto b) { return math::select(b > a, b, a); });
+  return fold<A>(v, [](auto a, auto b) { return larger(a, b); });
+}
+
+// A sum of vectors in double, over all lanes.
+template <class A>
+struct SumInDouble {
+  Doubles sum{};
+  TORCHCE_SIMD void add(Lanes<A> v) {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      sum += v;
+    } else {
+      typedef A Half __attribute__((vector_size(kBytes / 2)));
+      Half halves[2];
+      std::memcpy(halves, &v, sizeof v);
+      sum += __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+    }
+  }
+  TORCHCE_SIMD double value() const { return sum_of<double>(sum); }
+};
+
+// Lanes of the lower (or upper) halves of two vectors, in turn.
+template <bool kUpper, class V, size_t... I>
+TORCHCE_SIMD V interleave(V a, V b, std::index_sequence<I...>) {
+  constexpr size_t L = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...);
+}
+
+// Swaps rows and columns of a square of lanes. A vector and its partner half the square away are interleaved; that
+// rotates the bits of an element's place (row, column) by one, and after as many rounds as a row number has bits, row
+// and column have changed places.
+template <class A>
+TORCHCE_SIMD void transpose(Lanes<A> (&square)[kLanes<A>]) {
+  constexpr int L = kLanes<A>;
+  const auto lanes = std::make_index_sequence<L>();
+  for (int round = 1; round < L; round *= 2) {
+    Lanes<A> next[L];
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<false>(square[i], square[i + L / 2], lanes);
+      next[2 * i + 1] = interleave<true>(square[i], square[i + L / 2], lanes);
+    }
+    for (int i = 0; i < L; ++i) square[i] = next[i];
+  }
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -17,7 +17,7 @@ __global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_along
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int V = kPack<T>, kInFlight = kUnroll<A>;
+  constexpr int V = kPack<T>, kInFlight = kUnroll<Target, A>;
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner;
   const Coefficients<Target, A> coefficients(rows);
@@ -81,7 +81,7 @@ __global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_acros
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int kClasses = V > 4 ? 2 : kUnroll<A>;  // in flight
+  constexpr int kClasses = V > 4 ? 2 : kUnroll<Target, A>;  // in flight
   const Rows& rows = call.rows;
   const int64_t packs = rows.outer * rows.inner / V;
   const Coefficients<Target, A> coefficients(rows);

@@ -56,8 +56,8 @@ __device__ __forceinline__ void add_classes(const Rows& rows, int64_t r, int64_t
                              });
   };
   int64_t pack = thread;
-  for (; pack + int64_t(kUnroll<A> - 1) * threads < packs; pack += int64_t(kUnroll<A>) * threads) {
-    add_packs(std::integral_constant<int, kUnroll<A>>{}, pack);
+  for (; pack + int64_t(kUnroll<Target, A> - 1) * threads < packs; pack += int64_t(kUnroll<Target, A>) * threads) {
+    add_packs(std::integral_constant<int, kUnroll<Target, A>>{}, pack);
   }
   for (; pack < packs; pack += threads) add_packs(std::integral_constant<int, 1>{}, pack);
   for (int64_t k = body + packs * V + thread; k < end; k += threads) add_one(k);
@@ -183,8 +183,8 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_across(const F
         }
       };
       int64_t k = share;
-      for (; k + int64_t(kUnroll<A> - 1) * shares < rows.classes; k += int64_t(kUnroll<A>) * shares) {
-        add_classes(std::integral_constant<int, kUnroll<A>>{}, k);
+      for (; k + int64_t(kUnroll<Target, A> - 1) * shares < rows.classes; k += int64_t(kUnroll<Target, A>) * shares) {
+        add_classes(std::integral_constant<int, kUnroll<Target, A>>{}, k);
       }
       for (; k < rows.classes; k += shares) add_classes(std::integral_constant<int, 1>{}, k);
     }

@@ -6,6 +6,7 @@
 // microseconds each.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "tensor.h"
@@ -42,15 +43,26 @@ inline RowStrides row_strides(Tensor& t, int classes) {
     const Sizes sizes = sizes_of(t), strides = strides_of(t);
     const bool batched = int64_t(sizes.size()) > classes;
     const auto inner = merged_stride(sizes, strides, batched ? 1 + classes : sizes.size());
-    if (inner) {
+    const bool no_elements = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
+    if (inner || no_elements) {  // no copy would change the strides of an empty tensor
       RowStrides result{};
       if (batched) result.outer = strides[0];
       if (classes == 1) result.classes = strides[batched ? 1 : 0];
-      result.inner = *inner;
+      result.inner = inner.value_or(1);
       return result;
     }
     t = torch::stable::contiguous(t);
   }
+}
+
+// Memory for a gradient: laid out as `like`, or contiguous where no single stride leads through its inner dimensions.
+// torchce/ops.py has the same choice in its fakes.
+inline Tensor empty_gradient(const Tensor& like) {
+  {
+    const Tensor grad = empty_like(like, like.scalar_type());
+    if (merged_stride(sizes_of(grad), strides_of(grad), 2)) return grad;
+  }
+  return empty(sizes_of(like), like.scalar_type(), like);
 }
 
 struct Problem {
@@ -166,10 +178,9 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
     check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
     check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
   } else {
-    const Tensor& like = of == GradientOf::target ? target : logits;
-    grad = empty_like(like, like.scalar_type());
+    grad = empty_gradient(of == GradientOf::target ? target : logits);
   }
-  Tensor described = grad;  // a fresh gradient always has strides, so this is never copied
+  Tensor described = grad;  // never copied: its strides merge
   args.grad_strides = row_strides(described, 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;

@@ -18,6 +18,8 @@
 namespace torchce::math {
 
 constexpr float kInfinityF = __builtin_huge_valf();
+template <class A>
+constexpr A kInfinity = A(__builtin_huge_val());
 
 // mask ? a : b, for a bool and scalars as for a lane mask and vectors.
 template <class M, class V>
@@ -123,34 +125,125 @@ TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 TORCHCE_HD double log(double x) { return __builtin_log(x); }
 TORCHCE_HD double log1p_unit(double x) { return __builtin_log1p(x); }
 
-// e^x for x <= 0, or NaN. With n = round(x / ln 2) and r = x - n ln 2 it is 2^n e^r; the polynomial is a minimax fit of
-// e^r on |r| <= ln 2 / 2 with a relative error of 2^-28. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results
-// are right too.
+// Adding 1.5 * 2^23 to a float leaves it, rounded to an integer, in the low bits of the mantissa. With the exponent's
+// bias added too, those bits shifted into the exponent's place are a power of two.
+constexpr float kRoundToInteger = 12582912.0f;
+constexpr float kExponentBias = 127.0f;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147182f;
+
+template <class F>
+TORCHCE_HD F power_of_two(F shifted) {
+  return from_bits(to_bits(shifted) << 23);
+}
+
+// e^(x - n ln 2) where n = round(x / ln 2): a minimax fit of e^r on |r| <= ln 2 / 2 with a relative error of 2^-28.
+template <class F>
+TORCHCE_HD F exp_of_rest(F x, F n) {
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
+  p = p * r + 4.16683873612e-2f;
+  p = p * r + 1.66665206898e-1f;
+  p = p * r + 4.99999934517e-1f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// The same within |x| 2^-26 + 2^-23 of its value and three operations shorter: 2^(x / ln 2 - n), a minimax fit of 2^f
+// on |f| <= 1/2 that is exactly 1 at 0. A fused multiply-add does not round the product; without one it is |x| 2^-24
+// more.
+template <class F>
+TORCHCE_HD F short_exp_of_rest(F x, F n) {
+  const F f = x * kLog2E - n;
+  F p = f * 1.3264646e-3f + 9.671576e-3f;
+  p = p * f + 5.5507347e-2f;
+  p = p * f + 2.4022241e-1f;
+  p = p * f + 6.93147e-1f;
+  return p * f + 1.0f;
+}
+
+// e^x for x <= 0, or NaN. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are right too.
 template <class F>
 TORCHCE_HD F exp_of_negative(F x) {
   if constexpr (kOfDoubles<F>) {
     return each_lane(x, [](double lane) { return exp_of_negative(lane); });
   } else {
-    // Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the mantissa; 64 + 127 makes it the exponent's bits.
-    constexpr float kRound = 12582912.0f + 64.0f + 127.0f;
+    constexpr float kRound = kRoundToInteger + kExponentBias + 64.0f;
     x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
-    const F shifted = x * 1.44269504f + kRound;
-    const F n = shifted - kRound;
-    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
-    F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
-    p = p * r + 4.16683873612e-2f;
-    p = p * r + 1.66665206898e-1f;
-    p = p * r + 4.99999934517e-1f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * from_bits(to_bits(shifted) << 23) * 0x1p-64f;
+    const F shifted = x * kLog2E + kRound;
+    return exp_of_rest(x, shifted - kRound) * power_of_two(shifted) * 0x1p-64f;
   }
 }
 
+// A number that the compiler cannot see: it takes two instructions for the larger of x and a constant, one where both
+// are values.
+TORCHCE_HD float unseen(float value) {
+  int32_t bits = to_bits(value);
+  asm("" : "+r"(bits));
+  return from_bits(bits);
+}
+
+// e^x for x <= 0, or NaN, in a sum that has a term of 1 in it, where what is below 2^-126 counts for nothing.
+template <class V>
+struct ExpInSum {
+  V least{};  // 2^-127 is one less than the exponent can say, which makes it 0
+
+  TORCHCE_HD ExpInSum() {
+    if constexpr (!kOfDoubles<V>) least += unseen(-127.0f * kLn2);
+  }
+  TORCHCE_HD V operator()(V x) const {
+    if constexpr (kOfDoubles<V>) {
+      return exp_of_negative(x);
+    } else {
+      constexpr float kRound = kRoundToInteger + kExponentBias;
+      x = select(x < least, least, x);
+      const V shifted = x * kLog2E + kRound;
+      return short_exp_of_rest(x, shifted - kRound) * power_of_two(shifted);
+    }
+  }
+};
+
+// For CUDA's kernels where an emulation runs them.
 template <class F>
 TORCHCE_HD F exp_in_sum(F x) {
-  return exp_of_negative(x);
+  return ExpInSum<F>{}(x);
 }
+
+// scale e^x for x <= 0, or NaN, subnormal results included. kShort: of the shorter polynomial, where the result is
+// rounded to 16 bits.
+//
+// One factor brings in the scale and takes out an excess of 64 in the exponent of e^x, which keeps e^x normal down to
+// 2^-190. The scale must not become subnormal that way: where it is below 2^-24 there is no excess, because a product
+// with less than 2^-126 is 0 then.
+template <class V, bool kShort>
+struct ScaledExp {
+  V factor, round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
+
+  TORCHCE_HD explicit ScaledExp(V scale) : factor(scale) {
+    if constexpr (!kOfDoubles<V>) {
+      const auto small = abs(scale) < 0x1p-24f;
+      factor = select(small, scale, scale * 0x1p-64f);
+      round = select(small, V{} + (kRoundToInteger + kExponentBias), V{} + (kRoundToInteger + kExponentBias + 64.0f));
+      least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
+    }
+  }
+  TORCHCE_HD V operator()(V x) const {
+    if constexpr (kOfDoubles<V>) {
+      return exp_of_negative(x) * factor;
+    } else {
+      x = select(x < least, least, x);
+      const V shifted = x * kLog2E + round;
+      const V n = shifted - round;
+      V p;
+      if constexpr (kShort) {
+        p = short_exp_of_rest(x, n);
+      } else {
+        p = exp_of_rest(x, n);
+      }
+      return p * power_of_two(shifted) * factor;
+    }
+  }
+};
 
 // log(x) for x >= 1, infinity or NaN: what a sum of exponentials that holds its own maximum can be.
 // x = 2^n m with m in [1/sqrt 2, sqrt 2), log x = n ln 2 + 2 atanh((m - 1) / (m + 1)).

@@ -16,12 +16,12 @@
 
 namespace torchce::softmax_ce {
 
-// The coefficients of a row whose target is a class index.
-template <class A>
+// The coefficients of a row whose target is a class index, or of a vector V of such rows.
+template <class V, class A = V>
 struct IndexTarget {
-  A hot;      // h
+  V hot;      // h
   A uniform;  // b, 0 without smoothing
-  TORCHCE_HD IndexTarget(A weight, A label_smoothing, A classes)
+  TORCHCE_HD IndexTarget(V weight, A label_smoothing, A classes)
       : hot((A(1) - label_smoothing) * weight), uniform(label_smoothing / classes) {}
 };
 

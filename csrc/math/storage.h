@@ -49,10 +49,12 @@ TORCHCE_HD I widen_bits(BFloat16, I bits) {
   return bits << 16;
 }
 
+// The upper bits of narrowed ones are undefined.
 template <class I>
 TORCHCE_HD I narrow_bits(BFloat16, I bits) {
-  const I rounded = ((bits + 0x7fff) + ((bits >> 16) & 1)) >> 16;
-  return math::select((bits & 0x7fffffff) > 0x7f800000, I{} + 0x7fc0, rounded);
+  const auto x = math::from_bits(bits);
+  const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return math::select(x == x, rounded, I{} + 0x7fc00000) >> 16;
 }
 
 template <class I>
@@ -72,6 +74,20 @@ TORCHCE_HD I narrow_bits(Half, I bits) {
   const I special = math::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00);
   const I small = math::select(magnitude < 0x38800000, subnormal, normal);
   return math::select(magnitude >= 0x47800000, special, small) | ((bits >> 16) & 0x8000);
+}
+
+// The same for the lower and the upper half of a word, or of every lane of a vector of them.
+template <class T, class U>
+TORCHCE_HD auto widen_lower_bits(T, U words) {
+  return widen_bits(T{}, typename math::BitsOf<U>::type(words & 0xffff));
+}
+template <class T, class U>
+TORCHCE_HD auto widen_upper_bits(T, U words) {
+  return widen_bits(T{}, typename math::BitsOf<U>::type(words >> 16));
+}
+template <class U>
+TORCHCE_HD auto widen_lower_bits(BFloat16, U words) {
+  return typename math::BitsOf<U>::type(words << 16);
 }
 
 template <class T>

@@ -1,0 +1,342 @@
+"""Problems nobody thought of: drawn shapes, strides, dtypes, options and extreme values, held to the rule of the suite.
+
+Every problem is compared with the float64 reference and with torch, gradients included; wrong ones with torch's errors.
+`make test` runs a few hundred, the same each time; `make fuzz` 5000 for each test, new ones each time. Hypothesis draws
+the structure and a seed for the numbers, so a failure is printed small and can be written down as a test with a name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import cases
+import pytest
+import torch
+from comparison import assert_bitwise_equal, check_sigmoid_bce, check_softmax_ce, run
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torchce.functional as ours
+from torchce.ops import one_stride
+
+# Around one, two and four registers of 8 and 16 lanes, and a length that is split among threads with inner positions.
+CLASS_COUNTS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 129, 257, 1001]
+SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 33]
+SPECIAL = [-math.inf, math.inf, math.nan, 0.0, -0.0, 1e4, -1e4, 60000.0, -60000.0, 1e-7]
+WIDE = [1e30, -1e30, 1e-38, 1e-42]  # beyond float16
+SCALES = [1e-3, 1.0, 10.0, 1e4]
+SMOOTHINGS = [0.0, 0.1, 0.5, 1.0, -0.3]
+ELEMENTS = 4_000  # at steps of up to 3 in each dimension the memory behind it is larger
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory: nothing, or all of what views can do to it."""
+
+    order: tuple[int, ...]  # dimensions, slowest first
+    steps: tuple[int, ...]
+    padding: tuple[int, ...]  # elements beside it in each dimension
+    expanded: tuple[bool, ...]  # stride 0
+    offset: int  # in elements, so that the memory is not aligned
+
+    def arrange(self, draw: Callable[[Sequence[int]], Tensor], shape: Sequence[int]) -> Tensor:
+        sizes = [1 if self.expanded[d] else shape[d] * self.steps[d] + self.padding[d] for d in self.order]
+        whole = draw([self.offset + math.prod(sizes)])[self.offset :].view(sizes)
+        back = [self.order.index(d) for d in range(len(shape))]
+        view = whole.permute(back)
+        for d, step in enumerate(self.steps):
+            if not self.expanded[d]:
+                view = view.narrow(d, self.padding[d], shape[d] * step)[(slice(None),) * d + (slice(None, None, step),)]
+        return view.expand(shape)
+
+
+class Numbers(NamedTuple):
+    seed: int
+    scale: float
+    special: tuple[float, ...]  # values put at random places
+    share: float  # of all places
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+        numbers = cases.normal(shape, torch.float64, "cpu", seed=self.seed, scale=self.scale)
+        places = cases.uniform(shape, torch.float64, "cpu", seed=self.seed + 1) < self.share
+        if self.special:
+            which = cases.indices(shape, len(self.special), torch.int64, "cpu", seed=self.seed + 2)
+            values = torch.tensor(self.special, dtype=torch.float64)
+            numbers = torch.where(places, values[which], numbers)
+        return numbers.to(dtype).to(device)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, dims: int) -> Layout:
+    if draw(st.booleans()):
+        return Layout(tuple(range(dims)), (1,) * dims, (0,) * dims, (False,) * dims, 0)
+
+    def each(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
+        return tuple(draw(st.lists(values, min_size=dims, max_size=dims)))
+
+    return Layout(
+        order=tuple(draw(st.permutations(range(dims)))),
+        steps=each(st.sampled_from([1, 1, 1, 1, 2, 3])),
+        padding=each(st.sampled_from([0, 0, 0, 1, 3])),
+        expanded=each(st.sampled_from([False, False, False, False, True])),
+        offset=draw(st.sampled_from([0, 0, 1, 3])),
+    )
+
+
+@st.composite
+def numbers(draw: st.DrawFn, dtype: torch.dtype) -> Numbers:
+    values = SPECIAL if dtype == torch.float16 else SPECIAL + WIDE
+    return Numbers(
+        seed=draw(st.integers(0, 2**20)),
+        # A product of subnormal numbers may be off by more than one of them, which is all that float64 is allowed.
+        scale=draw(st.sampled_from(SCALES[:-1] if dtype == torch.float64 else SCALES)),
+        special=tuple(draw(st.lists(st.sampled_from(values), max_size=3))),
+        share=draw(st.sampled_from([0.01, 0.3, 1.0])),
+    )
+
+
+seeds = st.integers(0, 2**20)
+dtypes = st.sampled_from(cases.DTYPES)
+reductions = st.sampled_from(cases.REDUCTIONS)
+
+
+def grad_outputs(reduction: str) -> st.SearchStrategy[float | None]:
+    """None is the suite's own, with a number for each element of an unreduced loss."""
+    return st.none() if reduction == "none" else st.sampled_from([None, 0.0, 1.0, -3.0, 2.0**10])
+
+
+@st.composite
+def class_weights(draw: st.DrawFn, classes: int, dtype: torch.dtype, signed: bool) -> Tensor | None:
+    kind = draw(st.sampled_from(["none", "uniform", "zeros in it"] + ["signed"] * signed))
+    if kind == "none":
+        return None
+    weight = cases.uniform([classes], torch.float64, "cpu", seed=draw(seeds))
+    if kind == "zeros in it":
+        weight = torch.where(weight < 0.5, 0.0, weight)
+    return (weight - 0.5 if kind == "signed" else weight).to(dtype)
+
+
+@st.composite
+def softmax_shapes(draw: st.DrawFn) -> tuple[int, ...]:
+    dims = draw(st.integers(1, 4))
+    classes = draw(st.sampled_from(CLASS_COUNTS))
+    shape = [draw(st.sampled_from(SIZES)) for _ in range(dims)]
+    shape[0 if dims == 1 else 1] = classes
+    while math.prod(shape) > ELEMENTS:
+        shape[shape.index(max(shape))] //= 2
+    return tuple(shape)
+
+
+class Softmax(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    options: dict[str, Any]
+    grad_output: float | None
+
+
+@st.composite
+def softmax_problems(draw: st.DrawFn, kind: str) -> Softmax:
+    shape, dtype, reduction = draw(softmax_shapes()), draw(dtypes), draw(reductions)
+    classes = shape[0 if len(shape) == 1 else 1]
+    values = draw(numbers(dtype))
+    logits = draw(layouts(len(shape))).arrange(lambda s: values.draw(s, dtype, "cpu"), shape)
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": draw(st.sampled_from(SMOOTHINGS))}
+    if kind == "index":
+        target_dtype = draw(st.sampled_from(cases.INDEX_DTYPES))
+        target_shape, seed = cases.index_shape(shape), draw(seeds)
+        target = draw(layouts(len(target_shape))).arrange(
+            lambda s: cases.indices(s, classes, target_dtype, "cpu", seed=seed), target_shape
+        )
+        options["ignore_index"] = draw(st.sampled_from([-100, 0, classes - 1, 255, -1]))
+        options["weight"] = draw(class_weights(classes, dtype, signed=reduction != "mean"))
+        if reduction == "mean" and options["weight"] is not None:
+            # A mean over rows that all weigh nothing is torch's NaN, in every gradient: test_all_weights_zero.
+            kept = target.long()[target.long() != options["ignore_index"]]
+            assume(kept.numel() == 0 or bool(options["weight"][kept].sum() > 0))
+    else:
+        target_dtype = draw(st.sampled_from([dtype, dtype, *cases.DTYPES]))
+        seed, one_hot = draw(seeds), draw(st.booleans())
+
+        def distribution(s: Sequence[int]) -> Tensor:
+            numbers = cases.uniform(s, torch.float64, "cpu", seed=seed)
+            return (numbers > 0.8 if one_hot else torch.where(numbers < 0.2, 0.0, numbers)).to(target_dtype)
+
+        target = draw(layouts(len(shape))).arrange(distribution, shape)
+        options["weight"] = draw(class_weights(classes, dtype, signed=True))
+    return Softmax(logits, target, options, draw(grad_outputs(reduction)))
+
+
+@st.composite
+def broadcasts(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A weight for some of the dimensions, or none."""
+    if draw(st.booleans()):
+        return None
+    kept = draw(st.integers(0, len(shape)))
+    sizes = [draw(st.sampled_from([1, size])) for size in shape[len(shape) - kept :]]
+    weight_dtype, seed = draw(st.sampled_from([dtype, *cases.DTYPES])), draw(seeds)
+    return draw(layouts(kept)).arrange(
+        lambda s: 3 * cases.uniform(s, torch.float64, "cpu", seed=seed).to(weight_dtype), sizes
+    )
+
+
+@st.composite
+def bce_problems(draw: st.DrawFn) -> Softmax:
+    shape = tuple(draw(st.lists(st.sampled_from(SIZES), max_size=4)))
+    while math.prod(shape) > ELEMENTS:
+        shape = shape[1:]
+    dtype, reduction = draw(dtypes), draw(reductions)
+    values = draw(numbers(dtype))
+    logits = draw(layouts(len(shape))).arrange(lambda s: values.draw(s, dtype, "cpu"), shape)
+    target_dtype = draw(st.sampled_from([dtype, *cases.DTYPES, torch.bool, torch.uint8, torch.int64, torch.int32]))
+    seed, hard = draw(seeds), draw(st.booleans())
+
+    def labels(s: Sequence[int]) -> Tensor:
+        numbers = cases.uniform(s, torch.float64, "cpu", seed=seed)
+        return (numbers.round() if hard or not target_dtype.is_floating_point else numbers).to(target_dtype)
+
+    target = draw(layouts(len(shape))).arrange(labels, shape)
+    options = {name: draw(broadcasts(shape, dtype)) for name in ("weight", "pos_weight")}
+    return Softmax(logits, target, {"reduction": reduction, **options}, draw(grad_outputs(reduction)))
+
+
+def on(device: str, problem: Softmax) -> tuple[Tensor, Tensor, dict[str, Any], Tensor | None]:
+    """(logits, target, options, grad_output) there, strides kept."""
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in problem.options.items()}
+    grad = problem.grad_output
+    loss_dtype = torch.float32 if grad is None else torch.float64
+    return (
+        problem.logits.to(device),
+        problem.target.to(device),
+        options,
+        None if grad is None else torch.tensor(grad, dtype=loss_dtype, device=device),
+    )
+
+
+def hold(check: Callable[..., Tensor], function: Callable[..., Tensor], device: str, problem: Softmax) -> None:
+    logits, target, options, grad_output = on(device, problem)
+    if grad_output is not None:
+        with torch.no_grad():
+            grad_output = grad_output.to(function(logits, target, **options).dtype)
+    check(logits, target, grad_output=grad_output, target_grad=target.is_floating_point(), **options)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(problem=softmax_problems("index"))
+def test_cross_entropy_with_indices(problem: Softmax, device: str, counts: Counter[str]) -> None:
+    hold(check_softmax_ce, ours.cross_entropy, device, problem)
+    counts["fuzzed problems"] += 1
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(problem=softmax_problems("probability"))
+def test_cross_entropy_with_probabilities(problem: Softmax, device: str, counts: Counter[str]) -> None:
+    hold(check_softmax_ce, ours.cross_entropy, device, problem)
+    counts["fuzzed problems"] += 1
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(problem=bce_problems())
+def test_bce(problem: Softmax, device: str, counts: Counter[str]) -> None:
+    hold(check_sigmoid_bce, ours.binary_cross_entropy_with_logits, device, problem)
+    counts["fuzzed problems"] += 1
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(problem=st.one_of(softmax_problems("index"), softmax_problems("probability"), bce_problems()), data=st.data())
+def test_in_place_and_autocast(problem: Softmax, data: st.DataObject, device: str, counts: Counter[str]) -> None:
+    """Bit for bit the gradient of the other road: over the logits, and under autocast in torch's dtype."""
+    logits, target, options, _ = on(device, problem)
+    bce = "pos_weight" in options
+    function = ours.binary_cross_entropy_with_logits if bce else ours.cross_entropy
+    torch_function = getattr(torch.nn.functional, function.__name__)
+    autocast = data.draw(st.booleans())
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+        dense = torch.empty_like(logits).copy_(logits)  # keeps the order of the dimensions
+        if not bce and not one_stride(dense):
+            dense = dense.contiguous()
+        loss, grad, target_grad = run(function, dense, target, options, None, target.is_floating_point())
+
+        def in_place(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+            return function(x.view_as(x), y, inplace_backward=True, **options)
+
+        results = run(in_place, dense.clone(), target, options, None, target.is_floating_point())
+        if torch.promote_types(target.dtype, logits.dtype) == logits.dtype or not target.is_floating_point():
+            for result, expected in zip(results, (loss, grad, target_grad), strict=True):
+                if expected is not None:
+                    assert_bitwise_equal(result, expected)
+        if target.is_floating_point() or (target.dtype in (torch.int64, torch.uint8) and not bce):
+            options = {k: v.to(logits.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+            target = target if target.is_floating_point() else target.long()  # torch smooths no uint8
+            assert loss.dtype == torch_function(logits, target, **options).dtype
+    counts["fuzzed problems"] += 1
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _other_size(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    sizes = list(tensor.shape)
+    if sizes and draw(st.booleans()):
+        sizes[draw(st.integers(0, len(sizes) - 1))] += draw(st.sampled_from([1, 2]))
+    elif sizes and draw(st.booleans()):
+        del sizes[draw(st.integers(0, len(sizes) - 1))]
+    else:
+        sizes.insert(draw(st.integers(0, len(sizes))), draw(st.sampled_from([1, 2])))
+    return torch.zeros(sizes, dtype=tensor.dtype)
+
+
+@st.composite
+def wrong_problems(draw: st.DrawFn) -> Softmax:
+    """A good problem with one thing changed, which may or may not make it a wrong one."""
+    kind = draw(st.sampled_from(["index", "probability", "bce"]))
+    logits, target, options, _ = draw(bce_problems() if kind == "bce" else softmax_problems(kind))
+    target = target.contiguous()
+    if kind == "bce" and not target.is_floating_point():  # torch refuses these, ours does not
+        target = target.float()
+    if target.dtype == torch.int32:
+        target = target.long()
+    what = draw(
+        st.sampled_from(["target", "target dtype", "weight", "index", "ignore_index", "smoothing", "reduction"])
+    )
+    if what == "target":
+        target = _other_size(draw, target)
+    elif what == "target dtype":
+        refused = [torch.complex64] if kind == "bce" else [torch.int16, torch.int8, torch.bool, torch.complex64]
+        target = target.to(draw(st.sampled_from(refused)))
+    elif what == "weight":
+        classes = logits.shape[: 2 if logits.dim() > 1 else 1][-1:] if kind != "bce" else logits.shape
+        name = draw(st.sampled_from(["weight", "pos_weight"])) if kind == "bce" else "weight"
+        options[name] = _other_size(draw, torch.empty(classes, dtype=logits.dtype))
+    elif what == "index" and kind == "index" and target.numel():
+        bad = draw(st.sampled_from([-1, 300, 2**40, -(2**40)]))
+        target = target.long()
+        target.view(-1)[draw(st.integers(0, target.numel() - 1))] = bad
+    elif what == "ignore_index" and kind != "bce":
+        options["ignore_index"] = draw(st.sampled_from([True, 1.0, None, 3]))
+    elif what == "smoothing" and kind != "bce":
+        options["label_smoothing"] = draw(st.sampled_from([1.5, "a", None, math.inf]))
+    elif what == "reduction":
+        options["reduction"] = draw(st.sampled_from(["", "MEAN", None, 1]))
+    if isinstance(options.get("weight"), Tensor) and kind == "index":
+        options["weight"] = options["weight"].to(logits.dtype)  # torch refuses another dtype, ours does not
+    return Softmax(logits, target, options, None)
+
+
+@given(problem=wrong_problems())
+def test_errors_are_torchs(problem: Softmax, counts: Counter[str]) -> None:
+    """The same exception class, or the same shape and dtype, whatever was changed."""
+    logits, target, options, _ = problem
+    bce = "pos_weight" in options
+    name = "binary_cross_entropy_with_logits" if bce else "cross_entropy"
+    outcomes: list[Any] = []
+    for function in (getattr(ours, name), getattr(torch.nn.functional, name)):
+        try:
+            loss = function(logits, target, **options)
+            outcomes.append((loss.shape, loss.dtype))
+        except Exception as error:  # whatever it is, it must be the same
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
+    counts["fuzzed problems"] += 1
