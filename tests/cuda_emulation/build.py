@@ -10,22 +10,23 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 
-FLAGS = [
+KERNEL_FLAGS = [
     "-x c++ -include cuda_runtime.h",  # .cu files, with the names that nvcc knows by itself
+    "-O0",  # compiles faster than it would run; and g++ 12 at -O2 makes one of a pack's aligned and unaligned branch
     "-fvisibility=default",  # reports name kernels by their symbols
     "-fno-gnu-unique",  # else a library that was loaded first would share its variables with this one
     "-fno-strict-aliasing",  # kernels read 16 bytes at a time, as CUDA allows
     "-ftrivial-auto-var-init=pattern",  # a register that was not written shows
     "-w",  # the compilers that the kernels are for have warned
 ]
-PLAIN = ["-O1"]
-SANITIZED = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def build(*, sanitized: bool = False, csrc: Path = CSRC) -> Path:
@@ -33,27 +34,53 @@ def build(*, sanitized: bool = False, csrc: Path = CSRC) -> Path:
     import setup  # the project's own: its compiler, its flags
 
     setup.prepare_environment(setup.this_machine([], os.environ), os.environ)
-    from torch.utils import cpp_extension
-
     variant = ["sanitized" if sanitized else "plain"]
     if csrc != CSRC:
         variant.append(hashlib.sha256(str(csrc).encode()).hexdigest()[:8])
-    folder = ROOT / "build" / "cuda_emulation" / "-".join(variant)
-    folder.mkdir(parents=True, exist_ok=True)
+    machine = _library(
+        "machine", [HERE / "machine.cpp", HERE / "fiber.cpp"], [*setup.HOST_FLAGS, "-O2", "-fvisibility=default"]
+    )
     kernels = [path for path in csrc.glob("cuda/*.cu") if path.stem != "device"]
-    sanitizers = SANITIZED[-2:] if sanitized else []
-    library = cpp_extension.load(
-        "torchce_emulated",
-        sorted(str(path) for path in [*kernels, *HERE.glob("[!s]*.cpp")]),
+    flags = [*setup.HOST_FLAGS, *KERNEL_FLAGS, *([*SANITIZERS, "-g1"] if sanitized else [])]
+    return _library(
+        "-".join(variant),
+        sorted([*kernels, HERE / "device.cpp", HERE / "library.cpp"]),
+        flags,
+        ["-Wl,--wrap=aoti_torch_empty_strided", *(SANITIZERS if sanitized else [])],
+        csrc,
+        machine,
+    )
+
+
+def _library(
+    name: str,
+    sources: list[Path],
+    flags: list[str],
+    link_flags: Sequence[str] = (),
+    csrc: Path = CSRC,
+    needs: Path | None = None,
+) -> Path:
+    """A shared library, linked to the one that it needs."""
+    from torch.utils import cpp_extension
+
+    folder = ROOT / "build" / "cuda_emulation" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    module = f"cuda_emulation_{name}".replace("-", "_")
+    library = folder / module
+    if needs is not None and library.exists() and library.stat().st_mtime < needs.stat().st_mtime:
+        library.unlink()  # ninja does not know of it
+    cpp_extension.load(
+        module,
+        [str(path) for path in sources],
         extra_include_paths=[str(HERE), str(csrc)],
-        extra_cflags=[*setup.HOST_FLAGS, *(SANITIZED if sanitized else PLAIN), *FLAGS],
-        extra_ldflags=["-shared", "-Wl,--wrap=aoti_torch_empty_strided", *sanitizers],
+        extra_cflags=flags,
+        extra_ldflags=["-shared", *link_flags, *([str(needs)] if needs is not None else [])],
         build_directory=str(folder),
         with_cuda=False,
         is_python_module=False,
         is_standalone=True,  # builds without loading; -shared makes a library of it all the same
     )
-    return Path(library)
+    return library
 
 
 def sanitized_environment() -> dict[str, str]:

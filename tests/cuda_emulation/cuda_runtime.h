@@ -20,6 +20,10 @@
 // templates.)
 #define __shared__ thread_local
 
+namespace cuda_emulation {
+inline __shared__ unsigned char a_shared_variable;
+}
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -169,8 +173,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::apply(kernel, copies);
   };
   using Thread = decltype(thread);
-  cuda_emulation::launch(
-      reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
-      [](const void* closure) { (*static_cast<const Thread*>(closure))(); }, &thread);
+  cuda_emulation::launch({
+      .kernel = reinterpret_cast<const void*>(kernel),
+      .blocks = config->gridDim.x,
+      .threads = config->blockDim.x,
+      .thread = [](const void* closure) { (*static_cast<const Thread*>(closure))(); },
+      .closure = &thread,
+      .shared_variable = &cuda_emulation::a_shared_variable,
+  });
   return cudaSuccess;
 }

@@ -6,10 +6,13 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+// AddressSanitizer's, in a process that has it: it must know which stack is in use. This file need not be compiled with
+// it, and had better not be, for speed.
+extern "C" {
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
+}
 
 #if defined(__x86_64__)
 // swapcontext saves the signal mask, which is a system call and costs 50 times the switch itself. This one saves what
@@ -67,9 +70,8 @@ void Fiber::prepare(void (*entry)()) {
   size_ = kStackSize;
   entry_ = entry;
   fake_stack_ = nullptr;
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack_, kStackSize);  // a fiber that was abandoned left its frames' redzones
-#endif
+  // A fiber that was abandoned left its frames' redzones.
+  if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(stack_, kStackSize);
 #if defined(__x86_64__)
   constexpr int kSaved = 6;
   // Neighbouring stacks begin at different cache lines: at one offset within every page they would all fall into the
@@ -90,9 +92,9 @@ void Fiber::prepare(void (*entry)()) {
 }
 
 void Fiber::switch_to(Fiber& next) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.size_);
-#endif
+  if (__sanitizer_start_switch_fiber != nullptr) {
+    __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.size_);
+  }
   previous = this;
   running = &next;
 #if defined(__x86_64__)
@@ -109,9 +111,9 @@ void Fiber::start() {
 }
 
 void Fiber::arrive() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack_, &previous->bottom_, &previous->size_);
-#endif
+  if (__sanitizer_finish_switch_fiber != nullptr) {
+    __sanitizer_finish_switch_fiber(fake_stack_, &previous->bottom_, &previous->size_);
+  }
 }
 
 }  // namespace cuda_emulation

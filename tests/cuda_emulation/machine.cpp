@@ -26,33 +26,31 @@ dim3 blockDim, gridDim;
 namespace cuda_emulation {
 namespace {
 
-thread_local unsigned char shared_marker;  // so that there always is a shared variable, of a known address
-
-// Where this thread's copies of the shared variables are.
-class SharedMemory {
- public:
-  SharedMemory() {
-    shared_marker = 0;  // thread-local memory exists from its first use on
+// The block of thread-local variables that one of them, of a library's shared variables, lies in.
+struct SharedMemory {
+  explicit SharedMemory(const unsigned char* one_of_them) : one_of_them(one_of_them) {
     dl_iterate_phdr(&SharedMemory::examine, this);
-    if (size_ == 0) throw std::logic_error("CUDA emulation: found no thread-local storage");
+    if (begin == nullptr) throw std::logic_error("CUDA emulation: found no thread-local storage");
   }
 
-  void poison() const { std::memset(&shared_marker - marker_offset_, 0xff, size_); }
+  void poison() const { std::memset(begin, 0xff, size); }
 
- private:
   static int examine(dl_phdr_info* info, size_t, void* self) {
-    const auto begin = static_cast<unsigned char*>(info->dlpi_tls_data);
-    for (int i = 0; begin != nullptr && i < info->dlpi_phnum; ++i) {
-      const auto& header = info->dlpi_phdr[i];
-      if (header.p_type != PT_TLS || &shared_marker < begin || &shared_marker >= begin + header.p_memsz) continue;
-      static_cast<SharedMemory*>(self)->marker_offset_ = &shared_marker - begin;
-      static_cast<SharedMemory*>(self)->size_ = header.p_memsz;
+    auto& found = *static_cast<SharedMemory*>(self);
+    const auto block = static_cast<unsigned char*>(info->dlpi_tls_data);
+    for (int i = 0; block != nullptr && i < info->dlpi_phnum; ++i) {
+      const size_t size = info->dlpi_phdr[i].p_memsz;
+      if (info->dlpi_phdr[i].p_type != PT_TLS || found.one_of_them < block || found.one_of_them >= block + size)
+        continue;
+      found.begin = block;
+      found.size = size;
     }
-    return 0;
+    return found.begin != nullptr;
   }
 
-  ptrdiff_t marker_offset_ = 0;  // the same in every thread
-  size_t size_ = 0;
+  const unsigned char* one_of_them;
+  unsigned char* begin = nullptr;
+  size_t size = 0;
 };
 
 // xorshift64: a few instructions, since every switch takes a draw.
@@ -88,7 +86,7 @@ struct Warp {
 
 class Machine {
  public:
-  void launch(const void* kernel, unsigned blocks, unsigned threads, void (*thread)(const void*), const void* closure);
+  void launch(const Launch& launch);
   void block_barrier(Site site);
   uint64_t warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site);
   void preemption_point();
@@ -116,16 +114,13 @@ class Machine {
   std::string place() const;
 
   std::mutex mutex_;  // one launch at a time
-  SharedMemory shared_memory_;
   uint64_t seed_ = 0;
   Random random_{0};
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Fiber host_;
 
-  const void* kernel_ = nullptr;
-  void (*thread_)(const void*) = nullptr;
-  const void* closure_ = nullptr;
+  Launch launch_{};
   Warp warps_[kMaxThreads / kWarpSize];
   unsigned runnable_warps_ = 0;  // those with a runnable lane
   unsigned running_ = 0;
@@ -194,21 +189,23 @@ std::string name_of_kernel(const void* kernel) {
 
 // --- blocks ---------------------------------------------------------------------------------------------------------
 
-void Machine::launch(const void* kernel, unsigned blocks, unsigned threads, void (*thread)(const void*),
-                     const void* closure) {
+void Machine::launch(const Launch& launch) {
   const std::lock_guard lock(mutex_);
   ++launches;
-  kernels.insert(kernel);
-  kernel_ = kernel;
-  thread_ = thread;
-  closure_ = closure;
+  kernels.insert(launch.kernel);
+  launch_ = launch;
+  const unsigned blocks = launch.blocks, threads = launch.threads;
   gridDim = dim3(blocks);
   blockDim = dim3(threads);
   grow(threads);
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   for (unsigned i = blocks; i-- > 1;) std::swap(order[i], order[random_.draw() % (i + 1)]);
-  for (const unsigned block : order) run_block(block);
+  const SharedMemory shared_memory(launch.shared_variable);
+  for (const unsigned block : order) {
+    shared_memory.poison();
+    run_block(block);
+  }
 }
 
 void Machine::grow(unsigned threads) {
@@ -234,7 +231,6 @@ void Machine::run_block(unsigned block) {
     warps_[warp].waiting = warps_[warp].ended = warps_[warp].runnable = 0;
     make_runnable(warp, ~0u >> (kWarpSize - lanes));
   }
-  shared_memory_.poison();
   stop(host_);
   if (error_.empty()) return;
   for (unsigned i = 0; i < blockDim.x; ++i) fibers_[i]->prepare(&Machine::fiber_main);
@@ -244,7 +240,7 @@ void Machine::run_block(unsigned block) {
 void Machine::fiber_main() {
   Machine& self = machine();
   for (;;) {  // one thread of a block after the other
-    self.thread_(self.closure_);
+    self.launch_.thread(self.launch_.closure);
     const unsigned thread = self.running_;
     self.warps_[thread / kWarpSize].ended |= 1u << thread % kWarpSize;
     --self.live_;
@@ -387,7 +383,7 @@ void Machine::fail_unless_done() {
 }
 
 std::string Machine::place() const {
-  return "CUDA emulation: kernel " + name_of_kernel(kernel_) + ", block " + std::to_string(blockIdx.x) + " of " +
+  return "CUDA emulation: kernel " + name_of_kernel(launch_.kernel) + ", block " + std::to_string(blockIdx.x) + " of " +
          std::to_string(gridDim.x) + ", " + std::to_string(blockDim.x) + " threads, seed " + std::to_string(seed_);
 }
 
@@ -426,9 +422,7 @@ void preemption_point() { machine().preemption_point(); }
 
 unsigned lane_of_this_thread() { return machine().lane(); }
 
-void launch(const void* kernel, unsigned blocks, unsigned threads, void (*thread)(const void*), const void* closure) {
-  machine().launch(kernel, blocks, threads, thread, closure);
-}
+void launch(const Launch& launch) { machine().launch(launch); }
 
 }  // namespace cuda_emulation
 

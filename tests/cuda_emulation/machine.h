@@ -41,8 +41,14 @@ void preemption_point();
 
 unsigned lane_of_this_thread();
 
-// Runs `thread(closure)` once for every thread of every block; `kernel` is named in reports.
-void launch(const void* kernel, unsigned blocks, unsigned threads, void (*thread)(const void*), const void* closure);
+struct Launch {
+  const void* kernel;  // to be named in reports
+  unsigned blocks, threads;
+  void (*thread)(const void* closure);  // what each thread does
+  const void* closure;
+  const unsigned char* shared_variable;  // one of the kernels', by which the others are found
+};
+void launch(const Launch& launch);
 
 }  // namespace cuda_emulation
 

@@ -34,6 +34,7 @@ NOT_EMULATED = {
     "test_schemas_are_the_contract": "looks at torchce's own ops",
     "test_thread_count_does_not_matter": "kernels use no CPU threads",
     "test_every_thread_count": "kernels use no CPU threads",
+    "test_a_row_does_not_depend_on_its_neighbours": "the order of a CUDA row's sum depends on how its start is aligned",
 }
 
 

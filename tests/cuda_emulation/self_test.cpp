@@ -261,8 +261,6 @@ int main() {
   EXPECT(seeds_where(block_sum_is_right<float, Fault::none>) == 100);
   EXPECT(seeds_where(block_sum_is_right<double, Fault::none>) == 100);
   EXPECT(seeds_where(block_sum_is_right<float, Fault::no_barrier_before_read>) <= 5);
-  printf("reuse %d read %d rev %d\n", seeds_where(block_sum_is_right<float, Fault::no_barrier_before_reuse>),
-         seeds_where(block_sum_is_right<float, Fault::no_barrier_before_read>), seeds_where(reversal_is_right<false>));
   EXPECT(seeds_where(block_sum_is_right<float, Fault::no_barrier_before_reuse>) <= 50);
   EXPECT(seeds_where(reversal_is_right<true>) == 100);
   EXPECT(seeds_where(reversal_is_right<false>) <= 5);
