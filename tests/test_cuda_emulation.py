@@ -45,7 +45,11 @@ def run(command: list[str], env: dict[str, str]) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("flags", [["-O2"], ["-O1", *build.SANITIZERS]], ids=["plain", "sanitized"])
+@pytest.mark.parametrize(
+    "flags",
+    [["-O2"], ["-O1", *build.SANITIZERS], ["-O1", "-DCUDA_EMULATION_UCONTEXT"]],
+    ids=["plain", "sanitized", "ucontext"],
+)
 def test_the_emulation_itself(tmp_path: Path, flags: list[str]) -> None:
     """Barriers, shuffles, atomics, the faults it refuses, and that it still notices missing barriers."""
     sources = [str(build.HERE / f"{name}.cpp") for name in ("self_test", "machine", "fiber")]
@@ -78,6 +82,39 @@ def test_kernels(tmp_path: Path) -> None:
             print("\n".join(finished.result().splitlines()[-3:]))
     launched = {name for number in range(len(PARTS)) for name in (tmp_path / str(number)).read_text().splitlines()}
     assert launched == kernels_of(library)
+
+
+# A forward whose logits lie in `bytes` bytes from `offset` on: 3 * 1001 * 4 and 0 are right.
+FORWARD_OF_WRONG_MEMORY = """
+import sys, numpy, torch
+library, size, offset = sys.argv[1], *map(int, sys.argv[2:])
+torch.ops.load_library(library)
+memory = numpy.zeros(size + offset, numpy.uint8)[offset : offset + 4].view(numpy.float32)
+logits = torch.from_numpy(numpy.lib.stride_tricks.as_strided(memory, (3, 1001), (4004, 4)))
+target = torch.zeros(3, dtype=torch.int64)
+torch.ops.torchce_emulated.softmax_ce_forward(logits, target, None, 1, -100, 0.0, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "report"),
+    [
+        pytest.param(3 * 1001 * 4, 0, None, id="right"),
+        pytest.param(3 * 1001 * 4 - 4, 0, "heap-buffer-overflow", id="one_too_short"),
+        pytest.param(3 * 1001 * 4, 2, "misaligned address", id="misaligned"),
+    ],
+)
+def test_sanitizers_watch_the_kernels(size: int, offset: int, report: str | None) -> None:
+    """And say where in the kernel it happened, which runs on a stack of its own."""
+    library = build.build(sanitized=True)
+    command = [sys.executable, "-c", FORWARD_OF_WRONG_MEMORY, str(library), str(size), str(offset)]
+    if report is None:
+        run(command, environment(sanitized=True))
+        return
+    result = subprocess.run(command, env=environment(sanitized=True), capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert report in result.stderr
+    assert re.search(r" in .*torchce::cuda::softmax_ce::add_classes<float", result.stderr)
 
 
 @pytest.fixture(scope="module")

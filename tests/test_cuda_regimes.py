@@ -56,8 +56,11 @@ def test_every_change_of_plan(
     cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
 ) -> None:
     """Lanes, a block and several blocks a row; teams and parts of the backward."""
+    rows = 3
     for classes in cases.classes_around_plan_changes(dtype):
-        check(kind, logits_of(layout, (3, classes), dtype, cuda_device))
+        if multiprocessors <= rows and classes < 511 * 16 // dtype.itemsize:
+            continue  # planned as on any other device
+        check(kind, logits_of(layout, (rows, classes), dtype, cuda_device))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 33, 64, 127, 128])

@@ -1,7 +1,7 @@
 """The compiled ops of ``torch.ops.torchce``, typed, each with its fake right below.
 
 Throughout, ``reduction`` is torch's number (0 none, 1 mean, 2 sum) and *acc* is the accumulation dtype: float64 for
-float64 logits, else float32. Schemas are in ``csrc/library.cpp``; the ops check what memory safety needs, and
+float64 logits, else float32. Schemas are in ``csrc/schemas.h``; the ops check what memory safety needs, and
 :mod:`torchce.functional` what a user should be told.
 """
 

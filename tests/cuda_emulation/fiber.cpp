@@ -14,10 +14,9 @@ __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, con
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
 }
 
-#if defined(__x86_64__)
-// swapcontext saves the signal mask, which is a system call and costs 50 times the switch itself. This one saves what
-// the ABI lets a callee keep, stores the stack pointer to *from and loads `to`. It jumps where it would return, since
-// the processor's prediction of returns is always wrong across stacks.
+#if defined(CUDA_EMULATION_X86_64)
+// Saves what the ABI lets a caller expect unchanged, stores the stack pointer to *from and loads `to`. It jumps where it
+// would return, since the processor's prediction of returns is always wrong across stacks.
 extern "C" __attribute__((visibility("hidden"))) void cuda_emulation_switch(void** from, void* to);
 asm(R"(
   .pushsection .text
@@ -72,7 +71,7 @@ void Fiber::prepare(void (*entry)()) {
   fake_stack_ = nullptr;
   // A fiber that was abandoned left its frames' redzones.
   if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(stack_, kStackSize);
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_X86_64)
   constexpr int kSaved = 6;
   // Neighbouring stacks begin at different cache lines: at one offset within every page they would all fall into the
   // same few sets of the first-level cache.
@@ -97,7 +96,7 @@ void Fiber::switch_to(Fiber& next) {
   }
   previous = this;
   running = &next;
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_X86_64)
   cuda_emulation_switch(&stack_pointer_, next.stack_pointer_);
 #else
   swapcontext(&context_, &next.context_);

@@ -1,25 +1,14 @@
 // The ops of csrc/cuda as torch.ops.torchce_emulated, for CPU tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 
 #include <cstring>
 
-#include "cuda/ops.h"
+#include "cuda/register.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(torchce_emulated, m) { torchce::define_ops(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(torchce_emulated, CPU, m) {
-  using namespace torchce::cuda;
-  m.impl("softmax_ce_forward", TORCH_BOX(&softmax_ce_forward));
-  m.impl("softmax_ce_backward", TORCH_BOX(&softmax_ce_backward));
-  m.impl("softmax_ce_backward_", TORCH_BOX(&softmax_ce_backward_));
-  m.impl("softmax_ce_backward_target", TORCH_BOX(&softmax_ce_backward_target));
-  m.impl("sigmoid_bce_forward", TORCH_BOX(&sigmoid_bce_forward));
-  m.impl("sigmoid_bce_backward", TORCH_BOX(&sigmoid_bce_backward));
-  m.impl("sigmoid_bce_backward_", TORCH_BOX(&sigmoid_bce_backward_));
-  m.impl("sigmoid_bce_backward_target", TORCH_BOX(&sigmoid_bce_backward_target));
-}
+STABLE_TORCH_LIBRARY_IMPL(torchce_emulated, CPU, m) { torchce::cuda::implement_ops(m); }
 
 // The linker's --wrap leads every allocation of the host code here, so that no output and no scratch memory starts with
 // values that a kernel could get away with not writing: bytes of 0xff are NaN in every floating dtype.
