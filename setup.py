@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 DEVELOPMENT_ARCH = "9.0"
+COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
+# No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
+HOST_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+HOST_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 DEVELOPMENT_COMMANDS = {"develop", "editable_wheel", "--inplace", "-i"}
 
@@ -201,10 +205,7 @@ def make_extensions(machine: Machine, plan: Plan, environ: Mapping[str, str]) ->
     from torch.utils import cpp_extension
 
     strict = environ.get("TORCHCE_WERROR") == "1"
-    common = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
-    # No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
-    host = [*common, "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-    host += ["-Wall", "-Wextra", "-Wno-unused-parameter", *(["-Werror"] if strict else [])]
+    host = [*HOST_FLAGS, *(["-Werror"] if strict else [])]
     include_dirs = [pybind11.get_include()]
     cpu = cpp_extension.CppExtension(
         "torchce._C",
@@ -218,7 +219,7 @@ def make_extensions(machine: Machine, plan: Plan, environ: Mapping[str, str]) ->
 
     os.environ["TORCH_CUDA_ARCH_LIST"] = plan.archs
     defines = ["-DUSE_CUDA", f'-DTORCHCE_CUDA_ARCHS="{plan.archs}"']
-    nvcc = [*common, "--threads=2", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills,-warn-lmem-usage"]
+    nvcc = [*COMMON_FLAGS, "--threads=2", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills,-warn-lmem-usage"]
     nvcc += ["-Werror=all-warnings"] if strict else []
     cuda = cpp_extension.CUDAExtension(
         "torchce._cuda",

@@ -1,36 +1,11 @@
-// The op schemas, which are the contract between Python and every device's kernels, and the module torchce._C.
+// Defines the ops, and the module torchce._C.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/levels.h"
+#include "schemas.h"
 
-// reduction: 0 none, 1 mean, 2 sum. torchce/ops.py gives the shapes.
-STABLE_TORCH_LIBRARY(torchce, m) {
-  m.def(
-      "softmax_ce_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype) -> (Tensor loss, Tensor statistics, Tensor totals)");
-  m.def(
-      "softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "
-      "Tensor totals, int reduction, int ignore_index, float label_smoothing) -> Tensor");
-  m.def(
-      "softmax_ce_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor statistics, "
-      "Tensor totals, int reduction, int ignore_index, float label_smoothing) -> ()");
-  m.def(
-      "softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor statistics, Tensor totals, int reduction, float label_smoothing) -> Tensor");
-  m.def(
-      "sigmoid_bce_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
-      "ScalarType? dtype) -> Tensor");
-  m.def(
-      "sigmoid_bce_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction) -> Tensor");
-  m.def(
-      "sigmoid_bce_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction) -> ()");
-  m.def(
-      "sigmoid_bce_backward_target(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(torchce, m) { torchce::define_ops(m); }
 
 namespace {
 

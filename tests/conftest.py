@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 import torchce
 
+pytest_plugins = ["cuda_emulation.plugin"]
+
 
 def _why_no_cuda() -> str | None:
     if not torch.cuda.is_available():
@@ -67,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "large": None if config.getoption("--large") else "takes minutes and gigabytes: make test-large",
     }
     for item in items:
+        if "cuda_device" in getattr(item, "fixturenames", ()) and config.getoption("--emulate-cuda"):
+            continue
         for marker, reason in reasons.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,4 +1,7 @@
-"""The shapes at which csrc/cuda/softmax_ce_plan.h changes its plan, and those that a plan was made for."""
+"""The shapes at which csrc/cuda/softmax_ce_plan.h changes its plan, and those that a plan was made for.
+
+On a GPU, or with ``--emulate-cuda`` on a device of one multiprocessor and on one of five.
+"""
 
 from __future__ import annotations
 
@@ -7,101 +10,189 @@ import pytest
 import torch
 from cases import dtype_id
 from comparison import check_sigmoid_bce, check_softmax_ce
+from torch import Tensor
+
+import torchce.functional
 
 pytestmark = pytest.mark.cuda
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Softmax targets and logits that have kernels of their own.
+KINDS = ["index", "smoothed", "probability"]
+TYPES = [
+    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KINDS for dtype in cases.DTYPES),
+    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
+    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
+]
 BLOCK = 256  # threads of every kernel
 BLOCKS_PER_PROCESSOR = 8
 
 
-def multiprocessors() -> int:
-    return torch.cuda.get_device_properties().multi_processor_count
+def logits_of(layout: str | None, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if layout is None:
+        return cases.normal(shape, dtype, device, scale=3)
+    return cases.LAYOUTS[layout](lambda sizes: cases.normal(sizes, dtype, device, scale=3), shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
+    """Loss and gradients; index targets have a row that is ignored, smoothed ones weights."""
+    shape, device = tuple(logits.shape), str(logits.device)
+    options: dict[str, object] = {}
+    if kind.endswith("probability"):
+        target = cases.probabilities(shape, logits.dtype if kind == "probability" else torch.float32, device)
+    else:
+        target = cases.softmax_target("index", shape, logits.dtype, device)
+        target.view(-1)[1:2] = -100
+    if kind == "smoothed":
+        options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], logits.dtype, device)}
+    check_softmax_ce(logits, target, target_grad=kind.endswith("probability"), reduction=reduction, **options)
+
+
+# --- rows whose classes are adjacent in memory ----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("layout", [None, "sliced"], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("kind", ["index", "probability"])
-def test_every_change_of_plan(kind: str, layout: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_every_change_of_plan(
+    cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
+) -> None:
     """Lanes, a block and several blocks a row; teams and parts of the backward."""
     for classes in cases.classes_around_plan_changes(dtype):
-        shape = (3, classes)
-        logits = cases.normal(shape, dtype, "cuda", scale=3)
-        if layout is not None:
-            logits = cases.LAYOUTS[layout](lambda s: cases.normal(s, dtype, "cuda", scale=3), shape)
-        check_softmax_ce(logits, cases.softmax_target(kind, shape, dtype, "cuda"), reduction="none")
+        check(kind, logits_of(layout, (3, classes), dtype, cuda_device))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 33, 64, 127, 128])
-def test_few_rows_of_llama_3(rows: int) -> None:
+def test_few_rows_of_llama_3(cuda_device: str, emulated: bool, rows: int) -> None:
     """Each row over several blocks, which the last one merges."""
-    shape = (rows, 128256)
-    target = cases.softmax_target("index", shape, torch.bfloat16, "cuda")
-    check_softmax_ce(cases.normal(shape, torch.bfloat16, "cuda", scale=3), target, reduction="none")
+    if emulated and rows > 5:
+        pytest.skip("too large for the emulation")
+    check("index", logits_of(None, (rows, 128256), torch.bfloat16, cuda_device))
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothed"])
-@pytest.mark.parametrize("kind", ["index", "probability"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=dtype_id)
-def test_few_rows_with_options(dtype: torch.dtype, kind: str, options: dict[str, float]) -> None:
-    shape = (5, 50257)
-    weight = cases.uniform([50257], dtype, "cuda")
-    target = cases.softmax_target(kind, shape, dtype, "cuda")
-    if kind == "index":
-        target[1] = -100
-    check_softmax_ce(cases.normal(shape, dtype, "cuda", scale=3), target, weight=weight, **options)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_rows_shared_by_blocks(
+    cuda_device: str, multiprocessors: int, kind: str, rows: int, dtype: torch.dtype
+) -> None:
+    """Fewer rows than multiprocessors. The last part of a row is shorter than the others."""
+    check(kind, logits_of("offset", (rows, 24583), dtype, cuda_device), "mean")
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=["plus_inf", "nan"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_poison_in_one_part(cuda_device: str, multiprocessors: int, kind: str, poison: float) -> None:
+    """Wherever it stands, its row is NaN and the other is not."""
+    shape = (2, 20001)
+    target = cases.softmax_target(
+        "probability" if kind == "probability" else "index", shape, torch.float32, cuda_device
+    )
+    for position in (0, 1000, 8192, 20000):
+        logits = logits_of(None, shape, torch.float32, cuda_device)
+        logits[1, position] = poison
+        loss = torchce.functional.cross_entropy(
+            logits.requires_grad_(), target, reduction="none", label_smoothing=0.1 if kind == "smoothed" else 0.0
+        )
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isnan().tolist() == [False, True]
+        assert bool(grad[0].isfinite().all())
+        assert bool(grad[1].isnan().all())
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
-def test_rows_around_the_number_of_multiprocessors(difference: int) -> None:
+def test_rows_around_the_number_of_multiprocessors(cuda_device: str, multiprocessors: int, difference: int) -> None:
     """Fewer rows are cut into parts, more are not."""
-    shape = (multiprocessors() + difference, 20001)
-    check_softmax_ce(
-        cases.normal(shape, torch.float32, "cuda", scale=3),
-        cases.softmax_target("index", shape, torch.float32, "cuda"),
-        reduction="none",
-    )
+    check("index", logits_of(None, (multiprocessors + difference, 20001), torch.float32, cuda_device))
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("classes", [3, 70, 1100], ids=["a_lane", "lanes", "block"])
-def test_more_rows_than_resident_blocks_take_at_once(classes: int, difference: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_resident_blocks_take_at_once(
+    cuda_device: str, multiprocessors: int, kind: str, classes: int, difference: int
+) -> None:
     """Blocks stride over the rows that are left. 1100 float64 classes take a block."""
     dtype = torch.float64 if classes == 1100 else torch.float32
     rows_of_block = {3: BLOCK, 70: 32, 1100: 1}[classes]
-    rows = multiprocessors() * BLOCKS_PER_PROCESSOR * rows_of_block + difference
-    logits = cases.normal((rows, classes), dtype, "cuda", scale=3)
-    check_softmax_ce(logits, cases.softmax_target("index", (rows, classes), dtype, "cuda"), reduction="none")
+    rows = multiprocessors * BLOCKS_PER_PROCESSOR * rows_of_block + difference
+    check(kind, logits_of(None, (rows, classes), dtype, cuda_device), "mean" if difference == 0 else "none")
 
 
-@pytest.mark.parametrize("kind", ["index", "probability"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_inner_positions_around_every_block_width(dtype: torch.dtype, kind: str) -> None:
+# --- rows that are adjacent in memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packs", [1, 7, 8, 9, 63, 64, 65, 255, 256, 257])
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_inner_positions_around_every_block_width(
+    cuda_device: str, multiprocessors: int, kind: str, packs: int, dtype: torch.dtype
+) -> None:
     """Across the rows: 8 to 256 packs a block, whole packs and single rows, fewer and more classes than threads."""
-    pack = 16 // dtype.itemsize
-    for packs in (1, 7, 8, 9, 63, 64, 65, 255, 256, 257):
-        for inner in {packs * pack, packs * pack + 1}:
-            for classes in (1, 2, 5, 33):
-                shape = (2, classes, inner)
-                target = cases.softmax_target(kind, shape, dtype, "cuda")
-                check_softmax_ce(cases.normal(shape, dtype, "cuda", scale=3), target, reduction="none")
+    inner = packs * 16 // dtype.itemsize
+    for classes in (2, 5) if packs % 2 == 0 else (1, 33):
+        check(kind, logits_of(None, (2, classes, inner), dtype, cuda_device))
+        check(kind, logits_of(None, (2, classes, inner + 1), dtype, cuda_device), "sum")
 
 
 @pytest.mark.parametrize("divisor", [1, 4, 16])
 @pytest.mark.parametrize("difference", [-1, 0, 1])
-def test_inner_positions_that_fill_the_device(difference: int, divisor: int) -> None:
+def test_inner_positions_that_fill_the_device(
+    cuda_device: str, multiprocessors: int, difference: int, divisor: int
+) -> None:
     """Fewer packs than would fill it with `divisor` threads a pack get twice as many; more make blocks stride."""
-    packs = multiprocessors() * BLOCKS_PER_PROCESSOR * BLOCK // divisor + difference
+    packs = multiprocessors * BLOCKS_PER_PROCESSOR * BLOCK // divisor + difference
     classes = 3 if divisor == 1 else 40
-    shape = (1, classes, packs * 4)
-    target = cases.softmax_target("index", shape, torch.float32, "cuda")
-    check_softmax_ce(cases.normal(shape, torch.float32, "cuda", scale=3), target)
+    check("index", logits_of(None, (1, classes, packs * 4), torch.float32, cuda_device), "mean")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_transposed_rows(cuda_device: str, multiprocessors: int, kind: str, dtype: torch.dtype) -> None:
+    """Without an inner dimension rows that follow each other are neighbours; in packs, or one by one."""
+    for shape in ((64, 130), (61, 37), (4096, 3)):
+        check(kind, logits_of("transposed", shape, dtype, cuda_device))
+
+
+# --- elements -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_bce_elements_around_a_block(
+    cuda_device: str, multiprocessors: int, dtype: torch.dtype, layout: str | None
+) -> None:
+    """One element a thread, one pack, two packs."""
+    pack = 16 // dtype.itemsize
+    for elements in {BLOCK, BLOCK * pack, 2 * BLOCK * pack}:
+        for difference in (-1, 0, 1, pack):
+            logits = logits_of(layout, (elements + difference,), dtype, cuda_device)
+            target = cases.uniform(logits.shape, dtype, cuda_device)
+            check_sigmoid_bce(logits, target, target_grad=True, reduction="none" if difference == 0 else "mean")
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_bce_elements_around_what_the_grid_takes_at_once(dtype: torch.dtype, difference: int) -> None:
-    threads = multiprocessors() * BLOCKS_PER_PROCESSOR * BLOCK
+def test_bce_elements_around_what_the_grid_takes_at_once(
+    cuda_device: str, multiprocessors: int, dtype: torch.dtype, difference: int
+) -> None:
+    threads = multiprocessors * BLOCKS_PER_PROCESSOR * BLOCK
     for elements in (threads, 2 * threads * (16 // dtype.itemsize)):
         shape = (elements + difference,)
-        check_sigmoid_bce(cases.normal(shape, dtype, "cuda", scale=3), cases.uniform(shape, dtype, "cuda"))
+        check_sigmoid_bce(cases.normal(shape, dtype, cuda_device, scale=3), cases.uniform(shape, dtype, cuda_device))
+
+
+@pytest.mark.parametrize("inner", [64, 63], ids=["packs", "single"])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.uint8, torch.bool, torch.int64], ids=dtype_id)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_bce_packs_of_unequal_width(
+    cuda_device: str, dtype: torch.dtype, target_dtype: torch.dtype, inner: int
+) -> None:
+    """Targets of another dtype, and weights that repeat along a pack, across packs, or not at all."""
+    shape = (3, 5, inner)
+    target = cases.uniform(shape, torch.float32, cuda_device)
+    target = target if target_dtype.is_floating_point else (target > 0.5).to(target_dtype)
+    for weight_shape in ((inner,), (5, 1), shape):
+        check_sigmoid_bce(
+            cases.normal(shape, dtype, cuda_device, scale=3),
+            target,
+            target_grad=target_dtype.is_floating_point,
+            weight=cases.uniform(weight_shape, dtype, cuda_device),
+            pos_weight=cases.uniform((5, 1), dtype, cuda_device, seed=6),
+            reduction="none",
+        )

@@ -12,7 +12,7 @@ from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import torchce.functional  # noqa: F401  (registers the ops)
+import torchce.functional
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
@@ -82,7 +82,8 @@ BCE_SAMPLES = {
 
 
 def op(name: str) -> Any:
-    return getattr(torch.ops.torchce, name).default
+    """As torchce.ops calls it: torch.ops.torchce's, or what --emulate-cuda has put in its place."""
+    return getattr(torchce.ops, f"_{name}")
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str) -> Tensor:

@@ -500,10 +500,10 @@ def test_inputs_are_not_written(device: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
-def test_cuda_marks_a_bad_index_with_nan(bad: int) -> None:
+def test_cuda_marks_a_bad_index_with_nan(cuda_device: str, bad: int) -> None:
     """No sync, so no IndexError: that row's loss and gradient are NaN, the others' are right, the process lives."""
-    logits = cases.normal((4, 5), torch.float32, "cuda")
-    target = torch.tensor([0, bad, 4, -100], device="cuda")
+    logits = cases.normal((4, 5), torch.float32, cuda_device)
+    target = torch.tensor([0, bad, 4, -100], device=cuda_device)
     loss, grad = loss_and_grad(logits, target, reduction="none")
     assert loss.isnan().tolist() == [False, True, False, False]
     assert grad.isnan().any(1).tolist() == [False, True, False, False]

@@ -1,0 +1,167 @@
+"""Faults planted into a copy of the kernels, to see that the tests catch each of them.
+
+All are compiled into one library, where ``planted_fault`` is the number of the one that is in effect, so that a dozen
+faults cost one build. ``python -m cuda_emulation.faults REPORT`` runs each fault's tests and writes what failed, in
+JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cuda_emulation import build
+
+SOURCES = build.ROOT / "build" / "cuda_emulation" / "faulty" / "csrc"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``code``, which must be in the file once, becomes ``faulty``, whose PLANTED is 1 when it is in effect, else 0.
+
+    A fault must not write out of bounds, nor read far out: the library has no sanitizers, and one process serves all.
+    """
+
+    file: str
+    code: str
+    faulty: str
+    tests: str  # a node id
+    says: str = "elements are wrong"  # part of what the failed test says
+
+
+REDUCE, FORWARD, BACKWARD, BCE = (
+    f"cuda/{name}.cuh" for name in ("reduce", "softmax_ce_forward", "softmax_ce_backward", "sigmoid_bce")
+)
+PLANS = "test_cuda_regimes.py::test_every_change_of_plan"
+MANY_ROWS = "test_cuda_regimes.py::test_more_rows_than_resident_blocks_take_at_once"
+INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
+
+FAULTS = {
+    "a barrier is missing before shared memory is read": Fault(
+        REDUCE,
+        "of_warps[warp] = value;\n  __syncthreads();",
+        "of_warps[warp] = value;\n  if (!PLANTED) __syncthreads();",
+        MANY_ROWS,
+    ),
+    "a barrier is missing before shared memory is used again": Fault(
+        REDUCE,
+        "__syncthreads();  // an earlier call",
+        "if (!PLANTED) __syncthreads();  // an earlier call",
+        MANY_ROWS,
+    ),
+    "a barrier is missing across the rows, before the read": Fault(
+        FORWARD, "= sums[v];\n    __syncthreads();", "= sums[v];\n    if (!PLANTED) __syncthreads();", INNER
+    ),
+    "some threads leave before a barrier": Fault(
+        REDUCE,
+        "if (gridDim.x == 1) return true;\n  if (threadIdx.x == 0) scratch",
+        "if (gridDim.x == 1 || (PLANTED && threadIdx.x > 100)) return true;\n  if (threadIdx.x == 0) scratch",
+        MANY_ROWS,
+        "deadlock: thread",
+    ),
+    "the last block is taken for the one before": Fault(
+        REDUCE, "== gridDim.x - 1;", "== gridDim.x - 1 - PLANTED;", MANY_ROWS
+    ),
+    "the counter of blocks is not left at zero": Fault(
+        REDUCE, "atomicInc(counter, gridDim.x - 1)", "atomicInc(counter, gridDim.x - 1 + PLANTED)", MANY_ROWS, "counter"
+    ),
+    "half of a warp's lanes are not added": Fault(REDUCE, "width / 2;", "width / (2 + 2 * PLANTED);", PLANS),
+    "the forward's tail ends one class early": Fault(
+        FORWARD, "+ thread; k < end;", "+ thread; k < end - PLANTED;", PLANS
+    ),
+    "the forward's head ends one class early": Fault(FORWARD, "k < body;", "k < body - PLANTED;", PLANS),
+    "the backward's tail takes one class twice": Fault(
+        BACKWARD,
+        "k = body + packs * V + thread;",
+        "k = body + packs * V + thread - (PLANTED && packs > 0);",
+        "test_ops.py::test_in_place_backward_at_every_remainder",
+        "elements differ",
+    ),
+    "the backward's tail steps wrongly": Fault(BACKWARD, "k < end; k += team)", "k < end; k += team + PLANTED)", PLANS),
+    "the target is read as if its classes were adjacent": Fault(
+        FORWARD,
+        "* rows.target_strides.classes, true)",
+        "* (PLANTED ? 1 : rows.target_strides.classes), true)",
+        "test_softmax_ce.py::test_probability_layouts",
+    ),
+    "the gradient is written as if its classes were adjacent": Fault(
+        BACKWARD,
+        "* call.grad_strides.classes",
+        "* (PLANTED ? 1 : call.grad_strides.classes)",
+        "test_softmax_ce.py::test_logits_layouts",
+    ),
+    "rows beyond the grid are left out": Fault(
+        FORWARD, "r < count; r += gridDim.x", "r < count; r += PLANTED ? count : gridDim.x", MANY_ROWS
+    ),
+    "a repeated weight is read as if it lay side by side": Fault(
+        BCE,
+        "if (inner_stride == 0) {",
+        "if (inner_stride == 0 && !PLANTED) {",
+        "test_cuda_regimes.py::test_bce_packs_of_unequal_width",
+    ),
+}
+
+
+def plant() -> Path:
+    """The copy of the sources, with all faults in it. Only what changed is written, so that only that is compiled."""
+    for copy in SOURCES.rglob("*"):
+        if copy.is_file() and not (build.CSRC / copy.relative_to(SOURCES)).is_file():
+            copy.unlink()
+    for original in build.CSRC.rglob("*"):
+        if original.is_file():
+            name = str(original.relative_to(build.CSRC))
+            text = original.read_text()
+            faults = [(number, fault) for number, fault in enumerate(FAULTS.values(), 1) if fault.file == name]
+            for number, fault in faults:
+                count = text.count(fault.code)
+                assert count == 1, f"{name}: {fault.code!r} is there {count} times: faults.py must follow the kernels"
+                text = text.replace(fault.code, fault.faulty.replace("PLANTED", f"(planted_fault == {number})"))
+            if faults:
+                text = text.replace("#pragma once", '#pragma once\nextern "C" int planted_fault;', 1)
+            if name == "cuda/softmax_ce.cu":
+                text += '\nextern "C" { int planted_fault = 0; }\n'
+            copy = SOURCES / name
+            if not copy.exists() or copy.read_text() != text:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text)
+    return SOURCES
+
+
+@dataclass
+class Failures:
+    """A plugin that collects what failed tests say."""
+
+    passed: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.messages.append(report.longreprtext)
+        self.passed += report.when == "call" and report.passed
+
+
+def main() -> None:
+    import pytest
+
+    sys.path.insert(0, str(build.ROOT))
+    os.chdir(build.ROOT)
+    library = ctypes.CDLL(str(build.build(csrc=SOURCES)))
+    planted_fault = ctypes.c_int.in_dll(library, "planted_fault")
+    common = ["-q", "-x", "-k", "not 5_sms", "-p", "no:cacheprovider", "--emulate-cuda", f"--csrc={SOURCES}"]
+    report = {}
+    for number, (name, fault) in enumerate([("", None), *FAULTS.items()]):
+        planted_fault.value = number
+        tests = {fault.tests for fault in FAULTS.values()} if fault is None else {fault.tests}
+        failures = Failures()
+        pytest.main([*common, *(f"tests/{test}" for test in tests)], [failures])
+        report[name] = {"passed": failures.passed, "messages": failures.messages}
+    Path(sys.argv[1]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+// The machine that runs the kernels: one block at a time, every thread of it a fiber.
+//
+// What can differ between two runs on a GPU is drawn at random here, from a seed: the order of the blocks, and which
+// thread goes on whenever one waits. Lanes of a warp are not in step either, as on any GPU since Volta. So a thread
+// that needed a barrier to see another's writes reads, sooner or later, what shared memory was filled with before the
+// block began: bytes of 0xff, which are NaN.
+//
+// Refused, with std::runtime_error naming kernel, block and threads, instead of running into undefined behaviour: a
+// barrier or warp operation that some thread named in it does not reach (it ended, or waits elsewhere), two different
+// __syncthreads that meet, a lane outside its own mask, a shuffle from a lane outside the mask.
+//
+// Not modelled: blocks that run at the same time (so no __threadfence is ever missed), threads that are interrupted
+// between two of the operations below.
+#pragma once
+
+#include <cstdint>
+#include <source_location>
+
+namespace cuda_emulation {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;  // of a block
+
+struct Index {
+  unsigned x, y, z;
+};
+
+using Site = std::source_location;  // of a barrier or warp operation, for reports
+
+enum class Operation : uint8_t { syncwarp, shfl, shfl_xor, shfl_down, shfl_up, ballot, any, all };
+
+// __syncthreads.
+void block_barrier(Site site);
+
+// Waits until all lanes in `mask` are in the same operation. A shuffle returns what lane `source` of the warp gave as
+// `value`; a vote takes the truth of every lane's value.
+uint64_t warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site);
+
+// Where other threads may run, though this one need not wait.
+void preemption_point();
+
+unsigned lane_of_this_thread();
+
+struct Launch {
+  const void* kernel;  // to be named in reports
+  unsigned blocks, threads;
+  void (*thread)(const void* closure);  // what each thread does
+  const void* closure;
+  const unsigned char* shared_variable;  // one of the kernels', by which the others are found
+};
+void launch(const Launch& launch);
+
+}  // namespace cuda_emulation
+
+// For the tests, through ctypes.
+extern "C" {
+void cuda_emulation_seed(uint64_t seed);  // of all launches from here on
+uint64_t cuda_emulation_launches();       // so far
+uint64_t cuda_emulation_switches();       // between fibers, so far
+const char* cuda_emulation_kernels();     // the names of those launched so far, one a line
+}
