@@ -120,6 +120,8 @@ template <class V>
 constexpr bool kOfDoubles = sizeof(decltype(V{}[0])) == sizeof(double);
 template <>
 inline constexpr bool kOfDoubles<float> = false;
+template <>
+inline constexpr bool kOfDoubles<double> = true;
 
 TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 TORCHCE_HD double log(double x) { return __builtin_log(x); }
