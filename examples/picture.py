@@ -29,30 +29,30 @@ def readable_milliseconds(milliseconds: float) -> str:
 
 def draw(results: list[Result], path: str | Path) -> None:
     """Writes the picture; the figure is bound to no window system, so a machine without a display draws it as well."""
-    figure = Figure(figsize=(max(4.2 * len(results), 7), 7.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(max(4.2 * len(results), 9), 7.2), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     figure.suptitle("Trained twice from one seed: with torch's losses and with torchce's", fontsize=14)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.35, 1)).flat
     panels = top.subplots(2, len(results), squeeze=False, sharex="col", height_ratios=(3, 1))
     for (curves, difference), result in zip(panels.T, results, strict=True):
         _curves(curves, result)
         _difference(difference, result)
     panels[0, 0].set_ylabel("training loss")
-    panels[1, 0].set_ylabel("difference")
+    panels[1, 0].set_ylabel("|difference|")
     times, memory = bottom.subplots(1, 2)
-    _bars(times, results, "Time in the loss, forward + backward, per step", lambda run: run.loss_milliseconds)
+    _bars(times, results, lambda run: run.loss_milliseconds, readable_milliseconds)
+    times.set_title("Time in the loss, forward + backward, per step", fontsize=10.5)
     times.set_ylabel("ms, log scale")
-    _label_bars(times, readable_milliseconds)
-    _bars(memory, results, "Peak memory of the loss, beyond logits and target", lambda run: run.loss_bytes / 2**20)
+    _bars(memory, results, lambda run: run.loss_bytes / 2**20, lambda mebibytes: readable_bytes(mebibytes * 2**20))
+    memory.set_title("Peak memory of the loss, beyond logits and target", fontsize=10.5)
     memory.set_ylabel("MiB, log scale")
-    _label_bars(memory, lambda mebibytes: readable_bytes(mebibytes * 2**20))
     figure.savefig(path)
 
 
 def _curves(axes: Axes, result: Result) -> None:
     for name, run in result.runs.items():
         # One over the other: a wide line under a thin dashed one shows both where they agree.
-        style = {"linewidth": 3.5} if name == "torch" else {"linewidth": 1.1, "linestyle": (0, (4, 2))}
+        style = {"linewidth": 4.5} if name == "torch" else {"linewidth": 1.0, "linestyle": (0, (4, 2))}
         label = f"{name}: {run.score:.1%} {result.task.score_name}"
         axes.plot(run.curve, color=COLOURS[name], label=label, **style)
     axes.set_title(result.task.summary, fontsize=10.5)
@@ -71,26 +71,20 @@ def _difference(axes: Axes, result: Result) -> None:
     _tidy(axes)
 
 
-def _bars(axes: Axes, results: list[Result], title: str, height: Callable[[Run], float]) -> None:
+def _bars(axes: Axes, results: list[Result], height: Callable[[Run], float], readable: Callable[[float], str]) -> None:
     width = 0.38
     for place, name in enumerate(results[0].runs):
         positions = [index + (place - 0.5) * width for index in range(len(results))]
-        axes.bar(
-            positions, [height(result.runs[name]) for result in results], width * 0.94, color=COLOURS[name], label=name
-        )
+        heights = [height(result.runs[name]) for result in results]
+        bars = axes.bar(positions, heights, width * 0.94, color=COLOURS[name], label=name)
+        axes.bar_label(bars, fmt=readable, fontsize=9, padding=2)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 3, high * 4)
     axes.set_xlim(-0.6, len(results) - 0.4)
     axes.set_xticks(range(len(results)), [result.task.name for result in results])
-    axes.set_title(title, fontsize=10.5)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     _tidy(axes)
-
-
-def _label_bars(axes: Axes, readable: Callable[[float], str]) -> None:
-    for bars in axes.containers:
-        axes.bar_label(bars, fmt=readable, fontsize=9, padding=2)
 
 
 def _tidy(axes: Axes) -> None:

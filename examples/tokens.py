@@ -92,7 +92,7 @@ def task() -> Task:
         held_out=(held_out[:, :-1], held_out[:, -1]),
         constant=train[:, -1].bincount(minlength=len(vocabulary)),
         batch_size=512,
-        steps=150,
+        steps=120,
         learning_rate=3e-3,
         score_name="tokens right",
         tally=accuracy,

@@ -202,4 +202,4 @@ def _mean_score(task: Task, logits_of: Callable[[Tensor], Tensor]) -> float:
     """Batch by batch: all held-out logits of a large vocabulary would be half a gigabyte."""
     batches = zip(*(tensor.split(task.batch_size) for tensor in task.held_out), strict=True)
     numerators, denominators = zip(*(task.tally(logits_of(inputs), target) for inputs, target in batches), strict=True)
-    return sum(numerators) / sum(denominators)
+    return float(sum(numerators) / sum(denominators))

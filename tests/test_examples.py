@@ -18,6 +18,12 @@ from examples.command import main
 from examples.training import default_device, peak_bytes, train
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(restore_threads: None) -> None:
+    """Models this small gain nothing from more, and where all cores are busy lose seconds waiting for them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def files() -> Iterator[list[Path]]:
     """One font and the first files only: as real, and read in a second. The value is all files."""

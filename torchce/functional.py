@@ -35,7 +35,6 @@ _torch_cross_entropy = F.cross_entropy
 _torch_bce_with_logits = F.binary_cross_entropy_with_logits
 
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor})
-_DEVICES = frozenset({"cpu", "cuda", "meta"})
 _SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = _SIXTEEN_BITS | {torch.float32, torch.float64}
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
@@ -58,7 +57,7 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
     device = input.device
     if (
         input.dtype not in _LOGIT_DTYPES
-        or device.type not in _DEVICES
+        or not (input.is_cpu or input.is_cuda or input.is_meta)  # device.type takes ten times as long
         or input.layout != torch.strided
         or input.is_nested
     ):
@@ -71,7 +70,7 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
             or tensor.is_nested
         ):
             return False
-    if device.type == "cuda" and not ops.has_cuda():
+    if input.is_cuda and not ops.has_cuda():
         return False
     return not (in_forward_ad() or in_functorch() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
@@ -93,8 +92,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 
 def _autocast(input: Tensor) -> bool:
-    device = input.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return not input.is_meta and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
 
 
 def _explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -264,9 +262,10 @@ def _cross_entropy_problem(
         if ignore_index >= 0:
             return f"ignore_index: expected none with probabilities, got {ignore_index}"
     else:
-        if target.shape != shape[:1] + shape[2:] if len(shape) > 1 else target.dim() != 0:
+        index_shape = (shape[0],) if len(shape) == 2 else () if len(shape) == 1 else shape[:1] + shape[2:]
+        if target.shape != index_shape:
             return (
-                f"target: expected class indices of shape {list(shape[:1] + shape[2:]) if len(shape) > 1 else []} or "
+                f"target: expected class indices of shape {list(index_shape)} or "
                 f"probabilities of shape {list(shape)}, got shape {list(target.shape)}"
             )
         if target.dtype not in _INDEX_DTYPES:

@@ -215,7 +215,11 @@ struct SumInDouble {
 template <bool kUpper, class V, size_t... I>
 TORCHCE_SIMD V interleave(V a, V b, std::index_sequence<I...>) {
   constexpr size_t L = sizeof...(I);
+#if defined(__clang__)
   return __builtin_shufflevector(a, b, (I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...);
+#else  // GCC has the function above since version 12 only
+  return __builtin_shuffle(a, b, decltype(a < b){(I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...});
+#endif
 }
 
 // Swaps rows and columns of a square of lanes. A vector and its partner half the square away are interleaved; that
