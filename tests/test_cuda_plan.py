@@ -112,13 +112,13 @@ def test_forward(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("pack", PACKS)
-@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
-def test_few_long_rows_fill_the_device(ask: Ask, multiprocessors: int, pack: int) -> None:
+@pytest.mark.parametrize("count", MULTIPROCESSORS)
+def test_few_long_rows_fill_the_device(ask: Ask, count: int, pack: int) -> None:
     """A block for each multiprocessor wherever each of its threads would have a pack to read."""
-    questions = [Question(rows, 128256, pack, multiprocessors) for rows in range(1, 129)]
+    questions = [Question(rows, 128256, pack, count) for rows in range(1, 129)]
     for question, (*_, blocks) in zip(questions, ask("forward", questions), strict=True):
         possible = question.rows * (question.classes // (PART * pack))
-        assert blocks >= min(multiprocessors, possible), question
+        assert blocks >= min(count, possible), question
 
 
 def test_128_rows_of_llama_3_fill_an_h200(ask: Ask) -> None:
