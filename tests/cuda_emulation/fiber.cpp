@@ -15,8 +15,8 @@ __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* be
 }
 
 #if defined(CUDA_EMULATION_X86_64)
-// Saves what the ABI lets a caller expect unchanged, stores the stack pointer to *from and loads `to`. It jumps where it
-// would return, since the processor's prediction of returns is always wrong across stacks.
+// Saves what the ABI lets a caller expect unchanged, stores the stack pointer to *from and loads `to`. It jumps where
+// it would return, since the processor's prediction of returns is always wrong across stacks.
 extern "C" __attribute__((visibility("hidden"))) void cuda_emulation_switch(void** from, void* to);
 asm(R"(
   .pushsection .text

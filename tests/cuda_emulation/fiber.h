@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-// swapcontext saves the signal mask, which is a system call and costs far more than the switch itself; where it is known
-// how, fibers switch by a few instructions of their own.
+// swapcontext saves the signal mask, which is a system call and costs far more than the switch itself; where it is
+// known how, fibers switch by a few instructions of their own.
 #if defined(__x86_64__) && !defined(CUDA_EMULATION_UCONTEXT)
 #define CUDA_EMULATION_X86_64 1
 #else
