@@ -19,6 +19,9 @@ void define_ops(Library& m) {
       "softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor statistics, Tensor totals, int reduction, float label_smoothing) -> Tensor");
   m.def(
+      "softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, "
+      "int reduction, int ignore_index, float label_smoothing, ScalarType? dtype) -> Tensor");
+  m.def(
       "sigmoid_bce_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
       "ScalarType? dtype) -> Tensor");
   m.def(

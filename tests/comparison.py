@@ -123,6 +123,7 @@ def check_softmax_ce(
     *,
     grad_output: Tensor | None = None,
     target_grad: bool = False,
+    function: Callable[..., Tensor] = torchce.functional.cross_entropy,
     **options: Any,
 ) -> Tensor:
     """Hold loss and gradients of torchce's cross entropy to reference and torch; returns our loss."""
@@ -137,7 +138,7 @@ def check_softmax_ce(
         return _describe_row(logits, target, index, options)
 
     return check(
-        torchce.functional.cross_entropy,
+        function,
         torch.nn.functional.cross_entropy,
         reference.softmax_ce,
         (logits, target, torch_target),

@@ -20,6 +20,12 @@ int main() {
     } else if (question == "backward") {
       const BackwardPlan p = plan_backward(rows, classes, int(pack));
       std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
+    } else if (question == "fused") {
+      torchce::cuda::Properties device;
+      device.multiprocessors = int(multiprocessors);
+      std::cin >> device.shared_memory_of_block >> device.shared_memory_of_multiprocessor >> device.largest_cluster;
+      const FusedPlan p = plan_fused(rows, classes, int(pack), device);
+      std::cout << p.lanes << ' ' << p.cluster << ' ' << p.kept << ' ' << p.blocks << '\n';
     } else if (question == "backward_across") {
       const BackwardPlan p = plan_backward_across(rows / pack, classes, int(multiprocessors));
       std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';

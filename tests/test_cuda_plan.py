@@ -27,7 +27,7 @@ pytestmark = [
 
 BLOCK = 256  # kBlock
 BLOCKS_PER_PROCESSOR = 8  # kBlocksPerProcessor
-PART = 256  # packs, plan_forward's smallest_part
+PART = 64  # packs, plan_forward's smallest_part
 LANES, WHOLE_BLOCK, PARTS = range(3)  # Regime
 
 ROWS = [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 131, 132, 133, 263, 264, 1000, 32768, 2**20 + 1, 2**31, 2**40]
@@ -44,7 +44,7 @@ class Question(NamedTuple):
     multiprocessors: int
 
 
-Ask = Callable[[str, Sequence[Question]], list[list[int]]]
+Ask = Callable[..., list[list[int]]]  # (which, questions, what else the plan depends on)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
     subprocess.run([str(COMPILER), "-std=c++20", "-O1", *checks, str(PROGRAM), "-o", str(program)], check=True)
 
-    def answers(which: str, questions: Sequence[Question]) -> list[list[int]]:
-        lines = "".join(f"{which} {' '.join(map(str, question))}\n" for question in questions)
+    def answers(which: str, questions: Sequence[Question], extra: Sequence[int] = ()) -> list[list[int]]:
+        lines = "".join(f"{which} {' '.join(map(str, [*question, *extra]))}\n" for question in questions)
         result = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=False)
         found = [list(map(int, line.split())) for line in result.stdout.splitlines()]
         if result.returncode != 0:
@@ -114,15 +114,16 @@ def test_forward(ask: Ask) -> None:
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("count", MULTIPROCESSORS)
 def test_few_long_rows_fill_the_device(ask: Ask, count: int, pack: int) -> None:
-    """A block for each multiprocessor wherever each of its threads would have a pack to read."""
+    """A block for each multiprocessor wherever two warps of it would have packs to read."""
     questions = [Question(rows, 128256, pack, count) for rows in range(1, 129)]
     for question, (*_, blocks) in zip(questions, ask("forward", questions), strict=True):
         possible = question.rows * (question.classes // (PART * pack))
         assert blocks >= min(count, possible), question
 
 
-def test_128_rows_of_llama_3_fill_an_h200(ask: Ask) -> None:
-    (regime, _, parts, _, blocks), *_ = ask("forward", [Question(128, 128256, 8, 132)])
+@pytest.mark.parametrize("rows", [1, 2, 16, 128])
+def test_few_rows_of_llama_3_fill_an_h200(ask: Ask, rows: int) -> None:
+    (regime, _, parts, _, blocks), *_ = ask("forward", [Question(rows, 128256, 8, 132)])
     assert regime == PARTS
     assert parts > 1
     assert blocks >= 132
@@ -153,17 +154,55 @@ def test_backward_across(ask: Ask) -> None:
         assert blocks == ceil_div(packs * parts, BLOCK), question
 
 
+# Multiprocessors, shared memory of a block and of a multiprocessor in KiB, largest cluster.
+H200, ADA, AMPERE, EMULATION = (132, 227, 228, 8), (142, 99, 100, 1), (108, 163, 164, 1), (3, 14, 64, 1)
+
+
+@pytest.mark.parametrize("device", [H200, ADA, AMPERE, EMULATION], ids=["H200", "Ada", "Ampere", "emulation"])
+def test_fused(ask: Ask, device: tuple[int, int, int, int]) -> None:
+    multiprocessors, of_block, of_multiprocessor, largest_cluster = device
+    questions = [question for question in QUESTIONS if question.multiprocessors == 1]
+    asked = [question._replace(multiprocessors=multiprocessors) for question in questions]
+    extra = [of_block << 10, of_multiprocessor << 10, largest_cluster]
+    for question, (lanes, cluster, kept, blocks) in zip(asked, ask("fused", asked, extra), strict=True):
+        packs = ceil_div(question.classes, question.pack)
+        assert kept >= 1, question
+        assert kept * BLOCK * 16 <= (of_block - 2) << 10, f"{question}: more shared memory than a block can have"
+        assert is_power_of_two(cluster), question
+        assert cluster <= largest_cluster, question
+        assert blocks % cluster == 0, f"{question}: a cluster is cut"
+        assert 0 < blocks + (question.rows == 0) < 2**31, question
+        threads = lanes or cluster * BLOCK
+        assert lanes == 0 or cluster == 1, question
+        assert lanes == 0 or is_power_of_two(lanes), question
+        assert (kept - 1) * threads < packs, f"{question}: shared memory that nothing is kept in"
+        if kept * threads < packs:  # something is read twice
+            assert (kept + 1) * BLOCK * 16 > (of_block - 2) << 10, question
+            assert lanes or cluster == largest_cluster, question
+
+
+@pytest.mark.parametrize("rows", [1, 8, 4096])
+def test_rows_stay_in_the_shared_memory_of_an_h200(ask: Ask, rows: int) -> None:
+    """Up to a MiB, as 262144 float32 logits: one read and one write. Few rows take more blocks each."""
+    for classes, pack in [(32000, 8), (128256, 8), (128256, 4), (262144, 4)]:
+        question = Question(rows, classes, pack, 132)
+        ((lanes, cluster, kept, blocks),) = ask("fused", [question], [227 << 10, 228 << 10, 8])
+        assert kept * (lanes or cluster * BLOCK) * pack >= classes, question
+        assert blocks >= min(128, 4 * rows), question
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 def test_the_gpu_tests_know_every_change_of_plan(ask: Ask, dtype: torch.dtype) -> None:
     """cases.classes_around_plan_changes holds both sides of each class count at which a plan changes."""
     known = set(cases.classes_around_plan_changes(dtype))
     pack = 16 // dtype.itemsize
-    questions = [Question(3, classes, pack, 132) for classes in range(1, 3 * PART * pack + 2)]
+    questions = [Question(3, classes, pack, 132) for classes in range(1, 1024 * pack + 2)]
     forward = [(regime, lanes, min(parts, 3)) for regime, lanes, parts, *_ in ask("forward", questions)]
     backward = [(team, min(parts, 2)) for team, parts, *_ in ask("backward", questions)]
+    fused = [tuple(plan[:3]) for plan in ask("fused", questions, [14 << 10, 64 << 10, 1])]
     changes = [
         classes
-        for plans in (forward, backward)
+        for plans in (forward, backward, fused)
         for classes in range(2, len(plans) + 1)
         if plans[classes - 1] != plans[classes - 2]
     ]

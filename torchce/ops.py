@@ -182,6 +182,42 @@ def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
     return _empty_gradient(target)
 
 
+def softmax_ce_forward_backward_(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The loss of :func:`softmax_ce_forward`, while the logits become what :func:`softmax_ce_backward` would give.
+
+    For callers who need the logits no more, as a fused linear layer: they are read once and written once. The mean's
+    divisor is known only after the last row, so ``reduction`` is 0 or 2; for a mean divide ``grad_output``.
+
+    Shape:
+        - grad_output: the loss's
+        - logits: as in the forward, dense, with one stride through d1...dk; overwritten with their gradient
+        - the rest as in and out of the forward
+
+    Raises:
+        IndexError: on the CPU, as the forward; the logits are then as they were.
+    """
+    return _softmax_ce_forward_backward_(
+        grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype
+    )
+
+
+_softmax_ce_forward_backward_ = _ops.softmax_ce_forward_backward_.default
+
+
+@torch.library.register_fake("torchce::softmax_ce_forward_backward_")
+def _(grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype):  # type: ignore[no-untyped-def]
+    return logits.new_empty(grad_output.shape, dtype=dtype or logits.dtype)
+
+
 def sigmoid_bce_forward(
     logits: Tensor,
     target: Tensor,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../softmax_ce_row.h"
 #include "levels.h"
 #include "memory.h"
 #include "reduce.h"
@@ -14,6 +15,9 @@ using namespace host;
 using host::softmax_ce::BackwardCall;
 using host::softmax_ce::ForwardCall;
 using host::softmax_ce::GradientOf;
+using torchce::softmax_ce::RowKind;
+using torchce::softmax_ce::RowPosition;
+using torchce::softmax_ce::TargetClass;
 
 // Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows.
 int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
@@ -24,17 +28,25 @@ int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
 }
 
 template <class A>
-void write_totals(const ForwardCall& call, double divisor) {
-  const auto& rows = call.problem.rows;
+void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
+  const auto& rows = call.rows;
   double class_weights = double(rows.classes);
   if (rows.weight != nullptr) {
     const A* weight = static_cast<const A*>(rows.weight);
     class_weights = 0;
     for (int64_t k = 0; k < rows.classes; ++k) class_weights += weight[k];
   }
-  A* totals = static_cast<A*>(call.args.totals);
+  A* totals = static_cast<A*>(call.totals);
   totals[0] = A(divisor);
   totals[1] = A(class_weights);
+}
+
+void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
+  if (call.rows.dtype == DType::float64) {
+    write_totals<double>(call, divisor);
+  } else {
+    write_totals<float>(call, divisor);
+  }
 }
 
 [[noreturn]] void throw_bad_target(const ForwardCall& call, int64_t row) {
@@ -63,11 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::op
       });
   if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
   const double divisor = call.problem.probabilities() ? double(count) : total.weight;
-  if (call.problem.rows.dtype == DType::float64) {
-    write_totals<double>(call, divisor);
-  } else {
-    write_totals<float>(call, divisor);
-  }
+  write_totals(call.args, divisor);
   store_reduced(call.problem.rows.reduction, total.loss, divisor, call.args.loss_dtype, call.args.loss);
   return {call.loss, call.statistics, call.totals};
 }
@@ -102,6 +110,35 @@ Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::op
                       GradientOf::target);
 }
 
+// The first row whose target is no class, or -1.
+int64_t first_bad_row(const torchce::softmax_ce::Rows& rows) {
+  if (is_floating(rows.target_dtype)) return -1;
+  for (int64_t r = 0; r < rows.outer * rows.inner; ++r) {
+    if (TargetClass(rows, RowPosition(rows, r)).kind == RowKind::bad) return r;
+  }
+  return -1;
+}
+
+// Chunk by chunk: what the forward read of one is still in cache when the backward reads it again. Targets are checked
+// before, while the logits are still there.
+Tensor forward_backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                 int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                 std::optional<ScalarType> dtype) {
+  const auto [forward, backward] = host::softmax_ce::prepare_forward_backward(
+      grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  const auto& rows = forward.problem.rows;
+  const int64_t bad_row = first_bad_row(rows);
+  if (bad_row >= 0) throw_bad_target(forward, bad_row);
+  write_totals(forward.args, 1);
+  const Partial total =
+      sum_over_chunks(forward.problem.count(), rows_per_chunk(rows), [&](int64_t begin, int64_t end, Partial* partial) {
+        kernels().softmax_ce_forward(forward.args, begin, end, partial);
+        kernels().softmax_ce_backward(backward.args, begin, end);
+      });
+  store_reduced(rows.reduction, total.loss, 1, forward.args.loss_dtype, forward.args.loss);
+  return forward.loss;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torchce, CPU, m) {
@@ -109,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchce, CPU, m) {
   m.impl("softmax_ce_backward", TORCH_BOX(&backward));
   m.impl("softmax_ce_backward_", TORCH_BOX(&backward_in_place));
   m.impl("softmax_ce_backward_target", TORCH_BOX(&backward_target));
+  m.impl("softmax_ce_forward_backward_", TORCH_BOX(&forward_backward_in_place));
 }
 
 }  // namespace torchce::cpu

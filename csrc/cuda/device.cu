@@ -14,15 +14,38 @@ constexpr unsigned kCounters = 1 << 16;
 __device__ unsigned counters[kCounters];
 
 constexpr int kMostDevices = 64;
+constexpr int kLargestCluster = 8;  // that every device with clusters can run
 
-int multiprocessors_of(int device) {
+// Tells which architecture its file, and so every kernel, was compiled for.
+__global__ void any_kernel() {}
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Clusters are there if the device has them and its code is not that of an older one, which its driver translated.
+bool has_clusters(int device) {
+  constexpr int kOldestArch = 90;
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, any_kernel), "cudaFuncGetAttributes");
+  return attribute_of(device, cudaDevAttrClusterLaunch) != 0 && code.ptxVersion >= kOldestArch;
+}
+
+// May load the module, which a capture would not allow, but for the kernel that is captured too.
+const Properties& properties_of(int device) {
   static std::once_flag known[kMostDevices];
-  static int multiprocessors[kMostDevices];
+  static Properties properties[kMostDevices];
   std::call_once(known[device], [&] {
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors[device], cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
+    properties[device] = {
+        .multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount),
+        .shared_memory_of_block = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        .shared_memory_of_multiprocessor = attribute_of(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        .largest_cluster = has_clusters(device) ? kLargestCluster : 1,
+    };
   });
-  return multiprocessors[device];
+  return properties[device];
 }
 
 // The first call may load the module, which a capture would not allow: not to be called in one.
@@ -47,7 +70,7 @@ DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   void* current = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
-  multiprocessors = multiprocessors_of(device);
+  properties = properties_of(device);
 }
 
 unsigned* DeviceScope::counter(void* spare) const {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../host/tensor.h"
+#include "properties.h"
 
 namespace torchce::cuda {
 
@@ -27,21 +28,40 @@ class DeviceScope {
   unsigned* counter(void* spare) const;
 
   cudaStream_t stream = nullptr;
-  int multiprocessors = 0;
+  Properties properties;
 
  private:
   std::unique_ptr<void, void (*)(void*)> guard_{nullptr, nullptr};
 };
 
+struct Grid {
+  int64_t blocks;
+  int threads;            // of a block
+  int shared_memory = 0;  // bytes of a block, beside what the kernel declares
+  int cluster = 1;        // blocks; divides their number
+};
+
 // Launches `kernel` on at least one block, at most as many as there can be: kernels stride over what is left.
 template <class... Parameters, class... Arguments>
-void launch(const DeviceScope& device, void (*kernel)(Parameters...), int64_t blocks, int threads,
-            Arguments&&... arguments) {
+void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+  constexpr int kUnasked = 48 << 10;  // bytes of shared memory that need no leave
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::clamp<int64_t>(blocks, 1, kMostBlocks)));
-  config.blockDim = dim3(unsigned(threads));
+  config.gridDim = dim3(unsigned(std::clamp<int64_t>(grid.blocks, 1, kMostBlocks)));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared_memory);
   config.stream = device.stream;
+  cudaLaunchAttribute cluster{};
+  if (grid.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  if (grid.shared_memory > kUnasked) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_memory),
+               "cudaFuncSetAttribute");
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
   check_cuda(cudaGetLastError(), "launch");
 }

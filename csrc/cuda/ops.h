@@ -22,6 +22,9 @@ void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std:
                           double label_smoothing);
 Tensor softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                                   Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing);
+Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                    std::optional<ScalarType> dtype);
 
 Tensor sigmoid_bce_forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
                            int64_t reduction, std::optional<ScalarType> dtype);

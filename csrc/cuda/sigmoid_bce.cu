@@ -50,20 +50,20 @@ bool elements_are_packed(const Elements& problem, int pack) {
 int64_t blocks_for(const DeviceScope& device, int64_t packs, int in_flight) {
   constexpr int64_t kBlocksPerProcessor = 8;  // of kThreads threads
   const int64_t needed = (packs + int64_t(kThreads) * in_flight - 1) / (int64_t(kThreads) * in_flight);
-  return std::clamp<int64_t>(needed, 1, device.multiprocessors * kBlocksPerProcessor);
+  return std::clamp<int64_t>(needed, 1, device.properties.multiprocessors * kBlocksPerProcessor);
 }
 
 template <class T, class U, int V>
 void launch_forward(const DeviceScope& device, const Elements& problem, const Tensor& loss) {
   const int64_t blocks = blocks_for(device, problem.numel / V, kInFlight);
   const Scratch scratch(device, loss, blocks * int64_t(sizeof(Sums)));
-  launch(device, forward<T, U, V>, blocks, kThreads, problem,
+  launch(device, forward<T, U, V>, Grid{blocks, kThreads}, problem,
          GridScratch{reinterpret_cast<Sums*>(scratch.data), scratch.counter});
 }
 
 template <class T, class U, Of of, int V>
 void launch_backward(const DeviceScope& device, const Elements& problem) {
-  launch(device, backward<T, U, of, V>, blocks_for(device, problem.numel / V, 1), kThreads, problem);
+  launch(device, backward<T, U, of, V>, Grid{blocks_for(device, problem.numel / V, 1), kThreads}, problem);
 }
 
 template <Of of>

@@ -1,8 +1,7 @@
 // The backward ops of softmax_ce on CUDA: checks, memory, choice of kernel, launch.
-#include "../host/softmax_ce.h"
-#include "device.h"
 #include "ops.h"
 #include "softmax_ce_backward.cuh"
+#include "softmax_ce_launch.h"
 #include "softmax_ce_plan.h"
 
 namespace torchce::cuda {
@@ -15,14 +14,15 @@ using namespace softmax_ce;
 template <class T, class Target, Of of>
 void launch_along(const DeviceScope& device, const Backward& args) {
   const BackwardPlan plan = plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>);
-  launch(device, backward_along<T, Target, of>, plan.blocks, kBackwardThreads, args, plan.team, plan.parts, plan.part);
+  launch(device, backward_along<T, Target, of>, Grid{plan.blocks, kBackwardThreads}, args, plan.team, plan.parts,
+         plan.part);
 }
 
 template <class T, class Target, Of of, int V>
 void launch_across_packs(const DeviceScope& device, const Backward& args) {
   const BackwardPlan plan =
-      plan_backward_across(args.rows.outer * args.rows.inner / V, args.rows.classes, device.multiprocessors);
-  launch(device, backward_across<T, Target, of, V>, plan.blocks, kBackwardThreads, args, plan.parts, plan.part);
+      plan_backward_across(args.rows.outer * args.rows.inner / V, args.rows.classes, device.properties.multiprocessors);
+  launch(device, backward_across<T, Target, of, V>, Grid{plan.blocks, kBackwardThreads}, args, plan.parts, plan.part);
 }
 
 template <class T, class Target, Of of>
@@ -44,9 +44,9 @@ void launch_across(const DeviceScope& device, Backward args) {
 }
 
 template <Of of>
-Tensor run(const DeviceScope& device, const BackwardCall& call) {
+void run(const DeviceScope& device, const BackwardCall& call) {
   const Backward& args = call.args;
-  if (call.problem.count() == 0) return call.grad;
+  if (call.problem.count() == 0) return;
   with_problem_types(args.rows, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
@@ -58,18 +58,21 @@ Tensor run(const DeviceScope& device, const BackwardCall& call) {
       }
     }
   });
-  return call.grad;
 }
 
 }  // namespace
+
+void launch_softmax_ce_backward(const DeviceScope& device, const BackwardCall& call) { run<Of::logits>(device, call); }
 
 Tensor softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                            Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
                            double label_smoothing) {
   const DeviceScope device(logits);
-  return run<Of::logits>(
-      device, host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight, statistics,
-                                                 totals, reduction, ignore_index, label_smoothing));
+  const BackwardCall call =
+      host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight, statistics, totals,
+                                         reduction, ignore_index, label_smoothing);
+  run<Of::logits>(device, call);
+  return call.grad;
 }
 
 void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
@@ -84,9 +87,10 @@ void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std:
 Tensor softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                                   Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
   const DeviceScope device(logits);
-  return run<Of::target>(
-      device, host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight, statistics,
-                                                 totals, reduction, 0, label_smoothing));
+  const BackwardCall call = host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight,
+                                                               statistics, totals, reduction, 0, label_smoothing);
+  run<Of::target>(device, call);
+  return call.grad;
 }
 
 }  // namespace torchce::cuda

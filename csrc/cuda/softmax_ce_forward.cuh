@@ -14,53 +14,56 @@ namespace torchce::cuda::softmax_ce {
 
 constexpr int kThreads = 256;
 
-// Adds classes [begin, end) of one row to the sums of thread `thread` out of `threads` that share them.
-//
-// Bulk and remainder: packs start where the logits are aligned. For C = 1001 bfloat16 and a row that starts 2 bytes
-// after such a place: 7 single classes, 124 packs of 8, 2 single classes.
-template <class T, class Target, class A>
+// Adds classes [begin, end) of one row to the sums of thread `thread` out of `threads` that share them. `keep` is given
+// every pack of the thread, and its number among them.
+template <class T, class Target, class A, class Keep>
 __device__ __forceinline__ void add_classes(const Rows& rows, int64_t r, int64_t begin, int64_t end, int thread,
-                                            int threads, RowSums<A, Target::kSpread>& sums) {
+                                            int threads, RowSums<A, Target::kSpread>& sums, Keep keep) {
   using P = typename ProbabilityType<Target, T>::type;
-  constexpr int V = kPack<T>;
+  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
   const RowPosition at(rows, r);
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
   const Coefficients<Target, A> coefficients(rows);
+  const PackedClasses<V> classes(x, begin, end);
+  const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
 
   const auto add_one = [&](int64_t k) {
     sums.template add<1>([&](int) { return load_one<A>(x + k); },
                          [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
   };
-  const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(x + begin) % 16 / sizeof(T));
-  int64_t body = begin + (misaligned == 0 ? 0 : V - misaligned);
-  if (body > end) body = end;
-  const int64_t packs = (end - body) / V;
-  for (int64_t k = begin + thread; k < body; k += threads) add_one(k);
-
-  const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + body);
-  const auto add_packs = [&](auto count, int64_t first) {
+  const auto add_packs = [&](auto count, int64_t first, int64_t number) {
     constexpr int n = decltype(count)::value;
     Pack<T, V> logits[n];
     Pack<P, V> target[n];
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const int64_t k = body + (first + int64_t(i) * threads) * V;
+      const int64_t k = classes.body + (first + int64_t(i) * threads) * V;
       logits[i] = load_pack<V>(x + k, true);
       if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + k, target_aligned);
     }
     sums.template add<n * V>([&](int i) { return get<A>(logits[i / V], i % V); },
                              [&](int i) {
-                               const int64_t k = body + (first + int64_t(i / V) * threads) * V + i % V;
+                               const int64_t k = classes.body + (first + int64_t(i / V) * threads) * V + i % V;
                                return coefficients.at(k, Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0));
                              });
+#pragma unroll
+    for (int i = 0; i < n; ++i) keep(logits[i], number + i);
   };
-  int64_t pack = thread;
-  for (; pack + int64_t(kUnroll<Target, A> - 1) * threads < packs; pack += int64_t(kUnroll<Target, A>) * threads) {
-    add_packs(std::integral_constant<int, kUnroll<Target, A>>{}, pack);
+
+  classes.for_each_before(thread, threads, add_one);
+  int64_t pack = thread, number = 0;
+  for (; pack + int64_t(kBatch - 1) * threads < classes.packs; pack += int64_t(kBatch) * threads, number += kBatch) {
+    add_packs(std::integral_constant<int, kBatch>{}, pack, number);
   }
-  for (; pack < packs; pack += threads) add_packs(std::integral_constant<int, 1>{}, pack);
-  for (int64_t k = body + packs * V + thread; k < end; k += threads) add_one(k);
+  for (; pack < classes.packs; pack += threads, ++number) add_packs(std::integral_constant<int, 1>{}, pack, number);
+  classes.for_each_after(thread, threads, add_one);
+}
+
+template <class T, class Target, class A>
+__device__ __forceinline__ void add_classes(const Rows& rows, int64_t r, int64_t begin, int64_t end, int thread,
+                                            int threads, RowSums<A, Target::kSpread>& sums) {
+  add_classes<T, Target>(rows, r, begin, end, thread, threads, sums, [](const Pack<T, kPack<T>>&, int64_t) {});
 }
 
 // Rows that need no pass over their classes.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "properties.h"
 
 namespace torchce::cuda::softmax_ce {
 
@@ -57,10 +58,11 @@ struct ForwardPlan {
 
 // Along the rows, `pack` classes in 16 bytes.
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
-  constexpr int64_t kPacksOfLane = 16;  // at most: then a block takes the row
+  constexpr int64_t kPacksOfLane = 16;    // at most: then a block takes the row
+  constexpr int64_t kThreadsOfPart = 64;  // that have a pack: less is more for one long row, which must fill the device
   const int64_t resident = int64_t(multiprocessors) * kBlocksPerProcessor;
   const int64_t packs = ceil_div(classes, pack);
-  const int64_t smallest_part = int64_t(kBlock) * pack;  // a pack for each thread
+  const int64_t smallest_part = kThreadsOfPart * pack;
   if (packs <= kMostLanes * kPacksOfLane) {
     const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
     return {Regime::lanes, lanes, 1, classes, std::min(resident, ceil_div(rows, kBlock / lanes))};
@@ -118,6 +120,39 @@ inline BackwardPlan plan_backward_across(int64_t packs, int64_t classes, int mul
   const int64_t parts = std::max<int64_t>(1, std::min(wanted / std::max<int64_t>(packs, 1), classes / kPart));
   const int64_t part = ceil_div(classes, parts);
   return {1, ceil_div(classes, part), part, ceil_div(packs * ceil_div(classes, part), kBlock)};
+}
+
+struct FusedPlan {
+  int lanes;    // that share a row; 0: a cluster takes it
+  int cluster;  // blocks
+  int kept;     // packs that each thread holds in shared memory; those beyond are read again
+  int64_t blocks;
+};
+
+constexpr int kBytesOfKeptPack = kBlock * 16;   // of a block's shared memory
+constexpr int kDeclaredSharedMemory = 2 << 10;  // bytes that the kernels declare themselves, rounded up
+
+// Forward and backward in one, along the rows.
+inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device) {
+  constexpr int kWanted = 16;  // packs a thread keeps: of such blocks an H100's multiprocessor holds three,
+                               // and one writes while another reads
+  const int64_t packs = ceil_div(classes, pack);
+  const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;
+  const auto resident = [&](int kept) {
+    const int fitting = device.shared_memory_of_multiprocessor / (kept * kBytesOfKeptPack + kDeclaredSharedMemory);
+    return int64_t(device.multiprocessors) * std::clamp(fitting, 1, kBlocksPerProcessor);
+  };
+  if (packs <= kMostLanes * kPacksInFlight) {
+    const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
+    const int kept = int(std::min<int64_t>(ceil_div(packs, lanes), most_kept));
+    return {lanes, 1, kept, std::min(resident(kept), ceil_div(rows, kBlock / lanes))};
+  }
+  int cluster = 1;
+  const auto packs_of_thread = [&] { return ceil_div(packs, int64_t(cluster) * kBlock); };
+  const auto idle = [&] { return rows * cluster < device.multiprocessors && packs_of_thread() > kPacksInFlight; };
+  while (cluster < device.largest_cluster && (packs_of_thread() > kWanted || idle())) cluster *= 2;
+  const int kept = int(std::min<int64_t>(packs_of_thread(), most_kept));
+  return {0, cluster, kept, cluster * std::clamp<int64_t>(rows, 1, std::max<int64_t>(resident(kept) / cluster, 1))};
 }
 
 }  // namespace torchce::cuda::softmax_ce

@@ -67,17 +67,58 @@ struct RowSums {
     exponentials += sum;
   }
 
+  // Of a whole row. One with nothing but -inf has no softmax.
+  __device__ __forceinline__ A whole_exponentials() const {
+    return max == minus_infinity() ? A(__builtin_nan("")) : exponentials;
+  }
+
   __device__ __forceinline__ RowSums shuffled(int step) const {
+    return exchanged([step](A value) { return __shfl_xor_sync(kAllLanes, value, step); });
+  }
+
+  // Those of the first of `width` neighbouring lanes.
+  __device__ __forceinline__ RowSums of_first_lane(int width) const {
+    return exchanged([width](A value) { return __shfl_sync(kAllLanes, value, 0, width); });
+  }
+
+ private:
+  template <class Exchange>
+  __device__ __forceinline__ RowSums exchanged(Exchange exchange) const {
     RowSums other;
-    other.max = __shfl_xor_sync(kAllLanes, max, step);
-    other.exponentials = __shfl_xor_sync(kAllLanes, exponentials, step);
-    if constexpr (kSpread) {
-      other.coefficients = __shfl_xor_sync(kAllLanes, coefficients, step);
-      other.gaps = __shfl_xor_sync(kAllLanes, gaps, step);
-    } else {
-      other.coefficients = other.gaps = 0;
-    }
+    other.max = exchange(max);
+    other.exponentials = exchange(exponentials);
+    other.coefficients = kSpread ? exchange(coefficients) : A(0);
+    other.gaps = kSpread ? exchange(gaps) : A(0);
     return other;
+  }
+};
+
+// Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
+//
+// Bulk and remainder: for C = 1001 bfloat16 and a row that starts 2 bytes after such a place, 7 single classes,
+// 124 packs of 8, 2 single classes.
+template <int V>
+struct PackedClasses {
+  int64_t begin, end;
+  int64_t body;  // the first class in a pack
+  int64_t packs;
+
+  template <class T>
+  __device__ __forceinline__ PackedClasses(const T* x, int64_t begin, int64_t end) : begin(begin), end(end) {
+    const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(x + begin) % (V * sizeof(T)) / sizeof(T));
+    body = begin + (misaligned == 0 ? 0 : V - misaligned);
+    if (body > end) body = end;
+    packs = (end - body) / V;
+  }
+
+  // Calls f(class) for the single classes of thread `thread` out of `threads`, of those before the packs or after them.
+  template <class F>
+  __device__ __forceinline__ void for_each_before(int thread, int threads, F f) const {
+    for (int64_t k = begin + thread; k < body; k += threads) f(k);
+  }
+  template <class F>
+  __device__ __forceinline__ void for_each_after(int thread, int threads, F f) const {
+    for (int64_t k = body + packs * V + thread; k < end; k += threads) f(k);
   }
 };
 
@@ -120,16 +161,21 @@ __device__ __forceinline__ const T* at_row(const void* data, const RowStrides& s
   return static_cast<const T*>(data) + at.offset(strides);
 }
 
+// The logit at class `index` of a row.
+template <class T>
+__device__ __forceinline__ Accumulate<T> logit_at(const Rows& rows, RowPosition at, int64_t index) {
+  return load_one<Accumulate<T>>(at_row<T>(rows.logits, rows.logits_strides, at) + index * rows.logits_strides.classes);
+}
+
 // A row's end: writes its statistics and its unreduced loss, and adds to what the thread has of the reduced one. A row
-// whose index is no class has a NaN loss.
-template <class T, class Target, class A>
+// whose index is no class has a NaN loss. `hot_logit(at, index)` is the logit at the row's target.
+template <class Target, class A, class HotLogit>
 __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSums<A, Target::kSpread> sums,
-                                           Sums& total) {
+                                           Sums& total, HotLogit hot_logit) {
   const Rows& rows = call.rows;
   const RowPosition at(rows, r);
   const Statistics<A> statistics(rows, call.statistics);
-  if (sums.max == sums.minus_infinity()) sums.exponentials = A(__builtin_nan(""));  // nothing but -inf
-  const A log_sum = math::log(sums.exponentials);
+  const A sum = sums.whole_exponentials(), log_sum = math::log(sum);
   A loss = 0;
   if constexpr (Target::kProbabilities) {
     loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum);
@@ -139,16 +185,22 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSu
     if (row.kind == RowKind::bad) {
       loss = A(__builtin_nan(""));
     } else if (row.kind == RowKind::kept) {
-      const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
-      loss = hot_loss(row.hot, load_one<A>(x + row.index * rows.logits_strides.classes), sums.max, log_sum);
+      loss = hot_loss(row.hot, hot_logit(at, row.index), sums.max, log_sum);
       if constexpr (Target::kSpread) loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum);
       total.weight += row.weight;
     }
   }
   statistics.max[r] = sums.max;
-  statistics.sum[r] = sums.exponentials;
+  statistics.sum[r] = sum;
   total.loss += loss;
   if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
+}
+
+template <class T, class Target, class A>
+__device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSums<A, Target::kSpread> sums,
+                                           Sums& total) {
+  finish_row<Target>(call, r, sums, total,
+                     [&](RowPosition at, int64_t index) { return logit_at<T>(call.rows, at, index); });
 }
 
 // The launch's end: the reduced loss and the totals, from the sums that thread 0 of one block has.
@@ -186,19 +238,18 @@ struct RowGradient {
   bool ignored;
 
   __device__ __forceinline__ RowGradient() {}
-  __device__ __forceinline__ RowGradient(const Backward& call, int64_t r)
-      : spread(0), hot(0), index(-1), ignored(false) {
+
+  // `coefficients` is sum_k u_k, where the target has any.
+  __device__ __forceinline__ RowGradient(const Backward& call, int64_t r, A max, A sum, A coefficients)
+      : max(max), spread(0), hot(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
     const RowPosition at(rows, r);
-    const Statistics<A> statistics(rows, call.statistics);
-    const A sum = statistics.sum[r];
-    max = statistics.max[r];
     A g = row_grad_output<A>(call, at);
     if constexpr (of == Of::target) {
       scale = g;
       spread = math::log(sum);
     } else if constexpr (Target::kProbabilities) {
-      scale = g * statistics.spread[r] / sum;
+      scale = g * coefficients / sum;
       spread = g;
     } else {
       const IndexedRow<A> row(rows, at);
@@ -209,10 +260,22 @@ struct RowGradient {
       scale = hot;
       if constexpr (Target::kSpread) {
         spread = g * row.uniform;
-        scale += spread * sum_of_class_weights<A>(call);
+        scale += spread * coefficients;
       }
       scale /= sum;
     }
+  }
+
+  // From what the forward left.
+  __device__ __forceinline__ static RowGradient of_row(const Backward& call, int64_t r) {
+    const Statistics<A> statistics(call.rows, call.statistics);
+    A coefficients = 0;
+    if constexpr (Target::kProbabilities && of == Of::logits) {
+      coefficients = statistics.spread[r];
+    } else if constexpr (Target::kSpread && of == Of::logits) {
+      coefficients = sum_of_class_weights<A>(call);
+    }
+    return RowGradient(call, r, statistics.max[r], statistics.sum[r], coefficients);
   }
 
   // Of class k.

@@ -187,5 +187,22 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
   return {std::move(p), grad_output, statistics, totals, grad, args};
 }
 
+struct ForwardBackwardCall {
+  ForwardCall forward;
+  BackwardCall backward;
+};
+
+// Checks and allocates the op that writes the gradient over the logits in the same pass.
+inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, Tensor logits, Tensor target,
+                                                    std::optional<Tensor> weight, int64_t reduction,
+                                                    int64_t ignore_index, double label_smoothing,
+                                                    std::optional<ScalarType> dtype) {
+  check(reduction_of(reduction) != Reduction::mean,
+        "reduction: a mean's divisor is known only after the last row; divide grad_output by it and ask for the sum");
+  const ForwardCall forward = prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  return {forward, prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
+                                    forward.statistics, forward.totals, reduction, ignore_index, label_smoothing)};
+}
+
 }  // namespace softmax_ce
 }  // namespace torchce::host

@@ -139,7 +139,26 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 
-struct cudaLaunchAttribute;  // nothing the emulation knows
+// A cluster can be asked for, but never is: the emulation's device says that it has none.
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
+// Shared memory whose size the launch gives: `extern __shared__`, which a library defines as long as it will be.
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+namespace cuda_emulation {
+DynamicSharedMemory dynamic_shared_memory();  // the library's own
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -158,7 +177,7 @@ inline bool can_be_launched(const cudaLaunchConfig_t& config) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   return 0 < grid.x && grid.x <= 0x7fffffff && grid.y == 1 && grid.z == 1 &&       //
          0 < block.x && block.x <= kMaxThreads && block.y == 1 && block.z == 1 &&  //
-         config.dynamicSmemBytes == 0 && config.numAttrs == 0;
+         config.dynamicSmemBytes <= dynamic_shared_memory().size && config.numAttrs == 0;
 }
 
 }  // namespace cuda_emulation
@@ -180,6 +199,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       .thread = [](const void* closure) { (*static_cast<const Thread*>(closure))(); },
       .closure = &thread,
       .shared_variable = &cuda_emulation::a_shared_variable,
+      .dynamic_shared_memory = cuda_emulation::dynamic_shared_memory(),
+      .dynamic_shared_bytes = config->dynamicSmemBytes,
   });
   return cudaSuccess;
 }

@@ -34,11 +34,21 @@ class Fault:
     says: str = "elements are wrong"  # part of what the failed test says
 
 
-REDUCE, FORWARD, BACKWARD, BCE = (
-    f"cuda/{name}.cuh" for name in ("reduce", "softmax_ce_forward", "softmax_ce_backward", "sigmoid_bce")
+REDUCE, CLUSTER, ROW, FORWARD, BACKWARD, FUSED, BCE = (
+    f"cuda/{name}.cuh"
+    for name in (
+        "reduce",
+        "cluster",
+        "softmax_ce_row",
+        "softmax_ce_forward",
+        "softmax_ce_backward",
+        "softmax_ce_fused",
+        "sigmoid_bce",
+    )
 )
 PLANS = "test_cuda_regimes.py::test_every_change_of_plan"
 MANY_ROWS = "test_cuda_regimes.py::test_more_rows_than_resident_blocks_take_at_once"
+FUSED_PLANS = "test_softmax_ce_fused.py::test_every_change_of_plan"
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 
 FAULTS = {
@@ -71,22 +81,42 @@ FAULTS = {
         REDUCE, "atomicInc(counter, gridDim.x - 1)", "atomicInc(counter, gridDim.x - 1 + PLANTED)", MANY_ROWS, "counter"
     ),
     "half of a warp's lanes are not added": Fault(REDUCE, "width / 2;", "width / (2 + 2 * PLANTED);", PLANS),
-    "the forward's tail ends one class early": Fault(
-        FORWARD, "+ thread; k < end;", "+ thread; k < end - PLANTED;", PLANS
-    ),
-    "the forward's head ends one class early": Fault(FORWARD, "k < body;", "k < body - PLANTED;", PLANS),
-    "the backward's tail takes one class twice": Fault(
-        BACKWARD,
+    "the tail ends one class early": Fault(ROW, "k < end;", "k < end - PLANTED;", PLANS),
+    "the head ends one class early": Fault(ROW, "k < body;", "k < body - PLANTED;", PLANS),
+    "the tail takes one class twice": Fault(
+        ROW,
         "k = body + packs * V + thread;",
         "k = body + packs * V + thread - (PLANTED && packs > 0);",
         "test_ops.py::test_in_place_backward_at_every_remainder",
         "elements differ",
     ),
-    "the backward's tail steps wrongly": Fault(
-        BACKWARD,
-        "k < end; k += team)",
-        "k < end; k += team + PLANTED)",
+    "the tail steps wrongly": Fault(
+        ROW,
+        "; k += threads) f(k);\n  }\n};",
+        "; k += threads + PLANTED) f(k);\n  }\n};",
         "test_softmax_ce.py::test_every_remainder",
+    ),
+    "the gradient overwrites the target's logit before it is read": Fault(
+        FUSED,
+        "if (lane == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) { return hot_logit;",
+        "if (lane == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) {"
+        " return PLANTED ? hot_logit_of<T, Target, A>(rows, r) : hot_logit;",
+        FUSED_PLANS,
+    ),
+    "a barrier is missing before a cluster's sums are read": Fault(
+        CLUSTER,
+        "of_this_block = value;\n  cluster.sync();",
+        "of_this_block = value;\n  if (!PLANTED) cluster.sync();",
+        FUSED_PLANS,
+    ),
+    "what is kept is taken for another pack": Fault(
+        FUSED,
+        "memcpy(&pack, &slot(number)",
+        "memcpy(&pack, &slot(PLANTED && number > 0 ? number - 1 : number)",
+        FUSED_PLANS,
+    ),
+    "more is kept than fits": Fault(
+        FUSED, "if (number < count) std", "if (number < count + PLANTED) std", FUSED_PLANS, "dynamic shared memory"
     ),
     "the target is read as if its classes were adjacent": Fault(
         FORWARD,

@@ -100,6 +100,7 @@ class Machine {
   static void fiber_main();
   void grow(unsigned threads);
   void run_block(unsigned block);
+  void check_dynamic_shared_memory() const;
   bool choose(unsigned* thread);
   void resume(Fiber& from, unsigned thread);
   void stop(Fiber& from);
@@ -205,7 +206,17 @@ void Machine::launch(const Launch& launch) {
   for (const unsigned block : order) {
     shared_memory.poison();
     run_block(block);
+    check_dynamic_shared_memory();
   }
+}
+
+// What lies beyond the memory asked for was filled with 0xff before the block.
+void Machine::check_dynamic_shared_memory() const {
+  const auto [begin, size] = launch_.dynamic_shared_memory;
+  const auto is_poison = [](unsigned char byte) { return byte == 0xff; };
+  if (std::all_of(begin + launch_.dynamic_shared_bytes, begin + size, is_poison)) return;
+  throw std::runtime_error(place() + ": wrote beyond its " + std::to_string(launch_.dynamic_shared_bytes) +
+                           " bytes of dynamic shared memory");
 }
 
 void Machine::grow(unsigned threads) {

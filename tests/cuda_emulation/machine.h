@@ -7,12 +7,14 @@
 //
 // Refused, with std::runtime_error naming kernel, block and threads, instead of running into undefined behaviour: a
 // barrier or warp operation that some thread named in it does not reach (it ended, or waits elsewhere), two different
-// __syncthreads that meet, a lane outside its own mask, a shuffle from a lane outside the mask.
+// __syncthreads that meet, a lane outside its own mask, a shuffle from a lane outside the mask, dynamic shared memory
+// written beyond what the launch asked for.
 //
 // Not modelled: blocks that run at the same time (so no __threadfence is ever missed), threads that are interrupted
 // between two of the operations below.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <source_location>
 
@@ -41,12 +43,19 @@ void preemption_point();
 
 unsigned lane_of_this_thread();
 
+struct DynamicSharedMemory {
+  const unsigned char* begin;
+  size_t size;  // bytes; a launch may ask for fewer
+};
+
 struct Launch {
   const void* kernel;  // to be named in reports
   unsigned blocks, threads;
   void (*thread)(const void* closure);  // what each thread does
   const void* closure;
   const unsigned char* shared_variable;  // one of the kernels', by which the others are found
+  DynamicSharedMemory dynamic_shared_memory;
+  size_t dynamic_shared_bytes;  // of it, that the launch asked for
 };
 void launch(const Launch& launch);
 

@@ -113,7 +113,22 @@ __global__ void reads_unwritten(double* out) {
   out[threadIdx.x] = partly_written[threadIdx.x];
 }
 
+extern __shared__ float dynamic[];
+__shared__ float dynamic[64];
+
+__global__ void writes_dynamic(int count, double* sum) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) dynamic[i] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < count; ++i) *sum += dynamic[i];
+  }
+}
+
 }  // namespace kernels
+
+cuda_emulation::DynamicSharedMemory cuda_emulation::dynamic_shared_memory() {
+  return {reinterpret_cast<const unsigned char*>(kernels::dynamic), sizeof kernels::dynamic};
+}
 
 using namespace kernels;
 
@@ -247,6 +262,30 @@ void test_shared_memory_is_poisoned() {
   for (int i = 1; i < 4; ++i) EXPECT(std::isnan(out[i]));
 }
 
+void test_dynamic_shared_memory() {
+  const auto sum_of = [](int count) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = 3;
+    config.blockDim = 32;
+    config.dynamicSmemBytes = 40 * sizeof(float);
+    double sum = 0;
+    EXPECT(cudaLaunchKernelEx(&config, writes_dynamic, count, &sum) == cudaSuccess);
+    return sum;
+  };
+  EXPECT(sum_of(40) == 120);
+  try {
+    sum_of(41);
+    EXPECT(false);
+  } catch (const std::runtime_error& error) {
+    EXPECT(contains(error.what(), "wrote beyond its 160 bytes of dynamic shared memory"));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = 1;
+  config.dynamicSmemBytes = sizeof dynamic + 1;
+  EXPECT(cudaLaunchKernelEx(&config, ends_before_barrier) == cudaErrorInvalidConfiguration);
+  EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration);
+}
+
 void measure_speed() {
   constexpr unsigned kBlocks = 500, kThreads = 256;
   std::vector<float> in(3 * kBlocks * kThreads), out(kBlocks);
@@ -270,6 +309,7 @@ int main() {
   test_refusals();
   test_configurations();
   test_shared_memory_is_poisoned();
+  test_dynamic_shared_memory();
   measure_speed();
   std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
   return failures != 0;

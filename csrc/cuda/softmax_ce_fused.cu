@@ -1,0 +1,50 @@
+// The op of softmax_ce on CUDA that gives the loss and writes the gradient over the logits.
+#include "ops.h"
+#include "scratch.h"
+#include "softmax_ce_fused.cuh"
+#include "softmax_ce_launch.h"
+#include "softmax_ce_plan.h"
+
+namespace torchce::cuda {
+namespace {
+
+using host::softmax_ce::ForwardBackwardCall;
+using namespace softmax_ce;
+
+template <class T, class Target>
+void launch_along(const DeviceScope& device, const ForwardBackwardCall& call) {
+  const Forward& forward = call.forward.args;
+  const Backward& backward = call.backward.args;
+  const FusedPlan plan = plan_fused(call.forward.problem.count(), forward.rows.classes, kPack<T>, device.properties);
+  const Grid grid{plan.blocks, kThreads, plan.kept * kBytesOfKeptPack, plan.cluster};
+  const Scratch scratch(device, call.forward.loss, plan.blocks * int64_t(sizeof(Sums)));
+  const GridScratch shared{reinterpret_cast<Sums*>(scratch.data), scratch.counter};
+  if (plan.lanes > 0) {
+    launch(device, forward_backward_by_lanes<T, Target>, grid, forward, backward, plan.lanes, plan.kept, shared);
+  } else {
+    launch(device, forward_backward_by_cluster<T, Target>, grid, forward, backward, plan.cluster, plan.kept, shared);
+  }
+}
+
+}  // namespace
+
+Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                    std::optional<ScalarType> dtype) {
+  const DeviceScope device(logits);
+  const ForwardBackwardCall call = host::softmax_ce::prepare_forward_backward(
+      grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  with_problem_types(call.forward.args.rows, [&](auto logits_type, auto target_type) {
+    using T = decltype(logits_type);
+    using Target = decltype(target_type);
+    if (classes_are_adjacent(call.forward.args.rows, Target::kProbabilities)) {
+      launch_along<T, Target>(device, call);
+    } else {
+      launch_softmax_ce_forward(device, call.forward);
+      launch_softmax_ce_backward(device, call.backward);
+    }
+  });
+  return call.forward.loss;
+}
+
+}  // namespace torchce::cuda

@@ -1,0 +1,200 @@
+"""The op that gives the loss of softmax_ce and writes the gradient over the logits: softmax_ce_forward_backward_."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import dtype_id
+from comparison import assert_bitwise_equal, check_softmax_ce, grad_output_for
+from torch import Tensor
+
+from torchce import ops
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+KINDS = ["index", "smoothed", "probability"]
+TYPES = [
+    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KINDS for dtype in cases.DTYPES),
+    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
+    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
+]
+
+
+class Fused(torch.autograd.Function):
+    """The op as a loss, so that the suite's one comparison takes it: its upstream gradient is the one it will get."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any) -> Tensor:
+        shape = cases.index_shape(logits.shape) if reduction == "none" else ()
+        dtype = torch.promote_types(logits.dtype, target.dtype)
+        ctx.grad_output = grad_output_for(torch.empty(shape, dtype=dtype, device=logits.device))
+        memory = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+        ctx.grad = memory.copy_(logits) if ops.one_stride(logits) and ops.one_stride(memory) else logits.clone()
+        return ops.softmax_ce_forward_backward_(
+            ctx.grad_output, ctx.grad, target, weight, REDUCTIONS[reduction], *rest, dtype
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        assert_bitwise_equal(grad_output, ctx.grad_output)
+        return ctx.grad, None, None, None, None, None
+
+
+def fused(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    weight = None if weight is None else weight.to(ops.accumulation_dtype(logits.dtype))
+    return Fused.apply(logits, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
+    """Loss and gradient; index targets have a row that is ignored, the others weights."""
+    shape, device = tuple(logits.shape), str(logits.device)
+    options: dict[str, object] = {}
+    if kind.endswith("probability"):
+        target = cases.probabilities(shape, logits.dtype if kind == "probability" else torch.float32, device)
+    else:
+        target = cases.softmax_target("index", shape, logits.dtype, device)
+        target.view(-1)[1:2] = -100
+    if kind != "index":
+        options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], logits.dtype, device)}
+    check_softmax_ce(logits, target, reduction=reduction, function=fused, **options)
+
+
+def aligned_or_not(layout: str | None, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    def make(sizes: Any) -> Tensor:
+        return cases.normal(sizes, dtype, device, scale=3)
+
+    return make(shape) if layout is None else cases.LAYOUTS[layout](make, shape)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("shape", [*cases.CLASS_SHAPES, *cases.SOFTMAX_SHAPES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes(device: str, emulated: bool, kind: str, shape: tuple[int, ...], reduction: str) -> None:
+    if emulated and max(shape) > 9000:
+        pytest.skip("too large for the emulation")
+    if len(shape) == 1:
+        shape = (1, *shape)
+    check(kind, cases.normal(shape, torch.float32, device, scale=3), reduction)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "offset"])
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_layouts(device: str, kind: str, dtype: torch.dtype, layout: str) -> None:
+    """Classes with a stride, and rows that start misaligned."""
+    for shape in ((37, 21, 5), (2, 100, 3)):
+        check(kind, aligned_or_not(layout, shape, dtype, device))
+
+
+@pytest.mark.parametrize("scale", cases.SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_logits(device: str, kind: str, scale: float) -> None:
+    logits = cases.with_some_minus_infinity(cases.normal((5, 1001), torch.float32, device, scale=scale))
+    target = cases.probabilities((5, 1001), torch.float32, device).masked_fill(logits == -torch.inf, 0)
+    if kind != "probability":
+        target = logits.argmax(1)
+    check_softmax_ce(logits, target, reduction="sum", function=fused)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+def test_every_change_of_plan(
+    cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
+) -> None:
+    """Lanes and blocks a row, all of it kept and, in the emulation's little shared memory, only its beginning."""
+    for classes in cases.classes_around_plan_changes(dtype):
+        if multiprocessors == 1 or classes >= 127 * 16 // dtype.itemsize:
+            check(kind, aligned_or_not(layout, (3, classes), dtype, cuda_device))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 8, 133, 1000])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(32000, torch.bfloat16), (128256, torch.bfloat16), (262144, torch.float32), (300001, torch.float32)],
+    ids=str,
+)
+def test_rows_that_take_a_cluster(
+    cuda_device: str, emulated: bool, rows: int, classes: int, dtype: torch.dtype
+) -> None:
+    """Two to eight blocks a row; 300001 are more than they hold. The reference needs 40 bytes a logit."""
+    if emulated:
+        pytest.skip("the emulation has no clusters")
+    if rows * classes > 2**25:
+        pytest.skip("the reference would need gigabytes")
+    check("index", cases.normal((rows, classes), dtype, cuda_device, scale=3))
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_bitwise_the_same_every_time(device: str, kind: str) -> None:
+    logits = cases.normal((37, 1001), torch.float32, device, scale=3)
+    target = cases.softmax_target(kind, (37, 1001), torch.float32, device)
+    results = []
+    for _ in range(20):
+        grad = logits.clone()
+        loss = ops.softmax_ce_forward_backward_(
+            torch.ones((), device=device), grad, target, None, REDUCTIONS["sum"], -100, 0.0, None
+        )
+        results.append((loss, grad))
+    for loss, grad in results[1:]:
+        assert_bitwise_equal(loss, results[0][0])
+        assert_bitwise_equal(grad, results[0][1])
+
+
+def test_loss_dtype(device: str) -> None:
+    """As under autocast: 16-bit logits, a float32 loss that was never rounded to 16 bits."""
+    logits = cases.normal((64, 1000), torch.bfloat16, device)
+    target = cases.indices((64,), 1000, torch.int64, device)
+    expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum")
+    one = torch.ones((), device=device)
+    loss = ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, torch.float32)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_empty_batch(device: str) -> None:
+    logits, target = torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    one = torch.ones((), device=device)
+    assert ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, None).item() == 0
+
+
+def test_a_bad_index_leaves_the_logits_alone() -> None:
+    logits, target = cases.normal((100, 1000), torch.float32, "cpu"), cases.indices((100,), 1000, torch.int64, "cpu")
+    target[70] = 1000
+    before = logits.clone()
+    with pytest.raises(IndexError, match=r"Target 1000 is out of bounds. \(row 70 of 100, 1000 classes\)"):
+        ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, 2, -100, 0.0, None)
+    assert_bitwise_equal(logits, before)
+
+
+@pytest.mark.cuda
+def test_a_bad_index_is_nan_on_cuda(cuda_device: str) -> None:
+    for classes in (5, 5000):
+        logits = cases.normal((4, classes), torch.float32, cuda_device)
+        target = torch.tensor([0, classes, 1, -100], device=cuda_device)
+        loss = ops.softmax_ce_forward_backward_(
+            torch.ones(4, device=cuda_device), logits, target, None, 0, -100, 0.0, None
+        )
+        assert loss.isnan().tolist() == [False, True, False, False]
+        assert logits.isnan().all(1).tolist() == [False, True, False, False]
+        assert not logits[[0, 2, 3]].isnan().any()
+
+
+def test_a_mean_is_refused(device: str) -> None:
+    """Its divisor is not known when the first gradient is written."""
+    logits = cases.normal((6, 5), torch.float32, device)
+    before = logits.clone()
+    target, one = cases.indices((6,), 5, torch.int64, device), torch.ones((), device=device)
+    with pytest.raises(RuntimeError, match="reduction"):
+        ops.softmax_ce_forward_backward_(one, logits, target, None, REDUCTIONS["mean"], -100, 0.0, None)
+    assert_bitwise_equal(logits, before)
