@@ -106,6 +106,27 @@ def test_in_place_backward(name: str) -> None:
         assert_all_equal(results, expected, "replay")
 
 
+@pytest.mark.parametrize("shape", [(3001, 10), (257, 5000), (8, 128256), (3, 19, 64, 64)], ids=str)
+def test_forward_and_gradient_in_one_pass(shape: tuple[int, ...]) -> None:
+    """Captured while a kernel is given more shared memory than it gets unasked."""
+    source = cases.normal(shape, torch.float32, "cuda", scale=3)
+    target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, "cuda")
+    grad_output = torch.full((), -2.625, device="cuda")
+
+    def one_pass() -> list[Tensor]:
+        logits = source.clone()
+        return [
+            torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, 2, -100, 0.0, None),
+            logits,
+        ]
+
+    expected = one_pass()
+    graph, results = capture(one_pass)
+    for _ in range(2):
+        graph.replay()
+        assert_all_equal(results, expected, "replay")
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_graphed_callable(name: str) -> None:
     """torch.cuda.make_graphed_callables: forward and backward are graphs of their own."""

@@ -141,6 +141,21 @@ def test_many_short_rows(boundary: int) -> None:
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_forward_and_gradient_in_one_pass(layout: str, boundary: int) -> None:
+    """The gradient is where the logits were."""
+    need(3, boundary)
+    rows, few = rows_for(boundary), rows_of_interest(boundary)
+    logits = matrix(layout, rows, normal)
+    target = cases.indices([rows], CLASSES, torch.int64, "cuda")
+    truth = reference.softmax_ce(pick(logits, few), pick(target, few), reduction="none")
+    grad_output = torch.ones(rows, device="cuda")
+    loss = torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, 0, -100, 0.0, torch.float32)
+    assert_accurate("loss", pick(loss, few), truth.loss)
+    assert_accurate("grad_logits", pick(logits, few), truth.grad_logits)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_bce(layout: str, boundary: int) -> None:
     """uint8 targets keep the memory at five bytes an element."""

@@ -53,6 +53,7 @@ SOFTMAX = {
     "parts": Softmax((2, 20001), F32, "index"),
     "parts, smoothed": Softmax((1, 40000), BF16, "smoothed", weighted=True),
     "parts, probabilities": Softmax((2, 20001), F32, "probability", reduction=SUM),
+    "beyond a cluster's shared memory": Softmax((1, 500_001), F32, "index", reduction=SUM),
     "across, packs": Softmax((2, 19, 64), F32, "index"),
     "across, packs, bfloat16": Softmax((2, 40, 16, 8), BF16, "probability", reduction=NONE),
     "across, single rows": Softmax((2, 19, 7, 11), BF16, "smoothed", weighted=True),
@@ -111,6 +112,10 @@ def softmax(problem: Softmax, device: str) -> Results:
         overwritten = logits()
         ops.softmax_ce_backward_(grad_output, overwritten, *saved[2:], IGNORED, smoothing)
         yield "gradient in place", overwritten
+        overwritten = logits()
+        options = (NONE if reduction == NONE else SUM, IGNORED, smoothing, None)
+        yield "loss of one pass", ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *options)
+        yield "gradient of one pass", overwritten
 
 
 def bce(problem: Bce, device: str) -> Results:
@@ -158,7 +163,8 @@ def bad_targets() -> Iterator[str]:
         loss, statistics, totals = ops.softmax_ce_forward(x, target, None, NONE, IGNORED, 0.1, None)
         grad_output = torch.ones(cases.index_shape(shape)).to("cuda")
         grad = ops.softmax_ce_backward(grad_output, x, target, None, statistics, totals, NONE, IGNORED, 0.1)
-        if not loss.cpu().isnan().all() or not grad.cpu().isnan().all():
+        one_pass = ops.softmax_ce_forward_backward_(grad_output, x, target, None, NONE, IGNORED, 0.1, None)
+        if not all(result.cpu().isnan().all() for result in (loss, grad, one_pass, x)):
             yield f"bad targets {list(shape)}: expected NaN everywhere"
 
 
