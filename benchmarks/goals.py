@@ -103,6 +103,9 @@ CPU_GOALS = [
     Goal("cpu", SPEEDUP, 2.0, CROSS_ENTROPY, _LARGE_CPU, ("bfloat16",)),
     Goal("cpu", SPEEDUP, 2.0, CROSS_ENTROPY, ("4096x1000", "65536x32")),
     Goal("cpu", SPEEDUP, 2.0, CROSS_ENTROPY, ("8x19x256x256", "1024x1000 soft")),
+    # Never slower, whatever the size.
+    Goal("cpu", SPEEDUP, 1.0, sizes=_NOT_LAUNCH_BOUND, phases=(FORWARD,)),
+    Goal("cpu", SPEEDUP, 1.0, CROSS_ENTROPY, ("256x1000",)),
     Goal("cpu", SPEEDUP, 3.0, BCE, ("512x32000",)),
     Goal("cpu", SPEEDUP, 2.5, BCE, ("4096x1000",)),
     Goal("cpu", SPEEDUP, 6.0, sizes=_LARGE_CPU, contender=IN_PLACE),

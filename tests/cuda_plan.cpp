@@ -18,7 +18,7 @@ int main() {
       const AcrossPlan p = plan_forward_across(rows / pack, classes, int(multiprocessors));
       std::cout << p.columns << ' ' << p.blocks << '\n';
     } else if (question == "backward") {
-      const BackwardPlan p = plan_backward(rows, classes, int(pack));
+      const BackwardPlan p = plan_backward(rows, classes, int(pack), int(multiprocessors));
       std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
     } else if (question == "fused") {
       torchce::cuda::Properties device;

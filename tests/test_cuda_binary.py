@@ -17,6 +17,8 @@ import pytest
 
 # 256 threads of 128 registers leave room for two blocks on a multiprocessor (kBlocksToFit in csrc/cuda/pack.cuh).
 MOST_REGISTERS = 128
+# What the plan of forward_backward leaves to the kernels' own variables (kDeclaredSharedMemory in softmax_ce_plan.h).
+MOST_SHARED_MEMORY = 2048
 # Gradients of float32 targets beside float64 logits come two at a time, as these do: 8 bytes.
 NARROW = "8backwardIdfLNS1_2OfE1ELi2E"
 KERNELS = {
@@ -107,6 +109,7 @@ def test_no_local_memory_and_registers_within_budget() -> None:
     for key, used in resources().items():
         assert used["STACK"] == used["LOCAL"] == 0, key
         assert used["REG"] <= MOST_REGISTERS, key
+        assert used["SHARED"] <= MOST_SHARED_MEMORY or "forward_backward" not in kernel_name(key[1]), key
     for symbol, used_instructions in instructions().items():
         assert not any(name.startswith(("LDL", "STL")) for name in used_instructions), symbol
 

@@ -416,6 +416,18 @@ def test_all_logits_minus_inf(device: str, kind: str) -> None:
     assert bool(grad[1].isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_logits_minus_inf_at_every_remainder(device: str, kind: str, dtype: torch.dtype) -> None:
+    """Found by fuzzing: 65 classes had an infinite loss, because the last pack was filled up with finite numbers."""
+    for classes in (*range(1, 10), 31, 63, *range(64, 140), 1000, 1001):
+        logits = torch.full((2, classes), -INF, dtype=dtype, device=device)
+        target = cases.softmax_target(kind, (2, classes), dtype, device)
+        loss, grad = loss_and_grad(logits, target, reduction="none")
+        assert bool(loss.isnan().all()), classes
+        assert bool(grad.isnan().all()), classes
+
+
 @pytest.mark.parametrize("classes", [3, 40, 1001])
 @pytest.mark.parametrize("poison", [INF, math.nan], ids=["plus_inf", "nan"])
 @pytest.mark.parametrize("layout", ["row", "strided"])

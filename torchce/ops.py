@@ -133,6 +133,12 @@ def _empty_gradient(like: Tensor) -> Tensor:
     return grad if one_stride(grad) else like.new_empty(like.shape)
 
 
+def _was_overwritten(logits: Tensor) -> None:
+    """Tells autograd, as the dispatcher would for an op of torch's own: whoever saved the logits raises from now on."""
+    if not (logits.is_inference() or torch.compiler.is_compiling()):
+        torch.autograd.graph.increment_version(logits)
+
+
 def softmax_ce_backward_(
     grad_output: Tensor,
     logits: Tensor,
@@ -148,6 +154,7 @@ def softmax_ce_backward_(
     _softmax_ce_backward_(
         grad_output, logits, target, weight, statistics, totals, reduction, ignore_index, label_smoothing
     )
+    _was_overwritten(logits)
 
 
 _softmax_ce_backward_ = _ops.softmax_ce_backward_.default
@@ -204,10 +211,15 @@ def softmax_ce_forward_backward_(
 
     Raises:
         IndexError: on the CPU, as the forward; the logits are then as they were.
+        RuntimeError: if the logits require grad, which the loss would not have.
     """
-    return _softmax_ce_forward_backward_(
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("logits: expected a tensor that does not require grad: no gradient leads through this op")
+    loss = _softmax_ce_forward_backward_(
         grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype
     )
+    _was_overwritten(logits)
+    return loss
 
 
 _softmax_ce_forward_backward_ = _ops.softmax_ce_forward_backward_.default
@@ -276,6 +288,7 @@ def sigmoid_bce_backward_(
 ) -> None:
     """:func:`sigmoid_bce_backward`, written over the logits, which must be dense."""
     _sigmoid_bce_backward_(grad_output, logits, target, weight, pos_weight, reduction)
+    _was_overwritten(logits)
 
 
 _sigmoid_bce_backward_ = _ops.sigmoid_bce_backward_.default

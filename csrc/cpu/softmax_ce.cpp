@@ -112,11 +112,15 @@ Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::op
 
 // The first row whose target is no class, or -1.
 int64_t first_bad_row(const torchce::softmax_ce::Rows& rows) {
+  constexpr int64_t kRows = 1 << 15;  // of one chunk
   if (is_floating(rows.target_dtype)) return -1;
-  for (int64_t r = 0; r < rows.outer * rows.inner; ++r) {
-    if (TargetClass(rows, RowPosition(rows, r)).kind == RowKind::bad) return r;
-  }
-  return -1;
+  const auto look = [&](int64_t begin, int64_t end, Partial* partial) {
+    RowPosition at(rows, begin);
+    for (int64_t r = begin; r < end && partial->bad_row < 0; ++r, at.advance(rows)) {
+      if (TargetClass(rows, at).kind == RowKind::bad) partial->bad_row = r;
+    }
+  };
+  return sum_over_chunks(rows.outer * rows.inner, kRows, look).bad_row;
 }
 
 // Chunk by chunk: what the forward read of one is still in cache when the backward reads it again. Targets are checked

@@ -69,7 +69,7 @@ struct RowSums {
     if (k < classes) {
       const int64_t last = classes - P;
       add<1>(
-          1, [&](int) { return Pack<T>::load(x + last).from(k - last, kLowest<A>); },
+          1, [&](int) { return Pack<T>::load(x + last).from(k - last, -math::kInfinity<A>); },
           [&](int) { return u.at(last).from(k - last, 0); });
     }
     finish();

@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "device.h"
 
@@ -71,6 +73,21 @@ DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
   properties = properties_of(device);
+}
+
+void DeviceScope::allow_shared_memory(const void* kernel) const {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  if (allowed.count({device, kernel}) != 0) return;
+  cudaFuncAttributes of_kernel{};
+  check_cuda(cudaFuncGetAttributes(&of_kernel, kernel), "cudaFuncGetAttributes");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  properties.shared_memory_of_block - int(of_kernel.sharedSizeBytes)),
+             "cudaFuncSetAttribute");
+  allowed.insert({device, kernel});
 }
 
 unsigned* DeviceScope::counter(void* spare) const {

@@ -27,6 +27,10 @@ class DeviceScope {
   // captured into a graph it lies in `spare`, which the graph keeps.
   unsigned* counter(void* spare) const;
 
+  // Lets a kernel be launched with as much dynamic shared memory as the device has, which it cannot be unasked: once,
+  // because what is set holds for every thread of the process.
+  void allow_shared_memory(const void* kernel) const;
+
   cudaStream_t stream = nullptr;
   Properties properties;
 
@@ -45,7 +49,6 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
-  constexpr int kUnasked = 48 << 10;  // bytes of shared memory that need no leave
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(std::clamp<int64_t>(grid.blocks, 1, kMostBlocks)));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -58,12 +61,10 @@ void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  if (grid.shared_memory > kUnasked) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_memory),
-               "cudaFuncSetAttribute");
-  }
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
-  check_cuda(cudaGetLastError(), "launch");
+  if (grid.shared_memory > 0) device.allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  const cudaError_t last = cudaGetLastError();  // also takes it back, so that nobody else reports it
+  check_cuda(error != cudaSuccess ? error : last, "launch");
 }
 
 }  // namespace torchce::cuda

@@ -13,7 +13,8 @@ using namespace softmax_ce;
 
 template <class T, class Target, Of of>
 void launch_along(const DeviceScope& device, const Backward& args) {
-  const BackwardPlan plan = plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>);
+  const BackwardPlan plan =
+      plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>, device.properties.multiprocessors);
   launch(device, backward_along<T, Target, of>, Grid{plan.blocks, kBackwardThreads}, args, plan.team, plan.parts,
          plan.part);
 }

@@ -37,7 +37,9 @@ Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor ta
   with_problem_types(call.forward.args.rows, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
-    if (classes_are_adjacent(call.forward.args.rows, Target::kProbabilities)) {
+    const Rows& rows = call.forward.args.rows;
+    if (classes_are_adjacent(rows, Target::kProbabilities) &&
+        one_pass_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
       launch_along<T, Target>(device, call);
     } else {
       launch_softmax_ce_forward(device, call.forward);

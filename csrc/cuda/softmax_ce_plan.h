@@ -56,22 +56,31 @@ struct ForwardPlan {
   int64_t blocks;
 };
 
+// Parts to cut each of a few long rows into, or 1. Two blocks for each multiprocessor are enough to hide what one waits
+// for; a part is so long that two warps of its block have a pack each.
+inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int multiprocessors) {
+  constexpr int64_t kThreadsAtWork = 64;
+  if (rows == 0 || rows >= multiprocessors) return 1;
+  return std::clamp<int64_t>(classes / (kThreadsAtWork * pack), 1, ceil_div(2 * multiprocessors, rows));
+}
+
+// Classes of each of that many parts, in whole packs.
+inline int64_t part_of_row(int64_t classes, int64_t parts, int pack) {
+  return ceil_div(ceil_div(classes, parts), pack) * pack;
+}
+
 // Along the rows, `pack` classes in 16 bytes.
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
-  constexpr int64_t kPacksOfLane = 16;    // at most: then a block takes the row
-  constexpr int64_t kThreadsOfPart = 64;  // that have a pack: less is more for one long row, which must fill the device
+  constexpr int64_t kPacksOfLane = 16;  // at most: then a block takes the row
   const int64_t resident = int64_t(multiprocessors) * kBlocksPerProcessor;
   const int64_t packs = ceil_div(classes, pack);
-  const int64_t smallest_part = kThreadsOfPart * pack;
   if (packs <= kMostLanes * kPacksOfLane) {
     const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
     return {Regime::lanes, lanes, 1, classes, std::min(resident, ceil_div(rows, kBlock / lanes))};
   }
-  // Fewer rows than multiprocessors: two blocks for each are enough to hide what one waits for.
-  const bool few = 0 < rows && rows < multiprocessors;
-  const int64_t parts = few ? std::min(ceil_div(2 * multiprocessors, rows), classes / smallest_part) : 1;
+  const int64_t parts = parts_of_row(rows, classes, pack, multiprocessors);
   if (parts > 1) {
-    const int64_t part = ceil_div(ceil_div(classes, parts), pack) * pack;
+    const int64_t part = part_of_row(classes, parts, pack);
     return {Regime::parts, 0, int(ceil_div(classes, part)), part, rows * ceil_div(classes, part)};
   }
   return {Regime::block, kBlock, 1, classes, std::min(resident, rows)};
@@ -101,14 +110,19 @@ struct BackwardPlan {
 };
 
 // Along the rows. A short row gets enough threads that they write side by side, two packs each; a long one is cut into
-// parts of one batch of packs.
-inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack) {
+// parts of one batch of packs, or into more where there are few rows.
+inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
   constexpr int64_t kSideBySide = 4;  // threads, for rows of less than two packs
   const int64_t packs = ceil_div(classes, pack);
   const bool is_short = packs <= kMostLanes * kPacksInFlight;
-  const int team = is_short ? power_of_two(std::max(ceil_div(packs, 2), std::min(classes, kSideBySide)), kMostLanes)
-                            : power_of_two(ceil_div(packs, kPacksInFlight), kBlock);
-  const int64_t part = is_short ? classes : int64_t(team) * pack * kPacksInFlight;
+  int team = is_short ? power_of_two(std::max(ceil_div(packs, 2), std::min(classes, kSideBySide)), kMostLanes)
+                      : power_of_two(ceil_div(packs, kPacksInFlight), kBlock);
+  int64_t part = is_short ? classes : int64_t(team) * pack * kPacksInFlight;
+  const int64_t more_parts = parts_of_row(rows, classes, pack, multiprocessors);
+  if (!is_short && more_parts > ceil_div(classes, part)) {
+    team = kBlock;
+    part = part_of_row(classes, more_parts, pack);
+  }
   const int64_t parts = ceil_div(classes, part);
   return {team, parts, part, ceil_div(rows * parts, kBlock / team)};
 }
@@ -132,10 +146,16 @@ struct FusedPlan {
 constexpr int kBytesOfKeptPack = kBlock * 16;   // of a block's shared memory
 constexpr int kDeclaredSharedMemory = 2 << 10;  // bytes that the kernels declare themselves, rounded up
 
+// Whether one pass has enough blocks: clusters are few where the other kernels cut a row into many parts.
+inline bool one_pass_fills(int64_t rows, int64_t classes, int pack, const Properties& device) {
+  const bool is_cut = plan_forward(rows, classes, pack, device.multiprocessors).regime == Regime::parts;
+  return !is_cut || rows * device.largest_cluster >= device.multiprocessors;
+}
+
 // Forward and backward in one, along the rows.
 inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device) {
-  constexpr int kWanted = 16;  // packs a thread keeps: of such blocks an H100's multiprocessor holds three,
-                               // and one writes while another reads
+  constexpr int kWanted = 16;  // packs a thread keeps: an H100's multiprocessor has shared memory for three such blocks,
+                               // and registers for two at least, of which one writes while the other reads
   const int64_t packs = ceil_div(classes, pack);
   const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;
   const auto resident = [&](int kept) {

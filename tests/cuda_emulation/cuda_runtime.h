@@ -151,11 +151,6 @@ struct cudaLaunchAttribute {
 };
 
 // Shared memory whose size the launch gives: `extern __shared__`, which a library defines as long as it will be.
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
 namespace cuda_emulation {
 DynamicSharedMemory dynamic_shared_memory();  // the library's own
 }

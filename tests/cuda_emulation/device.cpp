@@ -25,6 +25,8 @@ unsigned counter_of_device = 0;
 
 DeviceScope::DeviceScope(const torch::stable::Tensor&) { properties = properties_of_device; }
 
+void DeviceScope::allow_shared_memory(const void*) const {}
+
 // Now the device's own, which kernels must leave as they find it, now as in a capture the one that the graph keeps.
 unsigned* DeviceScope::counter(void* spare) const {
   static bool capturing = false;

@@ -1,0 +1,161 @@
+"""``inplace_backward=True``: the same gradient, over the logits, and autograd knows that they are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import dtype_id
+from comparison import assert_bitwise_equal
+from torch import Tensor
+
+import torchce
+from torchce import ops
+
+SHAPE = (37, 21)
+LOSSES = ["index", "probability", "bce"]
+
+
+def problem(loss: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """(loss function, leaf, target)."""
+    leaf = cases.normal(SHAPE, dtype, device, scale=3).requires_grad_()
+    if loss == "bce":
+        function = torchce.functional.binary_cross_entropy_with_logits
+        return function, leaf, cases.uniform(SHAPE, dtype, device)
+    return torchce.functional.cross_entropy, leaf, cases.softmax_target(loss, SHAPE, dtype, device)
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_is_the_same_and_lies_in_the_logits(
+    device: str, loss: str, dtype: torch.dtype, reduction: str
+) -> None:
+    function, leaf, target = problem(loss, device, dtype)
+    expected_loss = function(leaf, target, reduction=reduction)
+    (expected,) = torch.autograd.grad(expected_loss.sum(), leaf)
+    logits = leaf.clone()
+    value = function(logits, target, reduction=reduction, inplace_backward=True)
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert_bitwise_equal(value.detach(), expected_loss.detach())
+    assert_bitwise_equal(grad, expected)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_modules_take_it(device: str, loss: str) -> None:
+    _, leaf, target = problem(loss, device)
+    module = torchce.BCEWithLogitsLoss if loss == "bce" else torchce.CrossEntropyLoss
+    logits = leaf.clone()
+    (grad,) = torch.autograd.grad(module(inplace_backward=True)(logits, target), logits)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("use", ["square", "relu"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_later_use_of_the_logits_raises(device: str, loss: str, use: str) -> None:
+    """What else was computed from them, or they from it, would get a wrong gradient."""
+    function, leaf, target = problem(loss, device)
+    logits = leaf.relu() if use == "relu" else leaf.view_as(leaf)
+    other = logits.square()
+    version = logits._version
+    total = function(logits, target, inplace_backward=True)
+    if use == "relu":  # its backward reads its result, which comes after the loss's in this very call
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+    else:
+        total.backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(other.sum(), leaf)
+    assert logits._version == version + 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_second_backward_raises(device: str, loss: str) -> None:
+    function, leaf, target = problem(loss, device)
+    value = function(leaf * 1, target, inplace_backward=True)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward=True: this loss's backward has run"):
+        value.backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_losses_of_the_same_logits(device: str, loss: str) -> None:
+    """The later one's backward runs first: the other would then read its gradient, or has nothing to fear."""
+    function, leaf, target = problem(loss, device)
+    logits = leaf * 1
+    total = function(logits, target) + function(logits, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+    (expected,) = torch.autograd.grad(function(leaf, target), leaf)
+    logits = leaf * 1
+    total = function(logits, target, inplace_backward=True) + function(logits, target)
+    (grad,) = torch.autograd.grad(total, leaf)
+    torch.testing.assert_close(grad, 2 * expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_leaf_is_refused(device: str, loss: str) -> None:
+    function, leaf, target = problem(loss, device)
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="inplace_backward=True: input is a leaf that requires grad"):
+        function(leaf, target, inplace_backward=True)
+    assert_bitwise_equal(leaf.detach(), before)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "expanded_rows", "strided"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_scattered_or_overlapping_memory_is_refused(device: str, loss: str, layout: str) -> None:
+    function, _, target = problem(loss, device)
+    logits = cases.LAYOUTS[layout](lambda shape: cases.normal(shape, torch.float32, device).requires_grad_() * 1, SHAPE)
+    with pytest.raises(RuntimeError, match="inplace_backward=True: input has overlapping or scattered memory"):
+        function(logits, target, inplace_backward=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_a_gradient_nothing_is_written(device: str, loss: str) -> None:
+    function, leaf, target = problem(loss, device)
+    logits = leaf.detach()
+    before = logits.clone()
+    function(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        function(leaf * 1, target, inplace_backward=True)
+    assert_bitwise_equal(logits, before)
+    assert logits._version == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_model_trains_as_without(device: str, loss: str) -> None:
+    """Three steps of a linear layer, whose backward needs no logits."""
+    function, _, target = problem(loss, device)
+    inputs = cases.normal((SHAPE[0], 8), torch.float32, device, seed=5)
+
+    def weights(**options: Any) -> Tensor:
+        layer = torch.nn.Linear(8, SHAPE[1], device=device)
+        with torch.no_grad():
+            layer.weight.copy_(cases.normal(layer.weight.shape, torch.float32, device, seed=6))
+            layer.bias.zero_()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            function(layer(inputs), target, **options).backward()
+            optimizer.step()
+        return layer.weight.detach()
+
+    assert_bitwise_equal(weights(inplace_backward=True), weights())
+
+
+def test_the_ops_tell_autograd(device: str) -> None:
+    """As do those that no module uses."""
+    _, leaf, target = problem("index", device)
+    logits, one = leaf.detach().clone(), torch.ones((), device=device)
+    ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, None)
+    assert logits._version == 1
+    with pytest.raises(RuntimeError, match="logits: expected a tensor that does not require grad"):
+        ops.softmax_ce_forward_backward_(one, leaf, target, None, 2, -100, 0.0, None)
+    with torch.inference_mode():  # where there are no versions
+        ops.softmax_ce_forward_backward_(one, leaf * 1, target, None, 2, -100, 0.0, None)
