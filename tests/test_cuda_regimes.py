@@ -5,6 +5,8 @@ On a GPU, or with ``--emulate-cuda`` on a device of one multiprocessor and on on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cases
 import pytest
 import torch
@@ -45,6 +47,37 @@ def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
     if kind == "smoothed":
         options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], logits.dtype, device)}
     check_softmax_ce(logits, target, target_grad=kind.endswith("probability"), reduction=reduction, **options)
+
+
+LAUNCHED = {
+    "lanes": ((700, 10), None),
+    "block": ((7, 5000), None),
+    "parts": ((1, 20001), None),
+    "across": ((2, 19, 64), None),
+    "transposed": ((64, 300), "transposed"),
+}
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("kind", [*KINDS, "bce"])
+def test_one_launch_each_way(
+    cuda_device: str, count_launches: Callable[[], int], kind: str, name: str, reduction: str
+) -> None:
+    """The reduction included."""
+    shape, layout = LAUNCHED[name]
+    logits = logits_of(layout, shape, torch.float32, cuda_device).requires_grad_()
+    if kind == "bce":
+        function, options = torchce.functional.binary_cross_entropy_with_logits, {}
+    else:
+        function, options = torchce.functional.cross_entropy, {"label_smoothing": 0.1 if kind == "smoothed" else 0.0}
+    by_index = kind in ("index", "smoothed")
+    target = cases.softmax_target("index" if by_index else "probability", shape, torch.float32, cuda_device)
+    before = count_launches()
+    loss = function(logits, target, reduction=reduction, **options)
+    assert count_launches() == before + 1
+    loss.backward(torch.ones_like(loss))
+    assert count_launches() == before + 2
 
 
 # --- rows whose classes are adjacent in memory ----------------------------------------------------------------------

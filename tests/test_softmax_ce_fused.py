@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -180,6 +181,19 @@ def test_bitwise_the_same_every_time(device: str, kind: str) -> None:
     for loss, grad in results[1:]:
         assert_bitwise_equal(loss, results[0][0])
         assert_bitwise_equal(grad, results[0][1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("shape", "launches"), [((700, 10), 1), ((3, 5000), 1), ((3, 19, 64), 2)], ids=str)
+def test_one_launch_along_rows(
+    cuda_device: str, count_launches: Callable[[], int], shape: tuple[int, ...], launches: int
+) -> None:
+    """And two where classes have a stride."""
+    logits = cases.normal(shape, torch.float32, cuda_device)
+    target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, cuda_device)
+    before = count_launches()
+    ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, REDUCTIONS["sum"], -100, 0.0, None)
+    assert count_launches() == before + launches
 
 
 def test_loss_dtype(device: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +124,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def emulated() -> bool:
     """Whether the emulation runs the CUDA kernels."""
     return emulation is not None
+
+
+@pytest.fixture
+def count_launches() -> Callable[[], int]:
+    """How many kernels were launched so far; only the emulation can tell."""
+    if emulation is None:
+        pytest.skip("counted under --emulate-cuda")
+    return emulation.library.cuda_emulation_launches
 
 
 @pytest.fixture
