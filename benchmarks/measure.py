@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.contenders import COPY, EAGER, READ, YARDSTICKS, Contender, Loss, Unsupported
+from benchmarks.contenders import COPY, EAGER, OURS, READ, YARDSTICKS, Contender, Loss, Unsupported
 from benchmarks.ledger import Row
 from benchmarks.problems import DTYPES, LINEAR_CROSS_ENTROPY, Inputs, Problem
 from benchmarks.timing import Timed, clock, interleave, peak_bytes
@@ -171,7 +171,7 @@ def measure(
     torch.compiler.reset()  # else the compiler gives up specialising after a few shapes
 
     def row(phase: str, contender: str, **values: Any) -> Row:
-        moved = traffic_bytes(problem, phase, DTYPES[dtype].itemsize)
+        moved = traffic_bytes(problem, OURS.get(contender) or phase, DTYPES[dtype].itemsize)
         return Row(problem.op, problem.size, problem.variant, dtype, phase, contender, traffic_bytes=moved, **values)
 
     try:

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COPY, IN_PLACE, OURS, PEERS, TORCHCE
+from benchmarks.contenders import COPY, IN_PLACE, ONE_PASS, OURS, PEERS, TORCHCE
 from benchmarks.goals import SPEEDUP, TRAINING, verdicts
 from benchmarks.ledger import Row
 from benchmarks.problems import CROSS_ENTROPY, DTYPES
@@ -26,6 +26,7 @@ from benchmarks.problems import CROSS_ENTROPY, DTYPES
 COLOURS = {
     TORCHCE: "#0072B2",
     IN_PLACE: "#56B4E9",
+    ONE_PASS: "#000000",
     "eager": "#D55E00",
     "compile": "#E69F00",
     "Liger": "#009E73",
@@ -133,9 +134,9 @@ def _speedups(found: Sequence[Case], subtitle: str) -> Figure | None:
     axes[0][0].set_xlim(min(reach) / 1.5, max(reach) * 1.5)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].set_ylim(len(names) - 0.4, -0.6)
-    handles: list[Any] = [Rectangle((0, 0), 1, 1, color=COLOURS[ours]) for ours in OURS]
+    handles: list[Any] = [Rectangle((0, 0), 1, 1, color=COLOURS[ours]) for ours in (TORCHCE, IN_PLACE)]
     handles.append(Line2D([], [], color="black", marker="|", linestyle="", markersize=9))
-    figure.legend(handles, [*OURS, "goal"], loc="outside lower right", ncols=3)
+    figure.legend(handles, [TORCHCE, IN_PLACE, "goal"], loc="outside lower right", ncols=3)
     _heading(figure, "Forward and backward", subtitle)
     return figure
 

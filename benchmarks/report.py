@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import IN_PLACE, OURS, PEERS, TORCHCE
+from benchmarks.contenders import OURS, PEERS, TORCHCE
 from benchmarks.goals import Verdict, verdicts
 from benchmarks.ledger import Row
 
@@ -114,7 +114,7 @@ def _line(case: Case, ours: str, peers: Sequence[str], judged: list[Verdict]) ->
     return (
         Cell(case.name),
         Cell(case.dtype),
-        Cell("in place" if ours == IN_PLACE else case.phase),
+        Cell(OURS[ours] or case.phase),
         Cell(seconds(row.median) if row.median is not None else row.note),
         Cell(f"{row.iqr / row.median:.0%}" if row.median and row.iqr is not None else ""),
         *(Cell(seconds(case.time(peer))) for peer in peers),
@@ -129,8 +129,7 @@ def _line(case: Case, ours: str, peers: Sequence[str], judged: list[Verdict]) ->
 
 def missed_goals(rows: Iterable[Row]) -> list[str]:
     return [
-        f"{verdict.case.name} {verdict.case.dtype} "
-        f"{'in place' if verdict.goal.contender == IN_PLACE else verdict.case.phase}: {verdict}"
+        f"{verdict.case.name} {verdict.case.dtype} {OURS[verdict.goal.contender] or verdict.case.phase}: {verdict}"
         for case in cases(rows)
         for verdict in verdicts(case)
         if not verdict.met
@@ -228,7 +227,7 @@ def comparison(old: Iterable[Row], new: Iterable[Row]) -> Grid:
             other = before[key].rows.get(ours) if key in before else None
             if row is None or row.median is None:
                 continue
-            label = Cell(case.name), Cell(case.dtype), Cell("in place" if ours == IN_PLACE else case.phase)
+            label = Cell(case.name), Cell(case.dtype), Cell(OURS[ours] or case.phase)
             if other is None or other.median is None:
                 lines.append((*label, Cell("-"), Cell(seconds(row.median)), Cell("new"), Cell("-"), Cell("-")))
                 continue

@@ -6,10 +6,12 @@ three for probability targets; none for BCE) and k the share of rows that are no
     forward             k L + k' T + W     read,   S written
     backward            k L + k' T + W + S read,   L written
     forward+backward    the sum of both: softmax needs a whole row before its first gradient
+    in place            as much
+    one pass            k L + k' T + W     read,   S + L written: a row is kept on the chip until its gradient is
 
 k' is k for probability targets, 1 for class indices: those are what says that a row is ignored. An ignored row's
-gradient is written, as zeros. In place is the same traffic; what it saves is memory, and on CPU the zeroing of fresh
-pages by the system, which is in no formula here.
+gradient is written, as zeros. What in place saves is memory, and on CPU the zeroing of fresh pages by the system, which
+is in no formula here.
 
 Linear cross entropy is bound by its matrix products and has no figure.
 """
@@ -40,8 +42,11 @@ def traffic_bytes(problem: Problem, phase: str, element_bytes: int) -> int | Non
         return None
     weights = problem.classes * element_bytes if problem.variant in ("weight", "pos_weight") else 0
     reads = int(kept * logits) + target + weights
+    both = 2 * reads + 2 * statistics + logits
     return {
         "forward": reads + statistics,
         "backward": reads + statistics + logits,
-        "forward+backward": 2 * reads + 2 * statistics + logits,
+        "forward+backward": both,
+        "in place": both,
+        "one pass": reads + statistics + logits,
     }[phase]
