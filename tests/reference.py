@@ -145,7 +145,7 @@ def sigmoid_bce(
     element_condition = w.abs() * (linear + (1 + (pw - 1).abs() * t.abs()) * logarithm)
     loss, g = _reduce(element_loss, element_condition, torch.tensor(float(x.numel())), reduction, grad_output)
 
-    p_condition, q_condition = p * (1 + times(q, x.abs())), q * (1 + times(p, x.abs()))
+    p_condition, q_condition = times(p, 1 + times(q, x.abs())), times(q, 1 + times(p, x.abs()))
     grad_logits = g * w * ((1 - t) * p - pw * t * q)
     grad_logits_condition = (g * w).abs() * ((1 - t).abs() * p_condition + (pw * t).abs() * q_condition)
     grad_target = g * w * (-x + times(pw - 1, soft_negative))

@@ -332,6 +332,16 @@ def test_infinite_logits_with_pos_weight(device: str, pos_weight: float) -> None
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_infinite_logits_are_rounded_as_others(device: str, dtype: torch.dtype) -> None:
+    """Found by fuzzing: weights and soft targets between 0 and 1, whose products round."""
+    target = cases.uniform((200,), dtype, device)
+    weights = {name: torch.tensor(2.9102, device=device).to(dtype) for name in ("weight", "pos_weight")}
+    logits = torch.full((200,), -INF, dtype=dtype, device=device)
+    for each in (logits, -logits):
+        check_sigmoid_bce(each, target, **weights)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("logit", [-20.0, 20.0])
 def test_confident_and_right_is_not_rounded_to_zero(device: str, logit: float, dtype: torch.dtype) -> None:
     """x = -20, t = 0: torch gives exactly 0 where the loss is log1p(exp(-20)) = 2.06e-9."""
