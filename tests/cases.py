@@ -6,6 +6,7 @@ Data is drawn on the CPU from a fixed seed and then moved, so CPU and CUDA see t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,38 @@ def layouts_for(dims: int) -> list[str]:
     needs_inner = ("channels_last", "channels_last_sliced", "expanded_inner") if dims < 3 else ()
     needs_two_inner = ("permuted_inner",) if dims < 4 else ()
     return [name for name in LAYOUTS if name not in (*needs_inner, *needs_two_inner)]
+
+
+def arranged(layout: str | None, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Normal numbers in a layout; None: contiguous."""
+
+    def make(sizes: Sequence[int]) -> Tensor:
+        return normal(sizes, dtype, device, scale=3)
+
+    return make(shape) if layout is None else LAYOUTS[layout](make, shape)
+
+
+# Softmax targets and logits that have kernels of their own.
+KERNEL_KINDS = ["index", "smoothed", "probability"]
+KERNEL_TYPES = [
+    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KERNEL_KINDS for dtype in DTYPES),
+    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
+    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
+]
+
+
+def kernel_problem(kind: str, logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """A target of that kind and its options; index targets have a row that is ignored, the others weights."""
+    shape, dtype, device = tuple(logits.shape), logits.dtype, str(logits.device)
+    if kind.endswith("probability"):
+        target = probabilities(shape, dtype if kind == "probability" else torch.float32, device)
+    else:
+        target = softmax_target("index", shape, dtype, device)
+        target.view(-1)[1:2] = -100  # of a single row: none
+    if kind == "index":
+        return target, {}
+    weight = uniform(shape[:1] if len(shape) == 1 else shape[1:2], dtype, device)
+    return target, {"label_smoothing": 0.1, "weight": weight}
 
 
 LAYOUT_SHAPES = [

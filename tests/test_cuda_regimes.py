@@ -18,34 +18,13 @@ import torchce.functional
 
 pytestmark = pytest.mark.cuda
 
-# Softmax targets and logits that have kernels of their own.
-KINDS = ["index", "smoothed", "probability"]
-TYPES = [
-    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KINDS for dtype in cases.DTYPES),
-    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
-    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
-]
 BLOCK = 256  # threads of every kernel
 BLOCKS_PER_PROCESSOR = 8
 
 
-def logits_of(layout: str | None, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    if layout is None:
-        return cases.normal(shape, dtype, device, scale=3)
-    return cases.LAYOUTS[layout](lambda sizes: cases.normal(sizes, dtype, device, scale=3), shape)
-
-
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
-    """Loss and gradients; index targets have a row that is ignored, smoothed ones weights."""
-    shape, device = tuple(logits.shape), str(logits.device)
-    options: dict[str, object] = {}
-    if kind.endswith("probability"):
-        target = cases.probabilities(shape, logits.dtype if kind == "probability" else torch.float32, device)
-    else:
-        target = cases.softmax_target("index", shape, logits.dtype, device)
-        target.view(-1)[1:2] = -100
-    if kind == "smoothed":
-        options = {"label_smoothing": 0.1, "weight": cases.uniform(shape[1:2], logits.dtype, device)}
+    """Loss and gradients."""
+    target, options = cases.kernel_problem(kind, logits)
     check_softmax_ce(logits, target, target_grad=kind.endswith("probability"), reduction=reduction, **options)
 
 
@@ -60,13 +39,13 @@ LAUNCHED = {
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("name", LAUNCHED)
-@pytest.mark.parametrize("kind", [*KINDS, "bce"])
+@pytest.mark.parametrize("kind", [*cases.KERNEL_KINDS, "bce"])
 def test_one_launch_each_way(
     cuda_device: str, count_launches: Callable[[], int], kind: str, name: str, reduction: str
 ) -> None:
     """The reduction included."""
     shape, layout = LAUNCHED[name]
-    logits = logits_of(layout, shape, torch.float32, cuda_device).requires_grad_()
+    logits = cases.arranged(layout, shape, torch.float32, cuda_device).requires_grad_()
     if kind == "bce":
         function, options = torchce.functional.binary_cross_entropy_with_logits, {}
     else:
@@ -84,7 +63,7 @@ def test_one_launch_each_way(
 
 
 @pytest.mark.parametrize("layout", [None, "sliced"], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_every_change_of_plan(
     cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
 ) -> None:
@@ -93,7 +72,7 @@ def test_every_change_of_plan(
     for classes in cases.classes_around_plan_changes(dtype):
         if multiprocessors <= rows and classes < 511 * 16 // dtype.itemsize:
             continue  # planned as on any other device
-        check(kind, logits_of(layout, (rows, classes), dtype, cuda_device))
+        check(kind, cases.arranged(layout, (rows, classes), dtype, cuda_device))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 33, 64, 127, 128])
@@ -101,20 +80,20 @@ def test_few_rows_of_llama_3(cuda_device: str, emulated: bool, rows: int) -> Non
     """Each row over several blocks, which the last one merges."""
     if emulated and rows > 5:
         pytest.skip("too large for the emulation")
-    check("index", logits_of(None, (rows, 128256), torch.bfloat16, cuda_device))
+    check("index", cases.arranged(None, (rows, 128256), torch.bfloat16, cuda_device))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_rows_shared_by_blocks(
     cuda_device: str, multiprocessors: int, kind: str, rows: int, dtype: torch.dtype
 ) -> None:
     """Fewer rows than multiprocessors. The last part of a row is shorter than the others."""
-    check(kind, logits_of("offset", (rows, 24583), dtype, cuda_device), "mean")
+    check(kind, cases.arranged("offset", (rows, 24583), dtype, cuda_device), "mean")
 
 
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=["plus_inf", "nan"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KERNEL_KINDS)
 def test_poison_in_one_part(cuda_device: str, multiprocessors: int, kind: str, poison: float) -> None:
     """Wherever it stands, its row is NaN and the other is not."""
     shape = (2, 20001)
@@ -122,7 +101,7 @@ def test_poison_in_one_part(cuda_device: str, multiprocessors: int, kind: str, p
         "probability" if kind == "probability" else "index", shape, torch.float32, cuda_device
     )
     for position in (0, 1000, 8192, 20000):
-        logits = logits_of(None, shape, torch.float32, cuda_device)
+        logits = cases.arranged(None, shape, torch.float32, cuda_device)
         logits[1, position] = poison
         loss = torchce.functional.cross_entropy(
             logits.requires_grad_(), target, reduction="none", label_smoothing=0.1 if kind == "smoothed" else 0.0
@@ -136,12 +115,12 @@ def test_poison_in_one_part(cuda_device: str, multiprocessors: int, kind: str, p
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 def test_rows_around_the_number_of_multiprocessors(cuda_device: str, multiprocessors: int, difference: int) -> None:
     """Fewer rows are cut into parts, more are not."""
-    check("index", logits_of(None, (multiprocessors + difference, 20001), torch.float32, cuda_device))
+    check("index", cases.arranged(None, (multiprocessors + difference, 20001), torch.float32, cuda_device))
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("classes", [3, 70, 1100], ids=["a_lane", "lanes", "block"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KERNEL_KINDS)
 def test_more_rows_than_resident_blocks_take_at_once(
     cuda_device: str, multiprocessors: int, kind: str, classes: int, difference: int
 ) -> None:
@@ -149,22 +128,22 @@ def test_more_rows_than_resident_blocks_take_at_once(
     dtype = torch.float64 if classes == 1100 else torch.float32
     rows_of_block = {3: BLOCK, 70: 32, 1100: 1}[classes]
     rows = multiprocessors * BLOCKS_PER_PROCESSOR * rows_of_block + difference
-    check(kind, logits_of(None, (rows, classes), dtype, cuda_device), "mean" if difference == 0 else "none")
+    check(kind, cases.arranged(None, (rows, classes), dtype, cuda_device), "mean" if difference == 0 else "none")
 
 
 # --- rows that are adjacent in memory -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packs", [1, 7, 8, 9, 63, 64, 65, 255, 256, 257])
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_inner_positions_around_every_block_width(
     cuda_device: str, multiprocessors: int, kind: str, packs: int, dtype: torch.dtype
 ) -> None:
     """Across the rows: 8 to 256 packs a block, whole packs and single rows, fewer and more classes than threads."""
     inner = packs * 16 // dtype.itemsize
     for classes in (2, 5) if packs % 2 == 0 else (1, 33):
-        check(kind, logits_of(None, (2, classes, inner), dtype, cuda_device))
-        check(kind, logits_of(None, (2, classes, inner + 1), dtype, cuda_device), "sum")
+        check(kind, cases.arranged(None, (2, classes, inner), dtype, cuda_device))
+        check(kind, cases.arranged(None, (2, classes, inner + 1), dtype, cuda_device), "sum")
 
 
 @pytest.mark.parametrize("divisor", [1, 4, 16])
@@ -175,14 +154,14 @@ def test_inner_positions_that_fill_the_device(
     """Fewer packs than would fill it with `divisor` threads a pack get twice as many; more make blocks stride."""
     packs = multiprocessors * BLOCKS_PER_PROCESSOR * BLOCK // divisor + difference
     classes = 3 if divisor == 1 else 40
-    check("index", logits_of(None, (1, classes, packs * 4), torch.float32, cuda_device), "mean")
+    check("index", cases.arranged(None, (1, classes, packs * 4), torch.float32, cuda_device), "mean")
 
 
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_transposed_rows(cuda_device: str, multiprocessors: int, kind: str, dtype: torch.dtype) -> None:
     """Without an inner dimension rows that follow each other are neighbours; in packs, or one by one."""
     for shape in ((64, 130), (61, 37), (4096, 3)):
-        check(kind, logits_of("transposed", shape, dtype, cuda_device))
+        check(kind, cases.arranged("transposed", shape, dtype, cuda_device))
 
 
 # --- elements -------------------------------------------------------------------------------------------------------
@@ -197,7 +176,7 @@ def test_bce_elements_around_a_block(
     pack = 16 // dtype.itemsize
     for elements in {BLOCK, BLOCK * pack, 2 * BLOCK * pack}:
         for difference in (-1, 0, 1, pack):
-            logits = logits_of(layout, (elements + difference,), dtype, cuda_device)
+            logits = cases.arranged(layout, (elements + difference,), dtype, cuda_device)
             target = cases.uniform(logits.shape, dtype, cuda_device)
             check_sigmoid_bce(logits, target, target_grad=True, reduction="none" if difference == 0 else "mean")
 

@@ -15,12 +15,6 @@ from torch import Tensor
 from torchce import ops
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-KINDS = ["index", "smoothed", "probability"]
-TYPES = [
-    *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KINDS for dtype in cases.DTYPES),
-    pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
-    pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
-]
 
 
 class Fused(torch.autograd.Function):
@@ -57,30 +51,14 @@ def fused(
 
 
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
-    """Loss and gradient; index targets have a row that is ignored, the others weights."""
-    shape, device = tuple(logits.shape), str(logits.device)
-    options: dict[str, object] = {}
-    if kind.endswith("probability"):
-        target = cases.probabilities(shape, logits.dtype if kind == "probability" else torch.float32, device)
-    else:
-        target = cases.softmax_target("index", shape, logits.dtype, device)
-        target.view(-1)[1:2] = -100  # of a single row: none
-    if kind != "index":
-        weight = cases.uniform(shape[:1] if len(shape) == 1 else shape[1:2], logits.dtype, device)
-        options = {"label_smoothing": 0.1, "weight": weight}
+    """Loss and gradient."""
+    target, options = cases.kernel_problem(kind, logits)
     check_softmax_ce(logits, target, reduction=reduction, function=fused, **options)
-
-
-def aligned_or_not(layout: str | None, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    def make(sizes: Any) -> Tensor:
-        return cases.normal(sizes, dtype, device, scale=3)
-
-    return make(shape) if layout is None else cases.LAYOUTS[layout](make, shape)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("shape", [*cases.CLASS_SHAPES, *cases.SOFTMAX_SHAPES])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KERNEL_KINDS)
 def test_shapes(device: str, emulated: bool, kind: str, shape: tuple[int, ...], reduction: str) -> None:
     if emulated and max(shape) > 9000:
         pytest.skip("too large for the emulation")
@@ -88,11 +66,11 @@ def test_shapes(device: str, emulated: bool, kind: str, shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "offset"])
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_layouts(device: str, kind: str, dtype: torch.dtype, layout: str) -> None:
     """Classes with a stride, and rows that start misaligned."""
     for shape in ((37, 21, 5), (2, 100, 3)):
-        check(kind, aligned_or_not(layout, shape, dtype, device))
+        check(kind, cases.arranged(layout, shape, dtype, device))
 
 
 @pytest.mark.parametrize("index_dtype", cases.INDEX_DTYPES, ids=dtype_id)
@@ -121,7 +99,7 @@ def test_expanded_grad_output(device: str) -> None:
 
 
 @pytest.mark.parametrize("scale", cases.SCALES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KERNEL_KINDS)
 def test_extreme_logits(device: str, kind: str, scale: float) -> None:
     logits = cases.with_some_minus_infinity(cases.normal((5, 1001), torch.float32, device, scale=scale))
     target = cases.probabilities((5, 1001), torch.float32, device).masked_fill(logits == -torch.inf, 0)
@@ -132,14 +110,14 @@ def test_extreme_logits(device: str, kind: str, scale: float) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(("kind", "dtype"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 def test_every_change_of_plan(
     cuda_device: str, multiprocessors: int, kind: str, layout: str | None, dtype: torch.dtype
 ) -> None:
     """Lanes and blocks a row, all of it kept and, in the emulation's little shared memory, only its beginning."""
     for classes in cases.classes_around_plan_changes(dtype):
         if multiprocessors == 1 or classes >= 127 * 16 // dtype.itemsize:
-            check(kind, aligned_or_not(layout, (3, classes), dtype, cuda_device))
+            check(kind, cases.arranged(layout, (3, classes), dtype, cuda_device))
 
 
 @pytest.mark.cuda
