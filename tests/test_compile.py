@@ -64,7 +64,7 @@ def test_fullgraph_equals_eager(device: str, backend: str, dynamic: bool, loss: 
         assert_bitwise_equal(result, expected)
 
 
-@pytest.mark.parametrize("loss", ["index", "bce_weights"])
+@pytest.mark.parametrize("loss", ["index", "index_options", "bce", "bce_weights"])
 def test_inductor(device: str, loss: str) -> None:
     """With arithmetic around the loss for inductor to fuse, so that strides and layouts are really used."""
     function, logits, target = problem(loss, device)
