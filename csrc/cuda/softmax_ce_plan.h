@@ -154,8 +154,9 @@ inline bool one_pass_fills(int64_t rows, int64_t classes, int pack, const Proper
 
 // Forward and backward in one, along the rows.
 inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device) {
-  constexpr int kWanted = 16;  // packs a thread keeps: an H100's multiprocessor has shared memory for three such blocks,
-                               // and registers for two at least, of which one writes while the other reads
+  // Packs a thread keeps: an H100's multiprocessor has shared memory for three such blocks, and registers for two at
+  // least, of which one writes while the other reads.
+  constexpr int kWanted = 16;
   const int64_t packs = ceil_div(classes, pack);
   const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;
   const auto resident = [&](int kept) {
