@@ -113,13 +113,9 @@ def test_unknown_level_is_refused() -> None:
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != WIDEST])
 def test_values_at_lower_levels(level: str) -> None:
-    """The losses' own tests at the levels that are not the default here; the default one runs in the suite itself."""
-    selection = [
-        "tests/test_softmax_ce.py",
-        "tests/test_sigmoid_bce.py",
-        "-k",
-        "cpu and (class_counts or test_scales or poisoned_row)",
-    ]
+    """All tests of the kernels, at the levels that are not the default here: the suite itself runs at that one."""
+    kernels = ["softmax_ce", "softmax_ce_fused", "sigmoid_bce"]
+    selection = [*(f"tests/test_{name}.py" for name in kernels), "-k", "not cuda"]
     result = run_python(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selection)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

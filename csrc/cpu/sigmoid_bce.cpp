@@ -12,18 +12,15 @@ using namespace host;
 using host::sigmoid_bce::BackwardCall;
 
 constexpr int64_t kChunk = 1 << 14;  // elements
-// A chunk's sum is kept in float32 lanes: 1024 equal terms in a lane were off by 1.5e-6.
-constexpr int64_t kSummedChunk = 1 << 11;
 
 Tensor forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
                int64_t reduction, std::optional<ScalarType> dtype) {
   auto call = host::sigmoid_bce::prepare_forward(logits, target, weight, pos_weight, reduction, dtype);
   const auto& elements = call.problem.elements;
   if (elements.reduction == Reduction::none) advise_huge_pages(call.loss);
-  const Partial total =
-      sum_over_chunks(elements.numel, kSummedChunk, [&](int64_t begin, int64_t end, Partial* partial) {
-        kernels().sigmoid_bce_forward(elements, begin, end, partial);
-      });
+  const Partial total = sum_over_chunks(elements.numel, kChunk, [&](int64_t begin, int64_t end, Partial* partial) {
+    kernels().sigmoid_bce_forward(elements, begin, end, partial);
+  });
   store_reduced(elements.reduction, total.loss, double(elements.numel), elements.dtypes[torchce::sigmoid_bce::kOutput],
                 elements.output);
   return call.loss;
