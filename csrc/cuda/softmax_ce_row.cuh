@@ -10,9 +10,9 @@ namespace torchce::cuda::softmax_ce {
 using namespace torchce::softmax_ce;
 
 // Packs of logits a thread has in flight. Half as many where something else needs the registers: the exponentials of
-// float64, or the coefficients of every class.
+// float64, and the coefficients of every class.
 template <class Target, class A>
-constexpr int kUnroll = sizeof(A) == sizeof(double) || Target::kSpread ? 2 : 4;
+constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
 
 // The sums of some of a row's classes relative to their own maximum, so that any two can be merged and the logits are
 // read once (the online softmax of Milakov and Gimelshein, arXiv:1805.02867). While there is no maximum but -inf, sums
