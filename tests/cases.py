@@ -190,13 +190,14 @@ def layouts_for(dims: int) -> list[str]:
     return [name for name in LAYOUTS if name not in (*needs_inner, *needs_two_inner)]
 
 
-def arranged(layout: str | None, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
-    """Normal numbers in a layout; None: contiguous."""
-
-    def make(sizes: Sequence[int]) -> Tensor:
-        return normal(sizes, dtype, device, scale=3)
-
+def laid_out(layout: str | None, make: Maker, shape: Sequence[int]) -> Tensor:
+    """What `make` makes, in a layout; None: contiguous."""
     return make(shape) if layout is None else LAYOUTS[layout](make, shape)
+
+
+def arranged(layout: str | None, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Normal numbers in a layout."""
+    return laid_out(layout, lambda sizes: normal(sizes, dtype, device, scale=3), shape)
 
 
 # Softmax targets and logits that have kernels of their own.

@@ -41,7 +41,7 @@ def draw(problem: Problem, device: str, seed: int) -> list[Tensor]:
     kind, shape, dtype, layout, weighted = problem
 
     def arranged(make: cases.Maker) -> Tensor:
-        return make(shape) if layout is None else cases.LAYOUTS[layout](make, shape)
+        return cases.laid_out(layout, make, shape)
 
     logits = arranged(lambda s: cases.normal(s, dtype, device, seed=seed, scale=3)).requires_grad_()
     if kind == "bce":

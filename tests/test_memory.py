@@ -74,7 +74,7 @@ def make(
     shape = SHAPES[kind]
 
     def arranged(draw: cases.Maker) -> Tensor:
-        return draw(shape) if layout is None else cases.LAYOUTS[layout](draw, shape)
+        return cases.laid_out(layout, draw, shape)
 
     logits = arranged(lambda s: cases.normal(s, dtype, device))
     weight = cases.uniform([shape[1]], dtype, device, seed=6)

@@ -93,9 +93,7 @@ def op(name: str) -> Any:
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str) -> Tensor:
-    if layout is None:
-        return cases.normal(shape, dtype, device)
-    return cases.LAYOUTS[layout](lambda s: cases.normal(s, dtype, device), shape)
+    return cases.laid_out(layout, lambda s: cases.normal(s, dtype, device), shape)
 
 
 def softmax_calls(

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../host/tensor.h"
+#include "../math/storage.h"
 #include "levels.h"
 
 namespace torchce::cpu {
@@ -37,16 +38,7 @@ Partial sum_over_chunks(int64_t count, int64_t chunk, const F& f) {
 // Writes the one value of a reduced loss; an unreduced one the kernels have written.
 inline void store_reduced(Reduction reduction, double sum, double divisor, DType dtype, void* loss) {
   if (reduction == Reduction::none) return;
-  const double value = reduction == Reduction::mean ? sum / divisor : sum;
-  if (dtype == DType::float64) {
-    *static_cast<double*>(loss) = value;
-  } else if (dtype == DType::float32) {
-    *static_cast<float*>(loss) = float(value);
-  } else if (dtype == DType::bfloat16) {
-    *static_cast<torch::headeronly::BFloat16*>(loss) = float(value);
-  } else {
-    *static_cast<torch::headeronly::Half*>(loss) = float(value);
-  }
+  store_as(dtype, loss, 0, reduction == Reduction::mean ? sum / divisor : sum);
 }
 
 }  // namespace torchce::cpu

@@ -50,16 +50,10 @@ void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
 }
 
 [[noreturn]] void throw_bad_target(const ForwardCall& call, int64_t row) {
-  Tensor target = call.problem.target;
   const auto& rows = call.problem.rows;
-  const auto& strides = rows.target_strides;
-  const int64_t i = row / rows.inner * strides.outer + row % rows.inner * strides.inner;
-  const int64_t value = rows.target_dtype == DType::int64   ? static_cast<const int64_t*>(rows.target)[i]
-                        : rows.target_dtype == DType::int32 ? static_cast<const int32_t*>(rows.target)[i]
-                                                            : static_cast<const uint8_t*>(rows.target)[i];
   std::ostringstream message;
-  message << "Target " << value << " is out of bounds. (row " << row << " of " << call.problem.count() << ", "
-          << rows.classes << " classes)";
+  message << "Target " << TargetClass::target_at(rows, RowPosition(rows, row)) << " is out of bounds. (row " << row
+          << " of " << call.problem.count() << ", " << rows.classes << " classes)";
   throw std::out_of_range(message.str());
 }
 

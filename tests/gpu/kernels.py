@@ -77,10 +77,6 @@ TOLERANCES = {F64: 1e-12, F32: 2e-5, BF16: 1e-2, F16: 2e-3}
 Results = Iterator[tuple[str, Tensor]]
 
 
-def arranged(make: cases.Maker, shape: tuple[int, ...], layout: str | None) -> Tensor:
-    return make(shape) if layout is None else cases.LAYOUTS[layout](make, shape)
-
-
 def is_dense(tensor: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
 
@@ -90,13 +86,13 @@ def softmax(problem: Softmax, device: str) -> Results:
     shape, dtype, kind, layout, reduction, weighted = problem
 
     def logits() -> Tensor:
-        return arranged(lambda s: cases.normal(s, dtype, device, scale=3), shape, layout)
+        return cases.arranged(layout, shape, dtype, device)
 
     x, smoothing = logits(), 0.1 if kind == "smoothed" else 0.0
     acc = ops.accumulation_dtype(dtype)
     weight = cases.uniform([shape[1]], acc, device, seed=6) if weighted else None
     if kind == "probability":
-        target = arranged(lambda s: cases.uniform(s, dtype, device), shape, layout)
+        target = cases.laid_out(layout, lambda s: cases.uniform(s, dtype, device), shape)
     else:
         target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, "cpu")
         target[-1] = IGNORED if shape[0] > 1 else target[-1]
@@ -122,10 +118,10 @@ def bce(problem: Bce, device: str) -> Results:
     shape, dtype, target_dtype, layout, reduction, weighted = problem
 
     def logits() -> Tensor:
-        return arranged(lambda s: cases.normal(s, dtype, device, scale=3), shape, layout)
+        return cases.arranged(layout, shape, dtype, device)
 
     x, acc = logits(), ops.accumulation_dtype(dtype)
-    target = arranged(lambda s: cases.uniform(s, dtype, "cpu"), shape, layout)
+    target = cases.laid_out(layout, lambda s: cases.uniform(s, dtype, "cpu"), shape)
     if target_dtype is not None:
         target = target.to(target_dtype) if target_dtype.is_floating_point else target.round().to(target_dtype)
     target = target.to(device)
