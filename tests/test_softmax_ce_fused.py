@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchce import ops
 
+WithClusters = Callable[[int, int], None]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -121,6 +122,30 @@ def test_every_change_of_plan(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
+@pytest.mark.parametrize(("blocks", "packs"), [(2, 1025), (4, 2049), (8, 4097)])
+def test_rows_spread_over_a_cluster(
+    cuda_device: str, with_clusters: WithClusters, blocks: int, packs: int, kind: str, layout: str, dtype: torch.dtype
+) -> None:
+    """So many packs that each of three rows is given so many blocks, where they are at hand."""
+    with_clusters(3 * blocks, blocks)
+    classes = packs * 16 // dtype.itemsize
+    check(kind, cases.arranged(layout, (3, classes - 1), dtype, cuda_device))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("blocks", "packs"), [(2, 4097), (8, 16385)])
+@pytest.mark.parametrize(("kind", "dtype"), [("index", torch.float32), ("probability", torch.bfloat16)], ids=str)
+def test_a_cluster_takes_row_after_row(
+    cuda_device: str, with_clusters: WithClusters, blocks: int, packs: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Of which it can keep only the beginning."""
+    with_clusters(1, blocks)
+    check(kind, cases.normal((5, packs * 16 // dtype.itemsize), dtype, cuda_device, scale=3))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 20, 133, 1000])
 @pytest.mark.parametrize(
     ("classes", "dtype"),
@@ -135,13 +160,12 @@ def test_every_change_of_plan(
     ids=str,
 )
 def test_rows_that_take_a_cluster(
-    cuda_device: str, emulated: bool, rows: int, classes: int, dtype: torch.dtype
+    cuda_device: str, emulated: bool, with_clusters: WithClusters, rows: int, classes: int, dtype: torch.dtype
 ) -> None:
     """Up to eight blocks a row."""
-    if emulated:
-        pytest.skip("the emulation has no clusters")
-    if rows * classes > 2**26:
-        pytest.skip("the reference would need gigabytes")
+    if rows * classes > (2**21 if emulated else 2**26):
+        pytest.skip("the reference would need gigabytes, or the emulation minutes")
+    with_clusters(132, 8)
     check("index", cases.normal((rows, classes), dtype, cuda_device, scale=3))
 
 

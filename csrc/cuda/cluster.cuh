@@ -1,17 +1,15 @@
 // Clusters: blocks that run at the same time and read each other's shared memory, from compute capability 9.0 on.
-// Elsewhere, and in the emulation, a cluster is one block.
+// Elsewhere a cluster is one block.
 #pragma once
 
-#if defined(__CUDACC__)
 #include <cooperative_groups.h>
-#endif
 
 #include "reduce.cuh"
 
 namespace torchce::cuda {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define TORCHCE_CLUSTERS 1
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define TORCHCE_CLUSTERS 1  // and with any compiler but CUDA's: the emulation's
 #endif
 
 // The blocks size * i ... size * (i + 1) - 1 of a launch with clusters of that size.

@@ -139,7 +139,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 
-// A cluster can be asked for, but never is: the emulation's device says that it has none.
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -168,11 +167,18 @@ namespace cuda_emulation {
 
 inline cudaError_t last_error = cudaSuccess;
 
+constexpr unsigned kLargestCluster = 8;  // that every device with clusters can run
+
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  return config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
+}
+
 inline bool can_be_launched(const cudaLaunchConfig_t& config) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   return 0 < grid.x && grid.x <= 0x7fffffff && grid.y == 1 && grid.z == 1 &&       //
          0 < block.x && block.x <= kMaxThreads && block.y == 1 && block.z == 1 &&  //
-         config.dynamicSmemBytes <= dynamic_shared_memory().size && config.numAttrs == 0;
+         config.dynamicSmemBytes <= dynamic_shared_memory().size && config.numAttrs <= 1 && 0 < cluster_of(config) &&
+         cluster_of(config) <= kLargestCluster && grid.x % cluster_of(config) == 0;
 }
 
 }  // namespace cuda_emulation
@@ -191,6 +197,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       .kernel = reinterpret_cast<const void*>(kernel),
       .blocks = config->gridDim.x,
       .threads = config->blockDim.x,
+      .cluster = cuda_emulation::cluster_of(*config),
       .thread = [](const void* closure) { (*static_cast<const Thread*>(closure))(); },
       .closure = &thread,
       .shared_variable = &cuda_emulation::a_shared_variable,

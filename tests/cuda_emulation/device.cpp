@@ -45,6 +45,7 @@ cuda_emulation::DynamicSharedMemory cuda_emulation::dynamic_shared_memory() {
 
 extern "C" {
 void cuda_emulation_set_multiprocessors(int count) { torchce::cuda::properties_of_device.multiprocessors = count; }
+void cuda_emulation_set_largest_cluster(int blocks) { torchce::cuda::properties_of_device.largest_cluster = blocks; }
 // What it was: 0, or spoiled.
 unsigned cuda_emulation_reset_counter() { return std::exchange(torchce::cuda::counter_of_device, 0); }
 }

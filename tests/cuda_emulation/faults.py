@@ -49,6 +49,7 @@ REDUCE, CLUSTER, ROW, FORWARD, BACKWARD, FUSED, BCE = (
 PLANS = "test_cuda_regimes.py::test_every_change_of_plan"
 MANY_ROWS = "test_cuda_regimes.py::test_more_rows_than_resident_blocks_take_at_once"
 FUSED_PLANS = "test_softmax_ce_fused.py::test_every_change_of_plan"
+CLUSTERS = "test_softmax_ce_fused.py::test_rows_spread_over_a_cluster"
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 
 FAULTS = {
@@ -107,7 +108,18 @@ FAULTS = {
         CLUSTER,
         "of_this_block = value;\n  cluster.sync();",
         "of_this_block = value;\n  if (!PLANTED) cluster.sync();",
-        FUSED_PLANS,
+        CLUSTERS,
+    ),
+    "a block ends while its cluster reads from it": Fault(
+        CLUSTER,
+        "cluster.sync();  // the next call",
+        "if (!PLANTED) cluster.sync();  // the next call",
+        CLUSTERS,
+        "has ended",
+    ),
+    "a cluster's second block is left out": Fault(CLUSTER, "int rank = 1;", "int rank = 1 + PLANTED;", CLUSTERS),
+    "blocks of a cluster take the same classes": Fault(
+        FUSED, "thread = cluster.rank() * kThreads", "thread = (PLANTED ? 0 : cluster.rank()) * kThreads", CLUSTERS
     ),
     "what is kept is taken for another pack": Fault(
         FUSED,

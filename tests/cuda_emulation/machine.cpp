@@ -28,12 +28,11 @@ namespace {
 
 // The block of thread-local variables that one of them, of a library's shared variables, lies in.
 struct SharedMemory {
+  SharedMemory() = default;
   explicit SharedMemory(const unsigned char* one_of_them) : one_of_them(one_of_them) {
     dl_iterate_phdr(&SharedMemory::examine, this);
     if (begin == nullptr) throw std::logic_error("CUDA emulation: found no thread-local storage");
   }
-
-  void poison() const { std::memset(begin, 0xff, size); }
 
   static int examine(dl_phdr_info* info, size_t, void* self) {
     auto& found = *static_cast<SharedMemory*>(self);
@@ -48,7 +47,7 @@ struct SharedMemory {
     return found.begin != nullptr;
   }
 
-  const unsigned char* one_of_them;
+  const unsigned char* one_of_them = nullptr;
   unsigned char* begin = nullptr;
   size_t size = 0;
 };
@@ -80,14 +79,29 @@ struct Arrival {
 
 // Sets of lanes; a lane that exists, is in none of them and is not running waits at the block's barrier.
 struct Warp {
-  unsigned runnable, waiting, ended;
+  unsigned runnable, waiting, at_cluster_barrier, ended;
   Arrival arrivals[kWarpSize];
+};
+
+struct Block {
+  unsigned index;
+  unsigned first_fiber;  // of the machine's, the first thread's
+  Warp warps[kMaxThreads / kWarpSize];
+  unsigned runnable_warps = 0;  // those with a runnable lane
+  unsigned live = 0;            // threads that have not ended
+  unsigned at_barrier = 0;      // threads that wait in __syncthreads
+  Site barrier_site, cluster_site;
+  unsigned favoured_warp = 0;
+  uint64_t whim = 0;
+  std::vector<unsigned char> shared_memory;  // while other blocks run
 };
 
 class Machine {
  public:
   void launch(const Launch& launch);
   void block_barrier(Site site);
+  void cluster_barrier(Site site);
+  void* shared_memory_of(const void* p, unsigned rank, Site site);
   uint64_t warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site);
   void preemption_point();
   unsigned lane() const { return running_ % kWarpSize; }
@@ -98,18 +112,20 @@ class Machine {
 
  private:
   static void fiber_main();
-  void grow(unsigned threads);
-  void run_block(unsigned block);
-  void check_dynamic_shared_memory() const;
+  void run_cluster(unsigned first);
+  void begin_block(unsigned rank, unsigned index);
+  bool choose_block();
+  void run_block();
+  void check_dynamic_shared_memory();
+  Fiber& fiber(unsigned thread) { return *fibers_[block_->first_fiber + thread]; }
   bool choose(unsigned* thread);
   void resume(Fiber& from, unsigned thread);
   void stop(Fiber& from);
-  void make_runnable(unsigned warp, unsigned lanes);
-  void release_barrier();
+  static void make_runnable(Block& block, unsigned warp, unsigned lanes);
+  void release(Block& block);
   bool complete(Warp& warp, unsigned mask);
   void report(const std::string& what);
   [[noreturn]] void abandon();
-  void fail_unless_done();
   std::string describe_threads() const;
   std::string describe(unsigned thread) const;
   std::string place() const;
@@ -122,15 +138,12 @@ class Machine {
   Fiber host_;
 
   Launch launch_{};
-  Warp warps_[kMaxThreads / kWarpSize];
-  unsigned runnable_warps_ = 0;  // those with a runnable lane
-  unsigned running_ = 0;
-  unsigned live_ = 0;        // threads that have not ended
-  unsigned at_barrier_ = 0;  // threads that wait in __syncthreads
-  Site barrier_site_;
+  SharedMemory shared_memory_;
   unsigned block_warps_ = 0;
-  unsigned favoured_warp_ = 0;
-  uint64_t whim_ = 0;
+  std::vector<Block> cluster_;       // that runs
+  unsigned at_cluster_barrier_ = 0;  // threads of all its blocks
+  Block* block_ = nullptr;           // of them, that runs
+  unsigned running_ = 0;             // its thread
   std::string error_;
 };
 
@@ -195,57 +208,79 @@ void Machine::launch(const Launch& launch) {
   ++launches;
   kernels.insert(launch.kernel);
   launch_ = launch;
-  const unsigned blocks = launch.blocks, threads = launch.threads;
-  gridDim = dim3(blocks);
-  blockDim = dim3(threads);
-  grow(threads);
-  std::vector<unsigned> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
-  for (unsigned i = blocks; i-- > 1;) std::swap(order[i], order[random_.draw() % (i + 1)]);
-  const SharedMemory shared_memory(launch.shared_variable);
-  for (const unsigned block : order) {
-    shared_memory.poison();
-    run_block(block);
-    check_dynamic_shared_memory();
-  }
-}
-
-// What lies beyond the memory asked for was filled with 0xff before the block.
-void Machine::check_dynamic_shared_memory() const {
-  const auto [begin, size] = launch_.dynamic_shared_memory;
-  const auto is_poison = [](unsigned char byte) { return byte == 0xff; };
-  if (std::all_of(begin + launch_.dynamic_shared_bytes, begin + size, is_poison)) return;
-  throw std::runtime_error(place() + ": wrote beyond its " + std::to_string(launch_.dynamic_shared_bytes) +
-                           " bytes of dynamic shared memory");
-}
-
-void Machine::grow(unsigned threads) {
-  while (fibers_.size() < threads) {
+  gridDim = dim3(launch.blocks);
+  blockDim = dim3(launch.threads);
+  block_warps_ = (launch.threads + kWarpSize - 1) / kWarpSize;
+  while (fibers_.size() < launch.cluster * launch.threads) {
     fibers_.push_back(std::make_unique<Fiber>());
     fibers_.back()->prepare(&Machine::fiber_main);
   }
+  shared_memory_ = SharedMemory(launch.shared_variable);
+  std::vector<unsigned> order(launch.blocks / launch.cluster);
+  std::iota(order.begin(), order.end(), 0u);
+  for (unsigned i = unsigned(order.size()); i-- > 1;) std::swap(order[i], order[random_.draw() % (i + 1)]);
+  for (const unsigned cluster : order) run_cluster(cluster * launch.cluster);
 }
 
-void Machine::run_block(unsigned block) {
+// The blocks from `first` on, in turns: a block goes on until all its threads wait for other blocks, or have ended.
+void Machine::run_cluster(unsigned first) {
+  cluster_.resize(launch_.cluster);
+  at_cluster_barrier_ = 0;
+  for (unsigned rank = 0; rank < launch_.cluster; ++rank) begin_block(rank, first + rank);
+  while (error_.empty() && choose_block()) run_block();
+  for (Block& block : cluster_) {
+    block_ = &block;
+    blockIdx = {block.index, 0, 0};
+    if (error_.empty() && block.live != 0) error_ = place() + ": deadlock: " + describe_threads();
+  }
+  if (error_.empty()) return;
+  for (const auto& fiber : fibers_) fiber->prepare(&Machine::fiber_main);
+  throw std::runtime_error(std::exchange(error_, {}));
+}
+
+void Machine::begin_block(unsigned rank, unsigned index) {
   // From one warp running as far ahead of the others as it can to all going on together: some races show only in the
   // first way, some only in the second.
   constexpr uint64_t kWhims[] = {~uint64_t{0}, 255, 15, 0};
-  whim_ = kWhims[random_.draw() % 4];
-  block_warps_ = (blockDim.x + kWarpSize - 1) / kWarpSize;
-  favoured_warp_ = random_.draw() % block_warps_;
-  blockIdx = {block, 0, 0};
-  live_ = blockDim.x;
-  at_barrier_ = 0;
-  runnable_warps_ = 0;
-  for (unsigned warp = 0, first = 0; first < blockDim.x; ++warp, first += kWarpSize) {
-    const unsigned lanes = std::min<unsigned>(blockDim.x - first, kWarpSize);
-    warps_[warp].waiting = warps_[warp].ended = warps_[warp].runnable = 0;
-    make_runnable(warp, ~0u >> (kWarpSize - lanes));
+  Block& block = cluster_[rank];
+  block.index = index;
+  block.first_fiber = rank * launch_.threads;
+  for (unsigned warp = 0; warp < block_warps_; ++warp) {
+    block.warps[warp].waiting = block.warps[warp].at_cluster_barrier = block.warps[warp].ended = 0;
   }
+  block.live = launch_.threads;
+  block.at_barrier = 0;
+  block.whim = kWhims[random_.draw() % 4];
+  block.favoured_warp = random_.draw() % block_warps_;
+  block.shared_memory.assign(shared_memory_.size, 0xff);
+  release(block);
+}
+
+// One of those that can go on.
+bool Machine::choose_block() {
+  const unsigned first = random_.draw() % launch_.cluster;
+  for (unsigned i = 0; i < launch_.cluster; ++i) {
+    block_ = &cluster_[(first + i) % launch_.cluster];
+    if (block_->runnable_warps != 0) return true;
+  }
+  return false;
+}
+
+void Machine::run_block() {
+  blockIdx = {block_->index, 0, 0};
+  std::memcpy(shared_memory_.begin, block_->shared_memory.data(), shared_memory_.size);
   stop(host_);
-  if (error_.empty()) return;
-  for (unsigned i = 0; i < blockDim.x; ++i) fibers_[i]->prepare(&Machine::fiber_main);
-  throw std::runtime_error(std::exchange(error_, {}));
+  check_dynamic_shared_memory();
+  std::memcpy(block_->shared_memory.data(), shared_memory_.begin, shared_memory_.size);
+}
+
+// What lies beyond the memory asked for was filled with 0xff before the block.
+void Machine::check_dynamic_shared_memory() {
+  const auto [begin, size] = launch_.dynamic_shared_memory;
+  const auto is_poison = [](unsigned char byte) { return byte == 0xff; };
+  if (!error_.empty() || std::all_of(begin + launch_.dynamic_shared_bytes, begin + size, is_poison)) return;
+  error_ = place() + ": wrote beyond its " + std::to_string(launch_.dynamic_shared_bytes) +
+           " bytes of dynamic shared memory";
 }
 
 void Machine::fiber_main() {
@@ -253,30 +288,30 @@ void Machine::fiber_main() {
   for (;;) {  // one thread of a block after the other
     self.launch_.thread(self.launch_.closure);
     const unsigned thread = self.running_;
-    self.warps_[thread / kWarpSize].ended |= 1u << thread % kWarpSize;
-    --self.live_;
-    self.stop(*self.fibers_[thread]);
+    self.block_->warps[thread / kWarpSize].ended |= 1u << thread % kWarpSize;
+    --self.block_->live;
+    self.stop(self.fiber(thread));
   }
 }
 
 // --- which thread goes on -------------------------------------------------------------------------------------------
 
-// The runnable lane at or after a random one, of the runnable warp at or after the favoured one.
+// Of the running block: the runnable lane at or after a random one, of the runnable warp at or after the favoured one.
 bool Machine::choose(unsigned* thread) {
-  if (runnable_warps_ == 0) return false;
+  if (block_->runnable_warps == 0) return false;
   const auto at_or_after = [](unsigned set, unsigned first) {
     return (std::countr_zero(std::rotr(set, int(first))) + first) % kWarpSize;
   };
   const uint64_t draw = random_.draw();
-  if ((draw >> 24 & whim_) == 0) favoured_warp_ = (draw >> 8 & 0xffff) * block_warps_ >> 16;
-  const unsigned warp = at_or_after(runnable_warps_, favoured_warp_);
-  *thread = warp * kWarpSize + at_or_after(warps_[warp].runnable, draw & 31);
+  if ((draw >> 24 & block_->whim) == 0) block_->favoured_warp = (draw >> 8 & 0xffff) * block_warps_ >> 16;
+  const unsigned warp = at_or_after(block_->runnable_warps, block_->favoured_warp);
+  *thread = warp * kWarpSize + at_or_after(block_->warps[warp].runnable, draw & 31);
   return true;
 }
 
-void Machine::make_runnable(unsigned warp, unsigned lanes) {
-  warps_[warp].runnable |= lanes;
-  runnable_warps_ |= 1u << warp;
+void Machine::make_runnable(Block& block, unsigned warp, unsigned lanes) {
+  block.warps[warp].runnable |= lanes;
+  block.runnable_warps |= 1u << warp;
 }
 
 // The running fiber, or the host, cannot go on; returns when it can.
@@ -285,51 +320,82 @@ void Machine::stop(Fiber& from) {
   if (choose(&thread)) {
     resume(from, thread);
   } else if (&from != &host_) {
-    fail_unless_done();
     from.switch_to(host_);
   }
 }
 
 void Machine::resume(Fiber& from, unsigned thread) {
-  Warp& warp = warps_[thread / kWarpSize];
+  Warp& warp = block_->warps[thread / kWarpSize];
   warp.runnable &= ~(1u << thread % kWarpSize);
-  if (warp.runnable == 0) runnable_warps_ &= ~(1u << thread / kWarpSize);
+  if (warp.runnable == 0) block_->runnable_warps &= ~(1u << thread / kWarpSize);
   running_ = thread;
   threadIdx = {thread, 0, 0};
   ++switches;
-  if (&from != fibers_[thread].get()) from.switch_to(*fibers_[thread]);
+  if (Fiber& next = fiber(thread); &from != &next) from.switch_to(next);
 }
 
 void Machine::preemption_point() {
   const unsigned thread = running_;
-  make_runnable(thread / kWarpSize, 1u << thread % kWarpSize);
-  stop(*fibers_[thread]);
+  make_runnable(*block_, thread / kWarpSize, 1u << thread % kWarpSize);
+  stop(fiber(thread));
 }
 
 // --- barriers, shuffles, votes --------------------------------------------------------------------------------------
 
 void Machine::block_barrier(Site site) {
   const unsigned thread = running_;
-  if (at_barrier_ == 0) barrier_site_ = site;
-  if (site.line() != barrier_site_.line() || std::strcmp(site.file_name(), barrier_site_.file_name()) != 0) {
-    report("comes to the __syncthreads at " + name_of(site) + " while others wait in the one at " +
-           name_of(barrier_site_));
+  const Site& others = block_->barrier_site;
+  if (block_->at_barrier == 0) block_->barrier_site = site;
+  if (site.line() != others.line() || std::strcmp(site.file_name(), others.file_name()) != 0) {
+    report("comes to the __syncthreads at " + name_of(site) + " while others wait in the one at " + name_of(others));
     abandon();
   }
-  if (++at_barrier_ == blockDim.x) release_barrier();
-  stop(*fibers_[thread]);
+  if (++block_->at_barrier == launch_.threads) {
+    block_->at_barrier = 0;
+    release(*block_);
+  }
+  stop(fiber(thread));
 }
 
-void Machine::release_barrier() {
-  at_barrier_ = 0;
-  for (unsigned warp = 0; warp * kWarpSize < blockDim.x; ++warp) {
-    make_runnable(warp, ~0u >> (kWarpSize - std::min<unsigned>(blockDim.x - warp * kWarpSize, kWarpSize)));
+void Machine::cluster_barrier(Site site) {
+  const unsigned thread = running_;
+  block_->cluster_site = site;
+  block_->warps[thread / kWarpSize].at_cluster_barrier |= 1u << thread % kWarpSize;
+  if (++at_cluster_barrier_ == launch_.cluster * launch_.threads) {
+    at_cluster_barrier_ = 0;
+    for (Block& block : cluster_) {
+      for (unsigned warp = 0; warp < block_warps_; ++warp) block.warps[warp].at_cluster_barrier = 0;
+      release(block);
+    }
   }
+  stop(fiber(thread));
+}
+
+// Lets all threads of a block go on.
+void Machine::release(Block& block) {
+  block.runnable_warps = 0;
+  for (unsigned warp = 0; warp < block_warps_; ++warp) {
+    block.warps[warp].runnable = 0;
+    make_runnable(block, warp, ~0u >> (kWarpSize - std::min<unsigned>(launch_.threads - warp * kWarpSize, kWarpSize)));
+  }
+}
+
+// Where the block of that rank keeps, while this one runs, the variable that this one has at p.
+void* Machine::shared_memory_of(const void* p, unsigned rank, Site site) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(p) - shared_memory_.begin;
+  if (rank >= launch_.cluster || offset < 0 || size_t(offset) >= shared_memory_.size || cluster_[rank].live == 0) {
+    report("asks at " + name_of(site) + " for memory of block " + std::to_string(rank) + " of its cluster, which " +
+           (rank >= launch_.cluster    ? "has no such block"
+            : cluster_[rank].live == 0 ? "has ended"
+                                       : "is not shared memory"));
+    abandon();
+  }
+  return (&cluster_[rank] == block_ ? shared_memory_.begin : cluster_[rank].shared_memory.data()) + offset;
 }
 
 uint64_t Machine::warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site) {
   const unsigned thread = running_, lane = thread % kWarpSize;
-  Warp& warp = warps_[thread / kWarpSize];
+  Warp& warp = block_->warps[thread / kWarpSize];
   for (const unsigned named : {lane, is_shuffle(operation) ? unsigned(source) : lane}) {
     if (mask >> named & 1) continue;
     report("names lane " + std::to_string(named) + ", which is not in its mask " + hex(mask) + ", in " +
@@ -341,9 +407,9 @@ uint64_t Machine::warp_operation(Operation operation, unsigned mask, uint64_t va
   warp.waiting |= 1u << lane;
   if ((warp.waiting & mask) == mask && complete(warp, mask)) {
     warp.waiting &= ~mask;
-    make_runnable(thread / kWarpSize, mask);
+    make_runnable(*block_, thread / kWarpSize, mask);
   }
-  stop(*fibers_[thread]);
+  stop(fiber(thread));
   return arrival.result;
 }
 
@@ -382,15 +448,10 @@ void Machine::report(const std::string& what) {
   error_ = place() + ": thread " + std::to_string(running_) + " " + what;
 }
 
-// Leaves the running fiber for good, and with it whatever its frames still own; run_block prepares all fibers afresh.
+// Leaves the running fiber for good, and with it whatever its frames still own; run_cluster prepares all fibers afresh.
 void Machine::abandon() {
-  fibers_[running_]->switch_to(host_);
+  fiber(running_).switch_to(host_);
   std::abort();
-}
-
-// Nothing is runnable: all threads have ended, or those that have not never will.
-void Machine::fail_unless_done() {
-  if (live_ != 0) error_ = place() + ": deadlock: " + describe_threads();
 }
 
 std::string Machine::place() const {
@@ -412,10 +473,11 @@ std::string Machine::describe_threads() const {
 }
 
 std::string Machine::describe(unsigned thread) const {
-  const Warp& warp = warps_[thread / kWarpSize];
+  const Warp& warp = block_->warps[thread / kWarpSize];
   const unsigned lane = thread % kWarpSize;
   if (warp.ended >> lane & 1) return "ended";
-  if ((warp.waiting >> lane & 1) == 0) return "in __syncthreads at " + name_of(barrier_site_);
+  if (warp.at_cluster_barrier >> lane & 1) return "in the cluster's sync at " + name_of(block_->cluster_site);
+  if ((warp.waiting >> lane & 1) == 0) return "in __syncthreads at " + name_of(block_->barrier_site);
   const Arrival& arrival = warp.arrivals[lane];
   return std::string("in ") + name_of(arrival.operation) + " with mask " + hex(arrival.mask) + " at " +
          name_of(arrival.site);
@@ -424,6 +486,10 @@ std::string Machine::describe(unsigned thread) const {
 }  // namespace
 
 void block_barrier(Site site) { machine().block_barrier(site); }
+
+void cluster_barrier(Site site) { machine().cluster_barrier(site); }
+
+void* shared_memory_of(const void* p, unsigned rank, Site site) { return machine().shared_memory_of(p, rank, site); }
 
 uint64_t warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site) {
   return machine().warp_operation(operation, mask, value, source, site);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cooperative_groups.h"
 #include "cuda_runtime.h"
 
 namespace kernels {
@@ -124,6 +125,50 @@ __global__ void writes_dynamic(int count, double* sum) {
   }
 }
 
+enum class ClusterFault { none, no_sync_before_read, no_sync_before_reuse };
+
+// Each block of a cluster adds up one number of every block, in three rounds over the same shared memory.
+template <ClusterFault fault>
+__global__ void cluster_sum(float* out) {
+  __shared__ float mine;
+  const auto cluster = cooperative_groups::this_cluster();
+  float total = 0;
+  for (int round = 0; round < 3; ++round) {
+    if (threadIdx.x == 0) mine = float(blockIdx.x + round);
+    if (fault != ClusterFault::no_sync_before_read) cluster.sync();
+    for (unsigned rank = 0; rank < 4; ++rank) total += *cluster.map_shared_rank(&mine, rank);
+    if (fault != ClusterFault::no_sync_before_reuse) cluster.sync();
+  }
+  if (threadIdx.x == 32) out[blockIdx.x] = total;
+}
+
+__global__ void block_ends_before_cluster_sync() {
+  if (blockIdx.x % 4 == 2) return;
+  cooperative_groups::this_cluster().sync();
+}
+
+__global__ void thread_waits_for_its_block_alone() {
+  if (blockIdx.x == 5 && threadIdx.x == 1) {
+    __syncthreads();
+  } else {
+    cooperative_groups::this_cluster().sync();
+  }
+}
+
+__global__ void reads_of_a_block_that_may_have_ended(float* out) {
+  __shared__ float mine;
+  mine = 1;
+  cooperative_groups::this_cluster().sync();
+  *out = *cooperative_groups::this_cluster().map_shared_rank(&mine, 3);
+}
+
+__global__ void reads_of_another_cluster() {
+  __shared__ float mine;
+  cooperative_groups::this_cluster().map_shared_rank(&mine, 4);
+}
+
+__global__ void maps_what_is_not_shared(float* out) { cooperative_groups::this_cluster().map_shared_rank(out, 0); }
+
 }  // namespace kernels
 
 cuda_emulation::DynamicSharedMemory cuda_emulation::dynamic_shared_memory() {
@@ -149,15 +194,32 @@ void run(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Argum
   EXPECT(cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess);
 }
 
-// What the machine says about a kernel that it refuses.
-template <class Kernel>
-std::string refusal(Kernel kernel, unsigned threads) {
+// In clusters of four blocks.
+template <class... Parameters, class... Arguments>
+void run_clusters(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
+  cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension, .val = {.clusterDim = {4, 1, 1}}};
+  cudaLaunchConfig_t config{.gridDim = blocks, .blockDim = threads, .attrs = &cluster, .numAttrs = 1};
+  EXPECT(cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess);
+}
+
+// What the machine says about a launch that it refuses.
+std::string refusal(const std::function<void()>& launch) {
   try {
-    run(kernel, 1, threads);
+    launch();
   } catch (const std::runtime_error& error) {
     return error.what();
   }
   return "not refused";
+}
+
+template <class Kernel>
+std::string refusal(Kernel kernel, unsigned threads) {
+  return refusal([&] { run(kernel, 1, threads); });
+}
+
+template <class... Arguments>
+std::string refusal_of_clusters(void (*kernel)(Arguments...), Arguments... arguments) {
+  return refusal([&] { run_clusters(kernel, 8, 64, arguments...); });
 }
 
 bool contains(const std::string& text, const std::string& part) {
@@ -217,6 +279,37 @@ bool last_block_is_right() {
   return out == 28 && counter == 0;
 }
 
+template <ClusterFault fault>
+bool cluster_sum_is_right() {
+  constexpr unsigned kBlocks = 12;
+  float out[kBlocks];
+  if (refusal([&] { run_clusters(cluster_sum<fault>, kBlocks, 64, &out[0]); }) != "not refused") return false;
+  for (unsigned block = 0; block < kBlocks; ++block) {
+    const unsigned first = block / 4 * 4;
+    if (out[block] != 3.f * float(4 * first + 6) + 4 * 3) return false;
+  }
+  return true;
+}
+
+void test_cluster_refusals() {
+  const std::string text = refusal_of_clusters(block_ends_before_cluster_sync);
+  EXPECT(contains(text, "of 8, 64 threads"));
+  EXPECT(contains(text, "deadlock: threads 0-63 in the cluster's sync at self_test.cpp:"));
+  EXPECT(contains(refusal_of_clusters(thread_waits_for_its_block_alone), "deadlock: threads"));
+  int refused = 0;
+  seeds_where([&] {
+    float out;
+    const std::string text = refusal_of_clusters(reads_of_a_block_that_may_have_ended, &out);
+    refused += text != "not refused";
+    return text == "not refused" || contains(text, "for memory of block 3 of its cluster, which has ended");
+  });
+  EXPECT(refused >= 50);
+  EXPECT(contains(refusal_of_clusters(reads_of_another_cluster), "block 4 of its cluster, which has no such block"));
+  float out;
+  EXPECT(contains(refusal_of_clusters(maps_what_is_not_shared, &out), "which is not shared memory"));
+  EXPECT(cluster_sum_is_right<ClusterFault::none>());  // a refusal leaves nothing behind
+}
+
 void test_orders() {
   std::set<std::vector<unsigned>> seen;
   seeds_where([&] {
@@ -253,6 +346,13 @@ void test_configurations() {
     EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration);
     EXPECT(cudaGetLastError() == cudaSuccess);
   }
+  config.gridDim = 6;  // no whole clusters
+  config.blockDim = 32;
+  cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension, .val = {.clusterDim = {4, 1, 1}}};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  EXPECT(cudaLaunchKernelEx(&config, ends_before_barrier) == cudaErrorInvalidConfiguration);
+  EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration);
 }
 
 void test_shared_memory_is_poisoned() {
@@ -305,8 +405,12 @@ int main() {
   EXPECT(seeds_where(reversal_is_right<false>) <= 5);
   EXPECT(seeds_where(halves_are_right) == 100);
   EXPECT(seeds_where(last_block_is_right) == 100);
+  EXPECT(seeds_where(cluster_sum_is_right<ClusterFault::none>) == 100);
+  EXPECT(seeds_where(cluster_sum_is_right<ClusterFault::no_sync_before_read>) <= 5);
+  EXPECT(seeds_where(cluster_sum_is_right<ClusterFault::no_sync_before_reuse>) <= 5);
   test_orders();
   test_refusals();
+  test_cluster_refusals();
   test_configurations();
   test_shared_memory_is_poisoned();
   test_dynamic_shared_memory();
