@@ -105,12 +105,12 @@ void check_exponentials() {
     check(name, -0.25f, -16.0f, false, function, wanted, allowance);
     check(name, -16.0f, -130.0f, false, function, wanted, allowance);
     check(name, -infinity, -infinity, true, function, wanted, allowance);
-    check(name, nan, nan, true, function, wanted, allowance);
   };
   for (const float scale : {1.0f, 0x1p-20f, 0x1p-30f}) {
     scaled("ScaledExp", scale, math::ScaledExp<Floats, false>(Floats{} + scale), nothing);
     scaled("ScaledExp short", scale, math::ScaledExp<Floats, true>(Floats{} + scale), short_allowance);
   }
+  scaled("ScaledExp", nan, math::ScaledExp<Floats, false>(Floats{} + nan), nothing);
 }
 
 void check_logarithms() {

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define TORCHCE_HD __host__ __device__ __forceinline__
@@ -89,6 +91,10 @@ template <>
 struct BitsOf<float> {
   using type = int32_t;
 };
+template <class F>
+struct WordsOf {
+  typedef uint32_t type __attribute__((vector_size(sizeof(F))));
+};
 template <class I>
 struct FloatsOf {
   typedef float type __attribute__((vector_size(sizeof(I))));
@@ -139,30 +145,34 @@ TORCHCE_HD F power_of_two(F shifted) {
   return from_bits(to_bits(shifted) << 23);
 }
 
-// e^(x - n ln 2) where n = round(x / ln 2): a minimax fit of e^r on |r| <= ln 2 / 2 with a relative error of 2^-28.
-template <class F>
-TORCHCE_HD F exp_of_rest(F x, F n) {
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
-  F p = r * 1.38146132631e-3f + 8.3687098241e-3f;
-  p = p * r + 4.16683873612e-2f;
-  p = p * r + 1.66665206898e-1f;
-  p = p * r + 4.99999934517e-1f;
-  p = p * r + 1.0f;
-  return p * r + 1.0f;
+// terms[0] r^n + ... + terms[n].
+template <class F, class Term, int kTerms>
+TORCHCE_HD F polynomial(F r, const Term (&terms)[kTerms]) {
+  F p = r * terms[0] + terms[1];
+  for (int i = 2; i < kTerms; ++i) p = p * r + terms[i];
+  return p;
 }
 
-// The same within |x| 2^-26 + 2^-23 of its value and three operations shorter: 2^(x / ln 2 - n), a minimax fit of 2^f
-// on |f| <= 1/2 that is exactly 1 at 0. A fused multiply-add does not round the product; without one it is |x| 2^-24
-// more.
-template <class F>
-TORCHCE_HD F short_exp_of_rest(F x, F n) {
-  const F f = x * kLog2E - n;
-  F p = f * 1.3264646e-3f + 9.671576e-3f;
-  p = p * f + 5.5507347e-2f;
-  p = p * f + 2.4022241e-1f;
-  p = p * f + 6.93147e-1f;
-  return p * f + 1.0f;
-}
+// e^r for |r| <= ln 2 / 2: a minimax fit with a relative error of 2^-28.
+struct LongExp {
+  static constexpr float kTerms[] = {
+      1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f};
+  // x - n ln 2, with ln 2 in two parts: the first product is exact.
+  template <class F>
+  TORCHCE_HD static F rest(F x, F n) {
+    return (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  }
+};
+
+// 2^f for |f| <= 1/2: a minimax fit that is exactly 1 at 0. e^x is within |x| 2^-26 + 2^-23 of its value, in three
+// operations less. A fused multiply-add does not round the product; without one it is |x| 2^-24 more.
+struct ShortExp {
+  static constexpr float kTerms[] = {1.3264646e-3f, 9.671576e-3f, 5.5507347e-2f, 2.4022241e-1f, 6.93147e-1f, 1.0f};
+  template <class F>
+  TORCHCE_HD static F rest(F x, F n) {
+    return x * kLog2E - n;
+  }
+};
 
 // e^x for x <= 0, or NaN. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are right too.
 template <class F>
@@ -173,7 +183,7 @@ TORCHCE_HD F exp_of_negative(F x) {
     constexpr float kRound = kRoundToInteger + kExponentBias + 64.0f;
     x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
     const F shifted = x * kLog2E + kRound;
-    return exp_of_rest(x, shifted - kRound) * power_of_two(shifted) * 0x1p-64f;
+    return polynomial(LongExp::rest(x, shifted - kRound), LongExp::kTerms) * power_of_two(shifted) * 0x1p-64f;
   }
 }
 
@@ -200,7 +210,7 @@ struct ExpInSum {
       constexpr float kRound = kRoundToInteger + kExponentBias;
       x = select(x < least, least, x);
       const V shifted = x * kLog2E + kRound;
-      return short_exp_of_rest(x, shifted - kRound) * power_of_two(shifted);
+      return polynomial(ShortExp::rest(x, shifted - kRound), ShortExp::kTerms) * power_of_two(shifted);
     }
   }
 };
@@ -211,38 +221,49 @@ TORCHCE_HD F exp_in_sum(F x) {
   return ExpInSum<F>{}(x);
 }
 
-// scale e^x for x <= 0, or NaN, subnormal results included. kShort: of the shorter polynomial, where the result is
-// rounded to 16 bits.
+// The larger of x <= 0 and of y < 0; a NaN may count as -infinity. As integers without a sign negative floats go the
+// other way, and a minimum of integers keeps out of the way of the multiplications, where one of floats does not.
+template <class V>
+TORCHCE_HD V larger_of_negatives(V x, V y) {
+#if defined(__SSE2__) && !defined(__SSE4_1__)  // has no such instruction
+  return select(x < y, y, x);
+#else
+  using Words = typename WordsOf<V>::type;
+  const Words a = Words(to_bits(x)), b = Words(to_bits(y));
+  return from_bits(typename BitsOf<V>::type(a < b ? a : b));  // `select` would not become one instruction
+#endif
+}
+
+// scale e^x for x <= 0, subnormal results included. kShort: of the shorter polynomial, where the result is rounded to
+// 16 bits. A NaN may count as -infinity, but a scale of NaN makes NaN of everything.
 //
-// One factor brings in the scale and takes out an excess of 64 in the exponent of e^x, which keeps e^x normal down to
-// 2^-190. The scale must not become subnormal that way: where it is below 2^-24 there is no excess, because a product
-// with less than 2^-126 is 0 then.
+// The scale is a factor of the polynomial's terms, which also takes out an excess of 64 in the exponent of e^x, which
+// keeps e^x normal down to 2^-190. The terms must not become subnormal that way: where the scale is below 2^-24 there
+// is no excess, because a product with less than 2^-126 is 0 then.
 template <class V, bool kShort>
 struct ScaledExp {
-  V factor, round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
+  using Exp = std::conditional_t<kShort, ShortExp, LongExp>;
+  static constexpr int kTerms = std::size(Exp::kTerms);
+  V terms[kTerms], round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
 
-  TORCHCE_HD explicit ScaledExp(V scale) : factor(scale) {
-    if constexpr (!kOfDoubles<V>) {
+  TORCHCE_HD explicit ScaledExp(V scale) {
+    if constexpr (kOfDoubles<V>) {
+      terms[0] = scale;
+    } else {
       const auto small = abs(scale) < 0x1p-24f;
-      factor = select(small, scale, scale * 0x1p-64f);
+      const V factor = select(small, scale, scale * 0x1p-64f);
+      for (int i = 0; i < kTerms; ++i) terms[i] = factor * Exp::kTerms[i];
       round = select(small, V{} + (kRoundToInteger + kExponentBias), V{} + (kRoundToInteger + kExponentBias + 64.0f));
       least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
     }
   }
   TORCHCE_HD V operator()(V x) const {
     if constexpr (kOfDoubles<V>) {
-      return exp_of_negative(x) * factor;
+      return exp_of_negative(x) * terms[0];
     } else {
-      x = select(x < least, least, x);
+      x = larger_of_negatives(x, least);
       const V shifted = x * kLog2E + round;
-      const V n = shifted - round;
-      V p;
-      if constexpr (kShort) {
-        p = short_exp_of_rest(x, n);
-      } else {
-        p = exp_of_rest(x, n);
-      }
-      return p * power_of_two(shifted) * factor;
+      return polynomial(Exp::rest(x, shifted - round), terms) * power_of_two(shifted);
     }
   }
 };
