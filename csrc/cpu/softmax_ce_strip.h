@@ -1,0 +1,246 @@
+// A strip of rows that go through the classes together: a lane for each row.
+//
+// A strip is W vectors wide where all its rows are adjacent in memory (one row apart: one element apart), so that
+// several cache lines of a class are read at once; elsewhere it is one vector wide and its lanes are copied one by one.
+// A strip with fewer rows than lanes (the last of a range) repeats its last row in the idle lanes and never stores
+// those.
+#pragma once
+
+#include <type_traits>
+
+#include "../softmax_ce_row.h"
+#include "vector.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL::across {
+
+using namespace softmax_ce;
+
+constexpr int kWide = 8;    // vectors in a strip of adjacent rows
+constexpr int kBlock = 32;  // classes: 16 KiB of AVX-512 vectors
+
+// Values of a block of classes for a strip of rows.
+template <class A, int W>
+struct Block {
+  Lanes<A> values[kBlock][W];
+};
+
+// The rows of one strip in one operand.
+template <class A, class T, int W>
+struct Strip {
+  static constexpr int kRows = W * kLanes<A>;
+  T* first;
+  int64_t class_stride;
+  int count;
+  bool adjacent;
+  int64_t offsets[kRows];  // from the first row, in elements; only where the rows are not adjacent
+
+  Strip(const Rows& rows, T* data, const RowStrides& strides, int64_t row, int rows_here)
+      : class_stride(strides.classes),
+        count(rows_here),
+        adjacent(rows_here == kRows && adjacent_rows(rows, strides, row, rows_here)) {
+    RowPosition at(rows, row);
+    const int64_t base = at.offset(strides);
+    first = data + base;
+    if (adjacent) return;
+    for (int l = 0; l < kRows; ++l) {
+      offsets[l] = at.offset(strides) - base;
+      if (l + 1 < count) at.advance(rows);
+    }
+  }
+
+  static bool adjacent_rows(const Rows& rows, const RowStrides& strides, int64_t row, int rows_here) {
+    if (rows.inner == 1) return strides.outer == 1;
+    return strides.inner == 1 && row % rows.inner + rows_here <= rows.inner;
+  }
+
+  // Calls body(first class) for squares of as many classes as a vector has lanes. The last one overlaps its neighbour
+  // unless they divide the classes of the block.
+  template <class F>
+  TORCHCE_SIMD static void for_each_square(int classes, F body) {
+    int c = 0;
+    for (; c + kLanes<A> <= classes; c += kLanes<A>) body(c);
+    if (c < classes) body(classes - kLanes<A>);
+  }
+
+  // Has the caches fetch vector w of a class of the strip that comes next: as many classes as a strip has, each on
+  // another page, are more than the hardware follows by itself. Two lines of a class at a time would be one too many.
+  template <int kForWriting>
+  TORCHCE_SIMD void prefetch_next(int64_t k, int w) const {
+    constexpr int kLine = 64;
+    if (!adjacent || w * kLanes<A> * sizeof(T) % kLine != 0) return;
+    __builtin_prefetch(first + k * class_stride + kRows + w * kLanes<A>, kForWriting, 2);
+  }
+
+  // Classes k to k + classes - 1.
+  TORCHCE_SIMD void read(int64_t k, int classes, Block<A, W>& block) const {
+    if (adjacent) {
+      const T* p = first + k * class_stride;
+      for (int c = 0; c < classes; ++c, p += class_stride) {
+        for (int w = 0; w < W; ++w) block.values[c][w] = load<A>(p + w * kLanes<A>);
+      }
+      return;
+    }
+    if (W == 1 && class_stride == 1 && classes >= kLanes<A>) {
+      for_each_square(classes, [&](int c) {
+        Lanes<A> square[kLanes<A>];
+        for (int l = 0; l < kLanes<A>; ++l) square[l] = load<A>(first + offsets[l] + k + c);
+        transpose<A>(square);
+        for (int l = 0; l < kLanes<A>; ++l) block.values[c + l][0] = square[l];
+      });
+      return;
+    }
+    std::remove_const_t<T> stored[kBlock][kRows];
+    for (int l = 0; l < kRows; ++l) {
+      const T* p = first + offsets[l] + k * class_stride;
+      for (int c = 0; c < classes; ++c, p += class_stride) stored[c][l] = *p;
+    }
+    for (int c = 0; c < classes; ++c) {
+      for (int w = 0; w < W; ++w) block.values[c][w] = load<A>(stored[c] + w * kLanes<A>);
+    }
+  }
+
+  TORCHCE_SIMD void write(int64_t k, int classes, const Block<A, W>& block) const {
+    if (adjacent) {
+      T* p = first + k * class_stride;
+      const int64_t step = class_stride;  // what is stored might be this object, for all the compiler knows
+      for (int c = 0; c < classes; ++c, p += step) {
+        for (int w = 0; w < W; ++w) store(p + w * kLanes<A>, block.values[c][w]);
+      }
+      return;
+    }
+    if (W == 1 && class_stride == 1 && classes >= kLanes<A>) {
+      for_each_square(classes, [&](int c) {
+        Lanes<A> square[kLanes<A>];
+        for (int l = 0; l < kLanes<A>; ++l) square[l] = block.values[c + l][0];
+        transpose<A>(square);
+        for (int l = 0; l < count; ++l) store(first + offsets[l] + k + c, square[l]);
+      });
+      return;
+    }
+    T stored[kBlock][kRows];
+    for (int c = 0; c < classes; ++c) {
+      for (int w = 0; w < W; ++w) store(stored[c] + w * kLanes<A>, block.values[c][w]);
+    }
+    const int64_t step = class_stride;
+    for (int l = 0; l < count; ++l) {
+      T* p = first + offsets[l] + k * step;
+      for (int c = 0; c < classes; ++c, p += step) *p = stored[c][l];
+    }
+  }
+};
+
+// The strip's targets, seen as the coefficients u_k of its rows.
+template <class Target, class A, int W>
+struct Coefficients {
+  const A* weight;
+  int64_t k = 0;
+  explicit Coefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
+  TORCHCE_SIMD void read(int64_t first, int) { k = first; }
+  // Of class c of the block that was read.
+  TORCHCE_SIMD Lanes<A> at(int c, int) const { return broadcast(weight == nullptr ? A(1) : weight[k + c]); }
+};
+
+template <class P, class A, int W>
+struct Coefficients<Probabilities<P>, A, W> {
+  const A* weight;
+  A label_smoothing, classes;
+  Strip<A, const P, W> target;
+  Block<A, W> block;
+  int64_t k = 0;
+
+  explicit Coefficients(const Rows& rows, int64_t row, int count)
+      : weight(static_cast<const A*>(rows.weight)),
+        label_smoothing(A(rows.label_smoothing)),
+        classes(A(rows.classes)),
+        target(rows, static_cast<const P*>(rows.target), rows.target_strides, row, count) {}
+  TORCHCE_SIMD void read(int64_t first, int count) {
+    k = first;
+    target.read(first, count, block);
+  }
+  TORCHCE_SIMD Lanes<A> at(int c, int w) const {
+    const Lanes<A> class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
+    return probability_coefficient(block.values[c][w], class_weight, label_smoothing, classes);
+  }
+};
+
+// Calls body(first class, classes) for the blocks of all classes.
+template <class F>
+TORCHCE_SIMD void for_each_block(int64_t classes, F body) {
+  for (int64_t k = 0; k < classes; k += kBlock) body(k, int(classes - k < kBlock ? classes - k : kBlock));
+}
+
+// kLanes values a lane each, as an array that scalar code fills.
+template <class A, int W>
+struct PerRow {
+  A values[W * kLanes<A>];
+  A& operator[](int l) { return values[l]; }
+  TORCHCE_SIMD Lanes<A> lanes(int w) const { return load<A>(values + w * kLanes<A>); }
+  TORCHCE_SIMD void set(int w, Lanes<A> v) { store(values + w * kLanes<A>, v); }
+};
+
+// The class indices of a strip.
+template <class A, int W>
+struct IndexedStrip {
+  static constexpr int kRows = W * kLanes<A>;
+  int count;
+  int64_t index[kRows];
+  RowKind kind[kRows];
+  PerRow<A, W> weight, kept;  // weight: of kept rows, else 0; kept: 1, or 0 for ignored rows and idle lanes
+  A label_smoothing, classes;
+  int first_bad = -1;
+  bool all_kept = true;
+
+  IndexedStrip(const Rows& rows, int64_t row, int count)
+      : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
+    const A* weights = static_cast<const A*>(rows.weight);
+    RowPosition at(rows, row);
+    for (int l = 0; l < kRows; ++l) {
+      const TargetClass target(rows, at);
+      if (l + 1 < count) at.advance(rows);
+      const bool is_kept = l < count && target.kind == RowKind::kept;
+      index[l] = target.index;
+      kind[l] = target.kind;
+      weight[l] = !is_kept ? A(0) : weights == nullptr ? A(1) : weights[target.index];
+      kept[l] = l < count && target.kind != RowKind::ignored ? A(1) : A(0);
+      if (target.kind == RowKind::bad && first_bad < 0) first_bad = l;
+      if (target.kind == RowKind::ignored) all_kept = false;
+    }
+  }
+
+  TORCHCE_SIMD IndexTarget<Lanes<A>, A> coefficients(int w) const {
+    return {weight.lanes(w), label_smoothing, classes};
+  }
+
+  // Calls f(row of the strip, the row's value at its target class) for the classes k to k + classes - 1.
+  template <class F>
+  TORCHCE_SIMD void for_each_hot(int64_t k, int classes, Block<A, W>& block, F f) const {
+    A(*values)[kRows] = reinterpret_cast<A(*)[kRows]>(block.values);
+    for (int l = 0; l < count; ++l) {
+      const uint64_t c = uint64_t(index[l] - k);
+      if (c < uint64_t(classes)) f(l, values[c][l]);
+    }
+  }
+};
+
+// Splits a range of rows into strips and calls body(integral constant W, first row, rows in the strip).
+template <int W>
+struct Wide {
+  static constexpr int value = W;
+};
+template <class A, class F>
+TORCHCE_SIMD void for_each_strip(const Rows& rows, const RowStrides& strides, int64_t row_begin, int64_t row_end,
+                                 F body) {
+  constexpr int64_t kWideRows = kWide * kLanes<A>;
+  for (int64_t row = row_begin; row < row_end;) {
+    if (row + kWideRows <= row_end && Strip<A, char, 1>::adjacent_rows(rows, strides, row, kWideRows)) {
+      body(Wide<kWide>{}, row, int(kWideRows));
+      row += kWideRows;
+    } else {
+      const int count = int(row_end - row < kLanes<A> ? row_end - row : kLanes<A>);
+      body(Wide<1>{}, row, count);
+      row += count;
+    }
+  }
+}
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL::across
