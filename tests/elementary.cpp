@@ -116,15 +116,20 @@ void check_exponentials() {
 void check_logarithms() {
   const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   const auto log = [](Floats x) { return math::log(x); };
-  const auto log1p = [](Floats x) { return math::log1p_unit(x); };
+  const auto log1p_unit = [](Floats x) { return math::log1p_unit(x); };
+  const auto log1p = [](Floats x) { return math::log1p(x); };
   const auto exact_log = [](double x) { return std::log(x); };
   const auto exact_log1p = [](double x) { return std::log1p(x); };
   check("log", 1.0f, 4.0f, true, log, exact_log, nothing);
   check("log", 4.0f, infinity, false, log, exact_log, nothing);
   check("log", nan, nan, true, log, exact_log, nothing);
-  check("log1p_unit", 0.0f, 0x1p-3f, false, log1p, exact_log1p, nothing);
-  check("log1p_unit", 0x1p-3f, 1.0f, true, log1p, exact_log1p, nothing);
-  check("log1p_unit", nan, nan, true, log1p, exact_log1p, nothing);
+  check("log1p_unit", 0.0f, 0x1p-3f, false, log1p_unit, exact_log1p, nothing);
+  check("log1p_unit", 0x1p-3f, 1.0f, true, log1p_unit, exact_log1p, nothing);
+  check("log1p_unit", nan, nan, true, log1p_unit, exact_log1p, nothing);
+  check("log1p", 0.0f, 0x1p-3f, false, log1p, exact_log1p, nothing);
+  check("log1p", 0x1p-3f, 8.0f, true, log1p, exact_log1p, nothing);
+  check("log1p", 8.0f, 0x1p100f, false, log1p, exact_log1p, nothing);
+  check("log1p", nan, nan, true, log1p, exact_log1p, nothing);
 }
 
 }  // namespace

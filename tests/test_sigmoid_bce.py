@@ -48,6 +48,18 @@ def loss_and_grad(logits: Tensor, target: Tensor, **options: object) -> tuple[Te
 # --- values over sizes, dtypes, scales, options ---------------------------------------------------------------------
 
 
+SPECIAL = [
+    (INF, 1.0, 0.0, 0.0),  # torch: NaN
+    (-INF, 0.0, 0.0, 0.0),
+    (INF, 0.0, INF, 1.0),
+    (-INF, 1.0, INF, -1.0),
+    (INF, 0.5, INF, 0.5),
+    (-INF, 0.5, INF, -0.5),
+    (math.nan, 0.0, math.nan, math.nan),
+    (math.nan, 1.0, math.nan, math.nan),
+]
+
+
 @pytest.mark.parametrize("shape", cases.ELEMENT_SHAPES)
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
@@ -290,18 +302,7 @@ def test_empty(device: str, pos_weight: bool, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize(
-    ("logit", "target", "loss", "grad"),
-    [
-        (INF, 1.0, 0.0, 0.0),  # torch: NaN
-        (-INF, 0.0, 0.0, 0.0),
-        (INF, 0.0, INF, 1.0),
-        (-INF, 1.0, INF, -1.0),
-        (INF, 0.5, INF, 0.5),
-        (-INF, 0.5, INF, -0.5),
-        (math.nan, 0.0, math.nan, math.nan),
-    ],
-)
+@pytest.mark.parametrize(("logit", "target", "loss", "grad"), SPECIAL)
 def test_infinite_logits(
     device: str, logit: float, target: float, loss: float, grad: float, weighted: bool, dtype: torch.dtype
 ) -> None:
@@ -378,12 +379,43 @@ def test_many_elements_do_not_drift(device: str, reduction: str, dtype: torch.dt
     assert_accurate("loss", loss, truth.loss)
 
 
-@pytest.mark.parametrize("logit", [1.5, 0.3, -2.7])
-def test_many_equal_elements_do_not_drift(device: str, logit: float) -> None:
+@pytest.mark.parametrize("logit", [1.5, 0.3, 0.0, -1e-3, -2.7, -20.0, -60.0])
+@pytest.mark.parametrize("dense", [False, True], ids=["expanded", "dense"])
+def test_many_equal_elements_do_not_drift(device: str, dense: bool, logit: float) -> None:
     """Equal terms round the same way each time, so that a long float32 sum goes astray where random terms even out."""
     logits = torch.full((1, 1), logit, device=device).expand(1000, 1001)
     target = torch.zeros((1, 1), device=device).expand(1000, 1001)
+    if dense:
+        logits, target = logits.contiguous(), target.contiguous()
     assert_accurate("loss", bce(logits, target), reference.sigmoid_bce(logits, target).loss)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_small_losses_are_not_lost_in_a_sum(device: str, dtype: torch.dtype) -> None:
+    """Confident and right, each more so than the one before: a product of 1 + exp(-|x|) alone would be 1."""
+    logits = torch.linspace(-10, -80, 3001, dtype=torch.float64, device=device).to(dtype)
+    for each in (logits, -logits, logits.flip(0)):
+        for part in (each, each[each.abs() > 40]):
+            target = (part > 0).to(torch.promote_types(dtype, torch.float32))
+            loss = bce(part, target, reduction="sum")
+            assert_accurate("loss", loss, reference.sigmoid_bce(part, target, reduction="sum").loss)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(("logit", "target", "loss", "_grad"), SPECIAL)
+def test_a_special_logit_in_a_sum(
+    device: str, logit: float, target: float, loss: float, _grad: float, weighted: bool, dtype: torch.dtype
+) -> None:
+    logits = cases.normal((1500,), dtype, device)
+    targets = cases.uniform((1500,), dtype, device)
+    options = {"pos_weight": torch.full((1500,), 1.0, dtype=dtype, device=device)} if weighted else {}
+    for place in (0, 17, 1024, 1499):
+        others = torch.arange(1500, device=device) != place
+        expected = bce(logits[others], targets[others], reduction="sum").item() + loss
+        one_special = logits.masked_fill(~others, logit)
+        got = bce(one_special, targets.masked_fill(~others, target), reduction="sum", **options).item()
+        torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
 
 
 def test_nan_stays_in_its_element(device: str) -> None:

@@ -65,14 +65,17 @@ TORCHCE_SIMD void for_each_run(const Elements& problem, int64_t begin, int64_t e
   }
 }
 
-// Calls body(i, lanes that count) for the vectors of a run.
+// Calls body(i, lanes that count) for the vectors of a run from element i on.
 template <class A, class F>
-TORCHCE_SIMD void for_each_vector(int64_t length, F body) {
+TORCHCE_SIMD void for_each_vector(int64_t i, int64_t length, F body) {
   constexpr int L = kLanes<A>;
-  int64_t i = 0;
   for (; i + L <= length; i += L) body(i, L);
   if (i < length) body(i, int(length - i));
 }
+
+// The order of elements in packs where all operands are dense: the one of 16-bit types only where all have it.
+template <class T, class U>
+using DensePack = Pack<std::conditional_t<kSixteenBits<T> && kSixteenBits<U>, T, Accumulate<T>>>;
 
 // Upstream gradients of kLanes elements.
 template <class A>
@@ -99,6 +102,73 @@ struct GradOutput {
   }
 };
 
+inline bool has_weights(const Elements& problem) {
+  return problem.data[kWeight] != nullptr || problem.data[kPosWeight] != nullptr;
+}
+
+// 0 in the other lanes.
+template <class A>
+TORCHCE_SIMD Lanes<A> first_lanes(int count, Lanes<A> v) {
+  return count == kLanes<A> ? v : math::select(lane_numbers<A>() < A(count), v, Lanes<A>{});
+}
+
+// The sum of a few losses that have the same weights.
+template <class A>
+struct FewWeighted {
+  using V = Lanes<A>;
+  V weight, pos_weight, losses{};
+  TORCHCE_SIMD void add(V x, V target, int count = kLanes<A>) {
+    losses += first_lanes<A>(count, loss(x, target, weight, pos_weight));
+  }
+  TORCHCE_SIMD V sum() const { return losses; }
+};
+
+// And without any. Their log1p(e) add up to the logarithm of (1 + e)(1 + e')..., less 1 all the way, so that small odds
+// are not lost beside it: two operations a term instead of a logarithm.
+template <class A>
+struct FewUnweighted {
+  using V = Lanes<A>;
+  V linear{}, odds{};
+  TORCHCE_SIMD void add(V x, V target, int count = kLanes<A>) {
+    const V e = first_lanes<A>(count, smaller_odds(x));
+    linear += first_lanes<A>(count, linear_part(x, target, One{}));
+    odds = (odds * e + odds) + e;
+  }
+  TORCHCE_SIMD V sum() const { return linear + math::log1p(odds); }
+};
+
+// Equal terms round the same way each time: 512 of them in a float32 lane were off by 1.3e-6.
+constexpr int kFew = 16;
+
+template <class T, class U, class Few>
+TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int64_t length, const Few none) {
+  using A = Accumulate<T>;
+  using P = DensePack<T, U>;
+  constexpr int64_t kBlock = kFew * kLanes<A>;
+  SumInDouble<A> total;
+  int64_t i = 0;
+  if (logits.stride == 1 && target.stride == 1) {
+    for (; i + kBlock <= length; i += kBlock) {
+      Few few = none;
+      for (int64_t j = i; j < i + kBlock; j += P::kSize) {
+        const P x = P::load(logits.data + j), t = P::load(target.data + j);
+        for (int v = 0; v < P::kVectors; ++v) few.add(x.v[v], t.v[v]);
+      }
+      total.add(few.sum());
+    }
+  }
+  while (i < length) {
+    Few few = none;
+    const int64_t end = i + kBlock < length ? i + kBlock : length;
+    for_each_vector<A>(i, end, [&](int64_t j, int count) {
+      few.add(logits.template at<A>(j, count), target.template at<A>(j, count), count);
+    });
+    total.add(few.sum());
+    i = end;
+  }
+  return total.value();
+}
+
 }  // namespace bce
 
 inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t begin, int64_t end, Partial* partial) {
@@ -108,37 +178,54 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
     using U = decltype(target_type);
     using A = Accumulate<T>;
     using V = Lanes<A>;
-    const auto reduce = [&](const int64_t* offsets, int64_t length, auto each) {
+    for_each_run(problem, begin, end, [&](const int64_t* offsets, int64_t length) {
       const auto logits = run_of<const T>(problem, kLogits, problem.data[kLogits], offsets);
       const auto target = run_of<const U>(problem, kTarget, problem.data[kTarget], offsets);
       const auto weight = weight_run<A>(problem, kWeight, offsets);
       const auto pos_weight = weight_run<A>(problem, kPosWeight, offsets);
-      for_each_vector<A>(length, [&](int64_t i, int count) {
-        each(i, count,
-             loss(logits.template at<A>(i, count), target.template at<A>(i, count), weight.template at<A>(i, count),
-                  pos_weight.template at<A>(i, count)));
-      });
-    };
-    for_each_run(problem, begin, end, [&](const int64_t* offsets, int64_t length) {
+      const auto each_loss = [&](auto each) {
+        for_each_vector<A>(0, length, [&](int64_t i, int count) {
+          each(i, count,
+               loss(logits.template at<A>(i, count), target.template at<A>(i, count), weight.template at<A>(i, count),
+                    pos_weight.template at<A>(i, count)));
+        });
+      };
       if (problem.reduction == Reduction::none) {
         with_float_type(problem.dtypes[kOutput], [&](auto storage) {
           const auto output = run_of<decltype(storage)>(problem, kOutput, problem.output, offsets);
-          reduce(offsets, length, [&](int64_t i, int count, V v) { output.put(i, count, v); });
+          each_loss([&](int64_t i, int count, V v) { output.put(i, count, v); });
         });
+      } else if (problem.data[kWeight] == nullptr && problem.data[kPosWeight] == nullptr) {
+        partial->loss += sum_of_losses(logits, target, length, FewUnweighted<A>{});
+      } else if (weight.stride == 0 && pos_weight.stride == 0) {
+        const FewWeighted<A> none{broadcast(load_one<A>(weight.data)), broadcast(load_one<A>(pos_weight.data))};
+        partial->loss += sum_of_losses(logits, target, length, none);
       } else {
-        // Equal terms round the same way each time: 512 of them in a float32 lane were off by 1.3e-6.
-        constexpr int64_t kTerms = 16;
-        V sum{};
+        V few{};
         SumInDouble<A> total;
-        reduce(offsets, length, [&](int64_t i, int count, V v) {
-          sum += math::select(lane_numbers<A>() < A(count), v, V{});
-          if ((i / kLanes<A> + 1) % kTerms == 0) total.add(std::exchange(sum, V{}));
+        each_loss([&](int64_t i, int count, V v) {
+          few += first_lanes<A>(count, v);
+          if ((i / kLanes<A> + 1) % kFew == 0) total.add(std::exchange(few, V{}));
         });
-        total.add(sum);
+        total.add(few);
         partial->loss += total.value();
       }
     });
   });
+}
+
+// gradient(x, target) for the elements of a run, dense from element i on.
+template <class T, class U, class F>
+TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
+  using P = bce::DensePack<T, U>;
+  int64_t i = 0;
+  for (; i + P::kSize <= length; i += P::kSize) {
+    const P x = P::load(logits + i), t = P::load(target + i);
+    P g;
+    for (int v = 0; v < P::kVectors; ++v) g.v[v] = gradient(x.v[v], t.v[v]);
+    g.store(output + i);
+  }
+  return i;
 }
 
 template <bool kOfTarget>
@@ -156,7 +243,22 @@ void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, i
       const auto pos_weight = weight_run<A>(problem, kPosWeight, offsets);
       const auto output = run_of<Output>(problem, kOutput, problem.output, offsets);
       const GradOutput<A> grad_output(problem, offsets);
-      for_each_vector<A>(length, [&](int64_t i, int count) {
+      int64_t done = 0;
+      if (!grad_output.unreduced && logits.stride == 1 && target.stride == 1 && output.stride == 1 &&
+          weight.stride == 0) {
+        const auto w = broadcast(load_one<A>(weight.data) * grad_output.of_all);
+        if constexpr (!kOfTarget) {
+          if (problem.data[kPosWeight] == nullptr) {
+            done = write_dense<T, U>(logits.data, target.data, output.data, length,
+                                     [&](auto x, auto t) { return gradient(x, t, w, One{}); });
+          } else if (pos_weight.stride == 0) {
+            const auto c = broadcast(load_one<A>(pos_weight.data));
+            done = write_dense<T, U>(logits.data, target.data, output.data, length,
+                                     [&](auto x, auto t) { return gradient(x, t, w, c); });
+          }
+        }
+      }
+      for_each_vector<A>(done, length, [&](int64_t i, int count) {
         const auto x = logits.template at<A>(i, count);
         const auto w = weight.template at<A>(i, count) * grad_output.at(i, count);
         const auto c = pos_weight.template at<A>(i, count);

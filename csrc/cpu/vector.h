@@ -20,6 +20,10 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
+template <class Element, int count>
+struct VectorOf {
+  typedef Element type __attribute__((vector_size(count * sizeof(Element))));
+};
 template <class A>
 struct LanesOf;
 template <>
@@ -54,7 +58,13 @@ TORCHCE_SIMD Lanes<A> load(const T* p) {
     typedef T Stored __attribute__((vector_size(sizeof(T) * kLanes<A>)));
     Stored stored;
     std::memcpy(&stored, p, sizeof stored);
-    return __builtin_convertvector(stored, Lanes<A>);
+    if constexpr (sizeof(T) == 1) {  // by doubling: GCC takes a longer step lane by lane
+      const auto doubled = __builtin_convertvector(stored, typename VectorOf<uint16_t, kLanes<A>>::type);
+      const auto wide = __builtin_convertvector(doubled, typename VectorOf<int32_t, kLanes<A>>::type);
+      return __builtin_convertvector(wide, Lanes<A>);
+    } else {
+      return __builtin_convertvector(stored, Lanes<A>);
+    }
   }
 }
 
@@ -121,7 +131,8 @@ struct Pack {
     }
   }
 
-  TORCHCE_SIMD void store(T* p) const {
+  template <class P>
+  TORCHCE_SIMD void store(P* p) const {
     if constexpr (!kSixteenBits<T>) {
       cpu::TORCHCE_LEVEL::store(p, v[0]);
       cpu::TORCHCE_LEVEL::store(p + kLanes<A>, v[1]);

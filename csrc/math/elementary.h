@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <iterator>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -145,18 +144,30 @@ TORCHCE_HD F power_of_two(F shifted) {
   return from_bits(to_bits(shifted) << 23);
 }
 
-// terms[0] r^n + ... + terms[n].
-template <class F, class Term, int kTerms>
-TORCHCE_HD F polynomial(F r, const Term (&terms)[kTerms]) {
-  F p = r * terms[0] + terms[1];
-  for (int i = 2; i < kTerms; ++i) p = p * r + terms[i];
+// Of a polynomial, the highest power's first.
+template <class F, int n>
+struct Terms {
+  static constexpr int kCount = n;
+  F each[n];
+};
+template <class F, int n>
+TORCHCE_HD constexpr Terms<F, n> operator*(F factor, const Terms<float, n>& terms) {
+  Terms<F, n> products{};
+  for (int i = 0; i < n; ++i) products.each[i] = factor * terms.each[i];
+  return products;
+}
+
+template <class F, class Term, int n>
+TORCHCE_HD F polynomial(F r, const Terms<Term, n>& terms) {
+  F p = r * terms.each[0] + terms.each[1];
+  for (int i = 2; i < n; ++i) p = p * r + terms.each[i];
   return p;
 }
 
 // e^r for |r| <= ln 2 / 2: a minimax fit with a relative error of 2^-28.
 struct LongExp {
-  static constexpr float kTerms[] = {
-      1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f};
+  static constexpr Terms<float, 7> kTerms = {
+      {1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f}};
   // x - n ln 2, with ln 2 in two parts: the first product is exact.
   template <class F>
   TORCHCE_HD static F rest(F x, F n) {
@@ -167,7 +178,8 @@ struct LongExp {
 // 2^f for |f| <= 1/2: a minimax fit that is exactly 1 at 0. e^x is within |x| 2^-26 + 2^-23 of its value, in three
 // operations less. A fused multiply-add does not round the product; without one it is |x| 2^-24 more.
 struct ShortExp {
-  static constexpr float kTerms[] = {1.3264646e-3f, 9.671576e-3f, 5.5507347e-2f, 2.4022241e-1f, 6.93147e-1f, 1.0f};
+  static constexpr Terms<float, 6> kTerms = {
+      {1.3264646e-3f, 9.671576e-3f, 5.5507347e-2f, 2.4022241e-1f, 6.93147e-1f, 1.0f}};
   template <class F>
   TORCHCE_HD static F rest(F x, F n) {
     return x * kLog2E - n;
@@ -181,9 +193,10 @@ TORCHCE_HD F exp_of_negative(F x) {
     return each_lane(x, [](double lane) { return exp_of_negative(lane); });
   } else {
     constexpr float kRound = kRoundToInteger + kExponentBias + 64.0f;
+    constexpr auto kTerms = 0x1p-64f * LongExp::kTerms;
     x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
     const F shifted = x * kLog2E + kRound;
-    return polynomial(LongExp::rest(x, shifted - kRound), LongExp::kTerms) * power_of_two(shifted) * 0x1p-64f;
+    return polynomial(LongExp::rest(x, shifted - kRound), kTerms) * power_of_two(shifted);
   }
 }
 
@@ -243,23 +256,22 @@ TORCHCE_HD V larger_of_negatives(V x, V y) {
 template <class V, bool kShort>
 struct ScaledExp {
   using Exp = std::conditional_t<kShort, ShortExp, LongExp>;
-  static constexpr int kTerms = std::size(Exp::kTerms);
-  V terms[kTerms], round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
+  Terms<V, Exp::kTerms.kCount> terms{};
+  V round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
 
   TORCHCE_HD explicit ScaledExp(V scale) {
     if constexpr (kOfDoubles<V>) {
-      terms[0] = scale;
+      terms.each[0] = scale;
     } else {
       const auto small = abs(scale) < 0x1p-24f;
-      const V factor = select(small, scale, scale * 0x1p-64f);
-      for (int i = 0; i < kTerms; ++i) terms[i] = factor * Exp::kTerms[i];
+      terms = select(small, scale, scale * 0x1p-64f) * Exp::kTerms;
       round = select(small, V{} + (kRoundToInteger + kExponentBias), V{} + (kRoundToInteger + kExponentBias + 64.0f));
       least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
     }
   }
   TORCHCE_HD V operator()(V x) const {
     if constexpr (kOfDoubles<V>) {
-      return exp_of_negative(x) * terms[0];
+      return exp_of_negative(x) * terms.each[0];
     } else {
       x = larger_of_negatives(x, least);
       const V shifted = x * kLog2E + round;
@@ -268,19 +280,40 @@ struct ScaledExp {
   }
 };
 
+// n where x = 2^n m with m in [0.9, 1.8): not around 1, because n ln 2 and log m would cancel below it.
+template <class F>
+TORCHCE_HD typename BitsOf<F>::type exponent_of(F x) {
+  return (to_bits(x) - 0x3f666666) >> 23;
+}
+
+// n ln 2 + log(1 + x), the latter as 2 atanh(x / (2 + x)).
+template <class F>
+TORCHCE_HD F log_of_parts(typename BitsOf<F>::type n, F x) {
+  const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
+  return nf * 0.693359375f + (two_atanh(x / (x + 2.0f)) - nf * 2.12194440e-4f);
+}
+
 // log(x) for x >= 1, infinity or NaN: what a sum of exponentials that holds its own maximum can be.
-// x = 2^n m with m in [1/sqrt 2, sqrt 2), log x = n ln 2 + 2 atanh((m - 1) / (m + 1)).
 template <class F>
 TORCHCE_HD F log(F x) {
   if constexpr (kOfDoubles<F>) {
     return each_lane(x, [](double lane) { return log(lane); });
   } else {
-    const auto bits = to_bits(x);
-    const auto n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3: 1/sqrt 2
-    const F m = from_bits(bits - (n << 23));
-    const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
-    const F y = nf * 0.693359375f + (two_atanh((m - 1.0f) / (m + 1.0f)) - nf * 2.12194440e-4f);
-    return select(x < kInfinityF, y, x);
+    const auto n = exponent_of(x);
+    return select(x < kInfinityF, log_of_parts(n, from_bits(to_bits(x) - (n << 23)) - 1.0f), x);
+  }
+}
+
+// log(1 + x) for 0 <= x < 2^100, or NaN. Nothing of x is lost beside the 1: (1 + x) / 2^n - 1 is x itself where n is
+// 0.
+template <class F>
+TORCHCE_HD F log1p(F x) {
+  if constexpr (kOfDoubles<F>) {
+    return each_lane(x, [](double lane) { return log1p_unit(lane); });
+  } else {
+    const auto n = exponent_of(x + 1.0f);
+    const F scale = from_bits(0x3f800000 - (n << 23));
+    return log_of_parts(n, x * scale + (scale - 1.0f));
   }
 }
 

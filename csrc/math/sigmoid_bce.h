@@ -14,32 +14,49 @@
 
 namespace torchce::sigmoid_bce {
 
+// A weight that is absent.
+struct One {};
 template <class V>
-TORCHCE_HD V loss(V x, V target, V weight, V pos_weight) {
-  const V one = V{} + 1;
-  const V magnitude = math::abs(x);
-  const V a = math::select(x < V{}, pos_weight * target, one - target);
-  const V linear = math::select(a == V{}, V{}, a * magnitude);  // 0 * inf = 0: a certain and right answer costs nothing
-  const V softness = math::log1p_unit(math::exp_of_negative(-magnitude));
-  return weight * (linear + (one + (pos_weight - one) * target) * softness);
+TORCHCE_HD V operator*(One, V v) {
+  return v;
+}
+
+// a |x|
+template <class V, class PosWeight>
+TORCHCE_HD V linear_part(V x, V target, PosWeight pos_weight) {
+  const V a = math::select(x < V{}, pos_weight * target, V{} + 1 - target);
+  return math::select(a == V{}, V{}, a * math::abs(x));  // 0 * inf = 0: a certain and right answer costs nothing
+}
+
+// exp(-|x|), the odds of the label that is less likely.
+template <class V>
+TORCHCE_HD V smaller_odds(V x) {
+  return math::exp_of_negative(-math::abs(x));
 }
 
 template <class V>
-TORCHCE_HD V gradient(V x, V target, V weight, V pos_weight) {
+TORCHCE_HD V loss(V x, V target, V weight, V pos_weight) {
   const V one = V{} + 1;
-  const V e = math::exp_of_negative(-math::abs(x));
+  return weight *
+         (linear_part(x, target, pos_weight) + (one + (pos_weight - one) * target) * math::log1p_unit(smaller_odds(x)));
+}
+
+template <class V, class Weight, class PosWeight>
+TORCHCE_HD V gradient(V x, V target, Weight weight, PosWeight pos_weight) {
+  const V one = V{} + 1;
+  const V e = smaller_odds(x);
   const V larger = math::divide(one, one + e);
   const V smaller = e * larger;
   const V p = math::select(x < V{}, smaller, larger);
   const V q = math::select(x < V{}, larger, smaller);
-  return weight * ((one - target) * p - pos_weight * target * q);
+  return weight * ((one - target) * p - (pos_weight * target) * q);
 }
 
 template <class V>
 TORCHCE_HD V target_gradient(V x, V weight, V pos_weight) {
   const V one = V{} + 1;
   const V negative_part = math::select(x < V{}, -x, V{});
-  const V softplus = negative_part + math::log1p_unit(math::exp_of_negative(-math::abs(x)));
+  const V softplus = negative_part + math::log1p_unit(smaller_odds(x));
   // Without pos_weight the softplus has no part in it, whatever its value (0 * inf would be NaN).
   const V curved = math::select(pos_weight == one, V{}, (pos_weight - one) * softplus);
   return weight * (curved - x);
