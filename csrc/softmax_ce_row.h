@@ -55,6 +55,19 @@ struct RowPosition {
   }
 };
 
+// Calls f with a value of a class index's type.
+template <class F>
+TORCHCE_HD void with_index_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::int64:
+      return f(int64_t{});
+    case DType::int32:
+      return f(int32_t{});
+    default:
+      return f(uint8_t{});
+  }
+}
+
 enum class RowKind { kept, ignored, bad };
 
 // The class index of one row.
@@ -74,17 +87,22 @@ struct TargetClass {
   }
 
   TORCHCE_HD static int64_t target_at(const Rows& rows, RowPosition at) {
-    const int64_t i = at.offset(rows.target_strides);
-    switch (rows.target_dtype) {
-      case DType::int64:
-        return static_cast<const int64_t*>(rows.target)[i];
-      case DType::int32:
-        return static_cast<const int32_t*>(rows.target)[i];
-      default:
-        return static_cast<const uint8_t*>(rows.target)[i];
-    }
+    int64_t target = 0;
+    with_index_type(rows.target_dtype, [&](auto storage) {
+      target = static_cast<const decltype(storage)*>(rows.target)[at.offset(rows.target_strides)];
+    });
+    return target;
   }
 };
+
+// The first row of [begin, end) whose target is no class, or -1.
+TORCHCE_HD int64_t first_bad_row(const Rows& rows, int64_t begin, int64_t end) {
+  RowPosition at(rows, begin);
+  for (int64_t r = begin; r < end; ++r, at.advance(rows)) {
+    if (TargetClass(rows, at).kind == RowKind::bad) return r;
+  }
+  return -1;
+}
 
 // And what hangs on it.
 template <class A>

@@ -484,12 +484,17 @@ def test_target_check_for_cuda_words_it_as_the_cpu_kernels(bad: int) -> None:
     ours.check_targets(target.clamp(0, 4), 5, -100)
 
 
-def test_every_position_of_a_bad_index_is_found() -> None:
-    """Also with reductions and grads off, where a shortcut could skip the check."""
-    logits = cases.normal((37, 5), torch.float32, "cpu")
-    for row in range(37):
+@pytest.mark.parametrize("shape", [(37, 5), (1, 5, 300), (37, 100)], ids=str)
+def test_every_position_of_a_bad_index_is_found(shape: tuple[int, ...]) -> None:
+    """And named, among ignored rows and beside a weight of NaN; also where a shortcut could skip the check."""
+    logits = cases.normal(shape, torch.float32, "cpu")
+    rows = logits.numel() // shape[1]
+    weight = torch.ones(shape[1])
+    weight[3] = torch.nan
+    for row in range(rows):
+        target = torch.full((rows,), 3)
+        target[::2] = -100
+        target[row:] = shape[1]
         for reduction in cases.REDUCTIONS:
-            target = torch.zeros(37, dtype=torch.int64)
-            target[row] = 5
-            with torch.no_grad(), pytest.raises(IndexError):
-                ours.cross_entropy(logits, target, reduction=reduction)
+            with torch.no_grad(), pytest.raises(IndexError, match=rf"\(row {row} of {rows}, "):
+                ours.cross_entropy(logits, target.view(cases.index_shape(shape)), weight, reduction=reduction)

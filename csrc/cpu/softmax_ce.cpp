@@ -15,7 +15,6 @@ using namespace host;
 using host::softmax_ce::BackwardCall;
 using host::softmax_ce::ForwardCall;
 using host::softmax_ce::GradientOf;
-using torchce::softmax_ce::RowKind;
 using torchce::softmax_ce::RowPosition;
 using torchce::softmax_ce::TargetClass;
 
@@ -104,15 +103,12 @@ Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::op
                       GradientOf::target);
 }
 
-// The first row whose target is no class, or -1.
+// Over all cores.
 int64_t first_bad_row(const torchce::softmax_ce::Rows& rows) {
   constexpr int64_t kRows = 1 << 15;  // of one chunk
   if (is_floating(rows.target_dtype)) return -1;
   const auto look = [&](int64_t begin, int64_t end, Partial* partial) {
-    RowPosition at(rows, begin);
-    for (int64_t r = begin; r < end && partial->bad_row < 0; ++r, at.advance(rows)) {
-      if (TargetClass(rows, at).kind == RowKind::bad) partial->bad_row = r;
-    }
+    partial->bad_row = torchce::softmax_ce::first_bad_row(rows, begin, end);
   };
   return sum_over_chunks(rows.outer * rows.inner, kRows, look).bad_row;
 }

@@ -16,8 +16,9 @@ struct StripSums {
   using V = Lanes<A>;
   V max[W];
   CompensatedSum<V> exponentials[W];
-  CompensatedSum<V> coefficients[W];  // sum_k u_k
-  CompensatedSum<V> gaps[W];          // sum_k u_k (x_k - max)
+  static constexpr int kSpread = Target::kSpread ? W : 1;
+  CompensatedSum<V> coefficients[kSpread];  // sum_k u_k
+  CompensatedSum<V> gaps[kSpread];          // sum_k u_k (x_k - max)
 
   // `look` sees every block of logits: look(first class, classes, block).
   template <class Look>
@@ -82,7 +83,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
     for (int w = 0; w < W; ++w) {
       maxima.set(w, of.max[w]);
       sums.set(w, of.exponentials[w].sum);
-      spread.set(w, of.coefficients[w].sum);
+      if constexpr (Target::kProbabilities) spread.set(w, of.coefficients[w].sum);
     }
   };
   if constexpr (Target::kProbabilities) {
@@ -110,19 +111,20 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
     }
     for (int w = 0; w < W; ++w) weight_sum.add(targets.weight.lanes(w));
     partial->weight += weight_sum.value();
-    if (targets.first_bad >= 0 && partial->bad_row < 0) partial->bad_row = row + targets.first_bad;
+    if (targets.any_bad && partial->bad_row < 0) partial->bad_row = first_bad_row(rows, row, row + count);
   }
   const Statistics<A> statistics(rows, call.statistics);
-  for (int l = 0; l < count; ++l) {
-    statistics.max[row + l] = maxima[l];
-    statistics.sum[row + l] = sums[l];
-    if constexpr (Target::kProbabilities) statistics.spread[row + l] = spread[l];
-  }
+  maxima.write(statistics.max + row, count);
+  sums.write(statistics.sum + row, count);
+  if constexpr (Target::kProbabilities) spread.write(statistics.spread + row, count);
   for (int l = count; l < W * kLanes<A>; ++l) loss[l] = 0;
   for (int w = 0; w < W; ++w) loss_sum.add(loss.lanes(w));
   partial->loss += loss_sum.value();
   if (rows.reduction == Reduction::none) {
-    for (int l = 0; l < count; ++l) store_as(call.loss_dtype, call.loss, row + l, loss[l]);
+    with_float_type(call.loss_dtype, [&](auto storage) {
+      auto* out = static_cast<decltype(storage)*>(call.loss) + row;
+      for (int l = 0; l < count; ++l) store_one(out + l, loss[l]);
+    });
   }
 }
 
@@ -131,6 +133,23 @@ void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* p
   for_each_strip<Accumulate<T>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { forward_strip<T, Target, wide.value>(call, row, count, partial); });
+}
+
+// What the upstream gradient multiplies the rows of a strip with.
+template <int W, class A>
+TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int count) {
+  PerRow<A, W> result;
+  RowPosition at(call.rows, row);
+  if (call.rows.reduction != Reduction::none) {
+    const auto of_all = broadcast(row_grad_output<A>(call, at));
+    for (int w = 0; w < W; ++w) result.set(w, of_all);
+    return result;
+  }
+  for (int l = 0; l < W * kLanes<A>; ++l) {
+    result[l] = row_grad_output<A>(call, at);
+    if (l + 1 < count) at.advance(call.rows);
+  }
+  return result;
 }
 
 template <class T, class Target, int W>
@@ -144,17 +163,9 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   const Statistics<A> statistics(rows, call.statistics);
 
   const bool in_place = call.grad == rows.logits;
-  PerRow<A, W> max, scale, spread;
-  const auto fill = [&](auto factor_of) {
-    RowPosition at(rows, row);
-    for (int l = count; l < W * kLanes<A>; ++l) max[l] = scale[l] = spread[l] = 0;
-    const A grad_output = rows.reduction == Reduction::none ? A(0) : row_grad_output<A>(call, at);
-    for (int l = 0; l < count; ++l, at.advance(rows)) {
-      const A g = rows.reduction == Reduction::none ? row_grad_output<A>(call, at) : grad_output;
-      max[l] = statistics.max[row + l];
-      scale[l] = factor_of(l, g) / statistics.sum[row + l];
-    }
-  };
+  const auto max = PerRow<A, W>::of(statistics.max + row, count), sum = PerRow<A, W>::of(statistics.sum + row, count);
+  const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+  PerRow<A, W> scale, spread;
   const auto write_classes = [&](auto finish) {
     for_each_block(rows.classes, [&](int64_t k, int classes) {
       Block<A, W> block;
@@ -177,26 +188,26 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   };
 
   if constexpr (Target::kProbabilities) {
-    fill([&](int l, A g) {
-      spread[l] = g;
-      return g * statistics.spread[row + l];
-    });
+    const auto coefficients_sum = PerRow<A, W>::of(statistics.spread + row, count);
+    for (int w = 0; w < W; ++w) {
+      spread.set(w, grad_output.lanes(w));
+      scale.set(w, grad_output.lanes(w) * coefficients_sum.lanes(w) / sum.lanes(w));
+    }
     write_classes([](int64_t, int, Block<A, W>&) {});
   } else {
     const IndexedStrip<A, W> targets(rows, row, count);
     const A sum_weights = sum_of_class_weights<A>(call);
     PerRow<A, W> hot;
-    for (int w = 0; w < W; ++w) hot.set(w, targets.coefficients(w).hot);
-    const A uniform = targets.coefficients(0).uniform;
-    fill([&](int l, A g) {
-      if (targets.kind[l] == RowKind::bad) g = A(__builtin_nan(""));
-      hot[l] *= g;
-      spread[l] = g * uniform;
-      return hot[l] + spread[l] * sum_weights;
-    });
+    for (int w = 0; w < W; ++w) {
+      const auto target = targets.coefficients(w);
+      const V g = grad_output.lanes(w), of_all = g * target.uniform;
+      hot.set(w, target.hot * g);
+      spread.set(w, of_all);
+      scale.set(w, (target.hot * g + of_all * sum_weights) / sum.lanes(w));
+    }
     write_classes([&](int64_t k, int classes, Block<A, W>& block) {
       targets.for_each_hot(k, classes, block, [&](int l, A& g) { g -= hot[l]; });
-      if (targets.all_kept) return;
+      if (!targets.any_ignored) return;
       for (int c = 0; c < classes; ++c) {
         for (int w = 0; w < W; ++w) {
           block.values[c][w] = math::select(targets.kept.lanes(w) == V{}, V{}, block.values[c][w]);
@@ -225,14 +236,10 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
     constexpr int W = wide.value;
     const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
     const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
-    PerRow<A, W> max, log_sum, grad_output;
-    for (int l = count; l < W * kLanes<A>; ++l) max[l] = log_sum[l] = grad_output[l] = 0;
-    RowPosition at(rows, row);
-    for (int l = 0; l < count; ++l, at.advance(rows)) {
-      max[l] = statistics.max[row + l];
-      log_sum[l] = math::log(statistics.sum[row + l]);
-      grad_output[l] = row_grad_output<A>(call, at);
-    }
+    const auto max = PerRow<A, W>::of(statistics.max + row, count);
+    const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+    auto log_sum = PerRow<A, W>::of(statistics.sum + row, count);
+    for (int w = 0; w < W; ++w) log_sum.set(w, math::log(log_sum.lanes(w)));
     for_each_block(rows.classes, [&](int64_t k, int classes) {
       Block<A, W> block;
       logits.read(k, classes, block);
