@@ -39,6 +39,7 @@ struct Coefficients {
     if (weight != nullptr) u = Pack<T>::load(weight + k);
     if constexpr (Target::kProbabilities) {
       const auto t = Pack<T>::load(static_cast<const typename Target::Storage*>(target) + k);
+      if (weight == nullptr && label_smoothing == 0) return t;
       for (int i = 0; i < u.kVectors; ++i) u.v[i] = probability_coefficient(t.v[i], u.v[i], label_smoothing, classes);
     }
     return u;
