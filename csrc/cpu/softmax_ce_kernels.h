@@ -5,7 +5,7 @@
 // - across rows: lanes hold neighbouring rows, classes come one after another. For class dimensions with a stride
 //   ([N, C, d1...], transposed logits) and for rows too short to fill vectors. Rows that are adjacent in memory are
 //   loaded as vectors, others lane by lane, so every stride is right.
-// Either way a row is read twice, first for its maximum and then for its sums; the second time it comes out of cache.
+// Either way the forward reads a row from memory once, a block of classes at a time.
 #pragma once
 
 #include "softmax_ce_across.h"
