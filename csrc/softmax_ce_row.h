@@ -88,7 +88,7 @@ struct TargetClass {
 
   TORCHCE_HD static int64_t target_at(const Rows& rows, RowPosition at) {
     int64_t target = 0;
-    with_index_type(rows.target_dtype, [&](auto storage) {
+    with_index_type(rows.target_dtype, [&](auto storage) TORCHCE_HD_LAMBDA {
       target = static_cast<const decltype(storage)*>(rows.target)[at.offset(rows.target_strides)];
     });
     return target;

@@ -185,6 +185,8 @@ def test_integer_and_bool_targets(device: str, reduction: str, dtype: torch.dtyp
     pos_weight = cases.uniform([21], dtype, device) * 3
     loss = check_sigmoid_bce(logits, target, reduction=reduction, pos_weight=pos_weight)
     assert loss.dtype == dtype
+    target = (cases.uniform((1500,), torch.float32, device) > 0.6).to(target_dtype)
+    check_sigmoid_bce(cases.normal((1500,), dtype, device, scale=3), target, reduction=reduction)
 
 
 @pytest.mark.parametrize("value", [-1, 2, 255])
@@ -402,20 +404,35 @@ def test_small_losses_are_not_lost_in_a_sum(device: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("pos_shape", [None, (), (1500,)], ids=["plain", "scalar", "each"])
 @pytest.mark.parametrize(("logit", "target", "loss", "_grad"), SPECIAL)
 def test_a_special_logit_in_a_sum(
-    device: str, logit: float, target: float, loss: float, _grad: float, weighted: bool, dtype: torch.dtype
+    device: str,
+    logit: float,
+    target: float,
+    loss: float,
+    _grad: float,
+    pos_shape: tuple[int, ...] | None,
+    dtype: torch.dtype,
 ) -> None:
-    logits = cases.normal((1500,), dtype, device)
-    targets = cases.uniform((1500,), dtype, device)
-    options = {"pos_weight": torch.full((1500,), 1.0, dtype=dtype, device=device)} if weighted else {}
+    """Among others whose losses add up to 1, so that a slip of it would show in 16 bits as well."""
+    others = torch.full((1500,), math.log(math.expm1(1 / 1499)), dtype=torch.float64, device=device)
+    options = {} if pos_shape is None else {"pos_weight": torch.ones(pos_shape, dtype=dtype, device=device)}
     for place in (0, 17, 1024, 1499):
-        others = torch.arange(1500, device=device) != place
-        expected = bce(logits[others], targets[others], reduction="sum").item() + loss
-        one_special = logits.masked_fill(~others, logit)
-        got = bce(one_special, targets.masked_fill(~others, target), reduction="sum", **options).item()
-        torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+        here = torch.arange(1500, device=device) == place
+        logits, targets = others.masked_fill(here, logit).to(dtype), here.to(dtype) * target
+        got = bce(logits, targets, reduction="sum", **options).item()
+        torch.testing.assert_close(got, 1.0 + loss, rtol=8 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_scalar_weights_of_a_long_run(device: str, dtype: torch.dtype, reduction: str) -> None:
+    logits, target = cases.normal((1500,), dtype, device, scale=3), cases.uniform((1500,), dtype, device)
+    weights = [{}, {"weight": 1.75}, {"pos_weight": 0.375}, {"weight": 0.625, "pos_weight": 2.5}]
+    for each in weights:
+        options = {name: torch.tensor(value, dtype=dtype, device=device) for name, value in each.items()}
+        check_sigmoid_bce(logits, target, reduction=reduction, **options)
 
 
 def test_nan_stays_in_its_element(device: str) -> None:

@@ -93,6 +93,20 @@ def test_hot_loops_are_vector_code(level: str, kernel: str) -> None:
     assert any(single * 4 <= packed for packed, single in counts), f"(packed, lane by lane): {counts}"
 
 
+def is_shared(function: str) -> bool:
+    """Whether several levels compile it, to judge by a name that holds no level and is not the host code's."""
+    return "torchce::" in function and re.search(r"torchce::(?:cpu|host)::|torch::stable", function) is None
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_levels_share_no_function() -> None:
+    """What several of them compile is inlined: the linker keeps one copy, in whichever level's instructions."""
+    assert is_shared("torchce::softmax_ce::TargetClass::target_at(torchce::softmax_ce::Rows const&)")
+    assert is_shared("float torchce::load_as<float>(torchce::DType, void const*, long)")
+    assert sum("torchce::cpu::" in name for name in functions()) > 100
+    assert [name for name in functions() if is_shared(name)] == []
+
+
 def run_python(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TORCHCE_CPU_LEVEL": level}
     command = [sys.executable, *arguments]

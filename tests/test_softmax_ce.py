@@ -70,6 +70,19 @@ def test_scales(device: str, kind: str, dtype: torch.dtype, masked: bool, scale:
     check_softmax_ce(logits, target, reduction="none")
 
 
+@pytest.mark.parametrize("classes", [10, 33, 65, 257, 513, 1001])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_logits_masked_with_the_least_number(device: str, dtype: torch.dtype, layout: str | None, classes: int) -> None:
+    """As ``masked_fill(mask, torch.finfo(dtype).min)`` leaves them: at the beginning, at the end, all but one, all."""
+    target = torch.tensor([classes - 1, 0, classes - 1, 0], device=device)
+    logits = cases.arranged(layout, (4, classes), dtype, device)
+    least = torch.finfo(dtype).min
+    for row, masked in enumerate((slice(classes // 2), slice(classes // 2, None), slice(-1), slice(None))):
+        logits[row, masked] = least
+    check_softmax_ce(logits, target, reduction="none")
+
+
 @pytest.mark.parametrize("shape", [(13, 11), (3, 7, 5, 2)], ids=["2d", "4d"])
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 255], ids=lambda i: f"ignore{i}")

@@ -102,10 +102,6 @@ struct GradOutput {
   }
 };
 
-inline bool has_weights(const Elements& problem) {
-  return problem.data[kWeight] != nullptr || problem.data[kPosWeight] != nullptr;
-}
-
 // 0 in the other lanes.
 template <class A>
 TORCHCE_SIMD Lanes<A> first_lanes(int count, Lanes<A> v) {
@@ -137,19 +133,21 @@ struct FewUnweighted {
   TORCHCE_SIMD V sum() const { return linear + math::log1p(odds); }
 };
 
-// Equal terms round the same way each time: 512 of them in a float32 lane were off by 1.3e-6.
+// Vectors that are added up before the sum goes on in double. Equal terms round the same way each time: 512 of them in
+// a float32 lane were off by 1.3e-6.
 constexpr int kFew = 16;
 
 template <class T, class U, class Few>
-TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int64_t length, const Few none) {
+TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int64_t length, const Few empty) {
   using A = Accumulate<T>;
   using P = DensePack<T, U>;
   constexpr int64_t kBlock = kFew * kLanes<A>;
+  static_assert(kFew % P::kVectors == 0);
   SumInDouble<A> total;
   int64_t i = 0;
   if (logits.stride == 1 && target.stride == 1) {
     for (; i + kBlock <= length; i += kBlock) {
-      Few few = none;
+      Few few = empty;
       for (int64_t j = i; j < i + kBlock; j += P::kSize) {
         const P x = P::load(logits.data + j), t = P::load(target.data + j);
         for (int v = 0; v < P::kVectors; ++v) few.add(x.v[v], t.v[v]);
@@ -158,7 +156,7 @@ TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int6
     }
   }
   while (i < length) {
-    Few few = none;
+    Few few = empty;
     const int64_t end = i + kBlock < length ? i + kBlock : length;
     for_each_vector<A>(i, end, [&](int64_t j, int count) {
       few.add(logits.template at<A>(j, count), target.template at<A>(j, count), count);
@@ -198,8 +196,8 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
       } else if (problem.data[kWeight] == nullptr && problem.data[kPosWeight] == nullptr) {
         partial->loss += sum_of_losses(logits, target, length, FewUnweighted<A>{});
       } else if (weight.stride == 0 && pos_weight.stride == 0) {
-        const FewWeighted<A> none{broadcast(load_one<A>(weight.data)), broadcast(load_one<A>(pos_weight.data))};
-        partial->loss += sum_of_losses(logits, target, length, none);
+        const FewWeighted<A> empty{broadcast(load_one<A>(weight.data)), broadcast(load_one<A>(pos_weight.data))};
+        partial->loss += sum_of_losses(logits, target, length, empty);
       } else {
         V few{};
         SumInDouble<A> total;
@@ -214,7 +212,7 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
   });
 }
 
-// gradient(x, target) for the elements of a run, dense from element i on.
+// Writes gradient(x, target) of the whole packs of a dense run; says how many elements that were.
 template <class T, class U, class F>
 TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
   using P = bce::DensePack<T, U>;
@@ -244,10 +242,10 @@ void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, i
       const auto output = run_of<Output>(problem, kOutput, problem.output, offsets);
       const GradOutput<A> grad_output(problem, offsets);
       int64_t done = 0;
-      if (!grad_output.unreduced && logits.stride == 1 && target.stride == 1 && output.stride == 1 &&
-          weight.stride == 0) {
-        const auto w = broadcast(load_one<A>(weight.data) * grad_output.of_all);
-        if constexpr (!kOfTarget) {
+      if constexpr (!kOfTarget) {
+        if (!grad_output.unreduced && logits.stride == 1 && target.stride == 1 && output.stride == 1 &&
+            weight.stride == 0) {
+          const auto w = broadcast(load_one<A>(weight.data) * grad_output.of_all);
           if (problem.data[kPosWeight] == nullptr) {
             done = write_dense<T, U>(logits.data, target.data, output.data, length,
                                      [&](auto x, auto t) { return gradient(x, t, w, One{}); });

@@ -103,7 +103,7 @@ Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::op
                       GradientOf::target);
 }
 
-// Over all cores.
+// The first row whose target is no class, or -1; looked for on all cores.
 int64_t first_bad_row(const torchce::softmax_ce::Rows& rows) {
   constexpr int64_t kRows = 1 << 15;  // of one chunk
   if (is_floating(rows.target_dtype)) return -1;

@@ -16,9 +16,9 @@ struct StripSums {
   using V = Lanes<A>;
   V max[W];
   CompensatedSum<V> exponentials[W];
-  static constexpr int kSpread = Target::kSpread ? W : 1;
-  CompensatedSum<V> coefficients[kSpread];  // sum_k u_k
-  CompensatedSum<V> gaps[kSpread];          // sum_k u_k (x_k - max)
+  static constexpr int kSpreadVectors = Target::kSpread ? W : 1;
+  CompensatedSum<V> coefficients[kSpreadVectors];  // sum_k u_k
+  CompensatedSum<V> gaps[kSpreadVectors];          // sum_k u_k (x_k - max)
 
   // `look` sees every block of logits: look(first class, classes, block).
   template <class Look>

@@ -113,7 +113,7 @@ struct RowSums {
   }
 
   TORCHCE_SIMD void raise(A new_max) {
-    if (max != kLowest<A>) exponential_lanes.scale(math::exp_of_negative(max - new_max));
+    exponential_lanes.scale(math::exp_of_negative(max - new_max));
     if constexpr (Target::kSpread)
       gap_lanes.add(weighted_gap(coefficient_lanes.sum, broadcast(max), broadcast(new_max)));
     max = new_max;

@@ -3,8 +3,8 @@
 // Two ways to lay rows on SIMD lanes:
 // - along a row: lanes hold neighbouring classes. For rows whose classes are adjacent in memory and fill a few vectors.
 // - across rows: lanes hold neighbouring rows, classes come one after another. For class dimensions with a stride
-//   ([N, C, d1...], transposed logits) and for rows too short to fill vectors. Rows that are adjacent in memory are
-//   loaded as vectors, others lane by lane, so every stride is right.
+//   ([N, C, d1...], transposed logits) and for rows too short to fill vectors. Every stride is right
+//   (softmax_ce_strip.h).
 // Either way the forward reads a row from memory once, a block of classes at a time.
 #pragma once
 

@@ -1,7 +1,8 @@
 // A strip of rows that go through the classes together: a lane for each row.
 //
 // A strip is W vectors wide where all its rows are adjacent in memory (one row apart: one element apart), so that
-// several cache lines of a class are read at once; elsewhere it is one vector wide and its lanes are copied one by one.
+// several cache lines of a class are read at once. Elsewhere it is one vector wide; squares of adjacent classes are
+// transposed, and other strides copied lane by lane.
 // A strip with fewer rows than lanes (the last of a range) repeats its last row in the idle lanes and never stores
 // those.
 #pragma once

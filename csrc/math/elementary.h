@@ -3,7 +3,8 @@
 // Every formula of the project is a template over V: a float or double on the device, a SIMD vector of them on the CPU
 // (csrc/cpu/vector.h). On the device the names below are CUDA's own functions; on the CPU the float versions are
 // polynomials without branches or tables, so that one instruction stream serves all lanes, and the double versions call
-// libm lane by lane. tests/test_elementary.py holds the float versions to 2 ulp over every float32.
+// libm lane by lane. tests/test_elementary.py holds the float versions to 2 ulp, beside what the short ones promise
+// less.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,11 @@
 
 #if defined(__CUDACC__)
 #define TORCHCE_HD __host__ __device__ __forceinline__
+#define TORCHCE_HD_LAMBDA
 #else
+// A function that is not inlined might be linked as one SIMD level compiled it; lambdas are functions too.
 #define TORCHCE_HD inline __attribute__((always_inline))
+#define TORCHCE_HD_LAMBDA __attribute__((always_inline))
 #endif
 
 namespace torchce::math {

@@ -150,14 +150,16 @@ TORCHCE_HD void with_float_type(DType dtype, F f) {
 // One element of a dtype known only at run time.
 template <class A>
 TORCHCE_HD void store_as(DType dtype, void* data, int64_t i, A value) {
-  with_float_type(dtype, [&](auto storage) { store_one(static_cast<decltype(storage)*>(data) + i, value); });
+  with_float_type(dtype,
+                  [&](auto storage) TORCHCE_HD_LAMBDA { store_one(static_cast<decltype(storage)*>(data) + i, value); });
 }
 
 template <class A>
 TORCHCE_HD A load_as(DType dtype, const void* data, int64_t i) {
   A value{};
-  with_float_type(dtype,
-                  [&](auto storage) { value = A(load_one<A>(static_cast<const decltype(storage)*>(data) + i)); });
+  with_float_type(dtype, [&](auto storage) TORCHCE_HD_LAMBDA {
+    value = A(load_one<A>(static_cast<const decltype(storage)*>(data) + i));
+  });
   return value;
 }
 

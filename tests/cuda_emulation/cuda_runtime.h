@@ -169,8 +169,11 @@ inline cudaError_t last_error = cudaSuccess;
 
 constexpr unsigned kLargestCluster = 8;  // that every device with clusters can run
 
-inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
-  return config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {  // 0: of no kind that is known here
+  if (config.numAttrs == 0) return 1;
+  const cudaLaunchAttribute& attribute = config.attrs[0];
+  const auto& cluster = attribute.val.clusterDim;
+  return attribute.id == cudaLaunchAttributeClusterDimension && cluster.y == 1 && cluster.z == 1 ? cluster.x : 0;
 }
 
 inline bool can_be_launched(const cudaLaunchConfig_t& config) {

@@ -11,7 +11,8 @@
 // written beyond what the launch asked for, shared memory of a block that has ended or is of another cluster.
 //
 // Not modelled: clusters that run at the same time (so no __threadfence is ever missed), threads that are interrupted
-// between two of the operations below, blocks that are interrupted between two of their cluster's barriers.
+// between two of the operations below, blocks that are interrupted between two of their cluster's barriers. Whether a
+// block has ended is asked where its memory is mapped, not where it is read.
 #pragma once
 
 #include <cstddef>

@@ -62,9 +62,9 @@ class Emulation:
 
     def start_afresh(self) -> None:
         self.library.cuda_emulation_seed(self.initial_seed)
-        self.be_device(self.multiprocessors)
+        self.set_device(self.multiprocessors)
 
-    def be_device(self, multiprocessors: int, largest_cluster: int = 1) -> None:
+    def set_device(self, multiprocessors: int, largest_cluster: int = 1) -> None:
         self.library.cuda_emulation_set_multiprocessors(multiprocessors)
         self.library.cuda_emulation_set_largest_cluster(largest_cluster)
 
@@ -149,7 +149,7 @@ def multiprocessors(request: pytest.FixtureRequest) -> int:
     """How many the device has; a test that asks for it runs on several emulated devices."""
     if emulation is None:
         return torch.cuda.get_device_properties().multi_processor_count
-    emulation.be_device(request.param)
+    emulation.set_device(request.param)
     return int(request.param)
 
 
@@ -157,11 +157,11 @@ def multiprocessors(request: pytest.FixtureRequest) -> int:
 def with_clusters() -> Callable[[int, int], None]:
     """``with_clusters(multiprocessors, largest_cluster)``: the emulated device from here on. A GPU stays as it is."""
 
-    def be_device(multiprocessors: int, largest_cluster: int) -> None:
+    def set_device(multiprocessors: int, largest_cluster: int) -> None:
         if emulation is not None:
-            emulation.be_device(multiprocessors, largest_cluster)
+            emulation.set_device(multiprocessors, largest_cluster)
 
-    return be_device
+    return set_device
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
