@@ -126,7 +126,13 @@ def test_every_change_of_plan(
 @pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
 @pytest.mark.parametrize(("blocks", "packs"), [(2, 1025), (4, 2049), (8, 4097)])
 def test_rows_spread_over_a_cluster(
-    cuda_device: str, with_clusters: WithClusters, blocks: int, packs: int, kind: str, layout: str, dtype: torch.dtype
+    cuda_device: str,
+    with_clusters: WithClusters,
+    blocks: int,
+    packs: int,
+    kind: str,
+    layout: str | None,
+    dtype: torch.dtype,
 ) -> None:
     """So many packs that each of three rows is given so many blocks, where they are at hand."""
     with_clusters(3 * blocks, blocks)

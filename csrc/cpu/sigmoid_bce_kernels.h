@@ -167,6 +167,20 @@ TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int6
   return total.value();
 }
 
+// Writes gradient(x, target) of the whole packs of a dense run; says how many elements that were.
+template <class T, class U, class F>
+TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
+  using P = DensePack<T, U>;
+  int64_t i = 0;
+  for (; i + P::kSize <= length; i += P::kSize) {
+    const P x = P::load(logits + i), t = P::load(target + i);
+    P g;
+    for (int v = 0; v < P::kVectors; ++v) g.v[v] = gradient(x.v[v], t.v[v]);
+    g.store(output + i);
+  }
+  return i;
+}
+
 }  // namespace bce
 
 inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t begin, int64_t end, Partial* partial) {
@@ -210,20 +224,6 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
       }
     });
   });
-}
-
-// Writes gradient(x, target) of the whole packs of a dense run; says how many elements that were.
-template <class T, class U, class F>
-TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
-  using P = bce::DensePack<T, U>;
-  int64_t i = 0;
-  for (; i + P::kSize <= length; i += P::kSize) {
-    const P x = P::load(logits + i), t = P::load(target + i);
-    P g;
-    for (int v = 0; v < P::kVectors; ++v) g.v[v] = gradient(x.v[v], t.v[v]);
-    g.store(output + i);
-  }
-  return i;
 }
 
 template <bool kOfTarget>

@@ -142,6 +142,8 @@ constexpr float kRoundToInteger = 12582912.0f;
 constexpr float kExponentBias = 127.0f;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147182f;
+constexpr float kLn2High = 0.693359375f,
+                kLn2Low = -2.12194440e-4f;  // in two parts: the first times an integer is exact
 
 template <class F>
 TORCHCE_HD F power_of_two(F shifted) {
@@ -172,10 +174,10 @@ TORCHCE_HD F polynomial(F r, const Terms<Term, n>& terms) {
 struct LongExp {
   static constexpr Terms<float, 7> kTerms = {
       {1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f}};
-  // x - n ln 2, with ln 2 in two parts: the first product is exact.
+  // x - n ln 2
   template <class F>
   TORCHCE_HD static F rest(F x, F n) {
-    return (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    return (x - n * kLn2High) - n * kLn2Low;
   }
 };
 
@@ -293,8 +295,8 @@ TORCHCE_HD typename BitsOf<F>::type exponent_of(F x) {
 // n ln 2 + log(1 + x), the latter as 2 atanh(x / (2 + x)).
 template <class F>
 TORCHCE_HD F log_of_parts(typename BitsOf<F>::type n, F x) {
-  const F nf = from_bits(n + 0x4b400000) - 12582912.0f;  // int to float by the same 1.5 * 2^23
-  return nf * 0.693359375f + (two_atanh(x / (x + 2.0f)) - nf * 2.12194440e-4f);
+  const F nf = from_bits(n + to_bits(kRoundToInteger)) - kRoundToInteger;  // int to float
+  return nf * kLn2High + (two_atanh(x / (x + 2.0f)) + nf * kLn2Low);
 }
 
 // log(x) for x >= 1, infinity or NaN: what a sum of exponentials that holds its own maximum can be.

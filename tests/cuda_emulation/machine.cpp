@@ -85,7 +85,6 @@ struct Warp {
 
 struct Block {
   unsigned index;
-  unsigned first_fiber;  // of the machine's, the first thread's
   Warp warps[kMaxThreads / kWarpSize];
   unsigned runnable_warps = 0;  // those with a runnable lane
   unsigned live = 0;            // threads that have not ended
@@ -117,7 +116,7 @@ class Machine {
   bool choose_block();
   void run_block();
   void check_dynamic_shared_memory();
-  Fiber& fiber(unsigned thread) { return *fibers_[block_->first_fiber + thread]; }
+  Fiber& fiber(unsigned thread) { return *fibers_[(block_ - cluster_.data()) * launch_.threads + thread]; }
   bool choose(unsigned* thread);
   void resume(Fiber& from, unsigned thread);
   void stop(Fiber& from);
@@ -244,7 +243,6 @@ void Machine::begin_block(unsigned rank, unsigned index) {
   constexpr uint64_t kWhims[] = {~uint64_t{0}, 255, 15, 0};
   Block& block = cluster_[rank];
   block.index = index;
-  block.first_fiber = rank * launch_.threads;
   for (unsigned warp = 0; warp < block_warps_; ++warp) {
     block.warps[warp].waiting = block.warps[warp].at_cluster_barrier = block.warps[warp].ended = 0;
   }
