@@ -5,16 +5,14 @@
 // before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
 // is written.
 //
-// A row is read once: its exponentials are summed against the largest logit so far, and a sum shrinks when a larger one
-// turns up (Milakov and Gimelshein 2018, arXiv:1805.02867), which is looked at once a block.
+// A row is read once. Its exponentials are summed against its first logit, until one turns up that is so much larger
+// that a sum might overflow, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018,
+// arXiv:1805.02867) and the block is taken again.
 #pragma once
 
-#include "../softmax_ce_row.h"
-#include "vector.h"
+#include "softmax_ce_per_row.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
-
-using namespace softmax_ce;
 
 // u_k of the classes of a pack from k on.
 template <class T, class Target>
@@ -46,126 +44,122 @@ struct Coefficients {
   }
 };
 
-// What one row of logits adds up to.
+// Adds up one row of logits.
 template <class T, class Target>
-struct RowSums {
+class RowSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
-  static constexpr int kPacks = 8;  // of a block, whose largest logit is looked at together
+  static constexpr int kPacks = 16;  // of a block
+  static constexpr int kRemainder = -1;
 
-  A max = kLowest<A>;
-  A exponentials = 0;
-  A coefficients = 0;  // sum_k u_k
-  A gaps = 0;          // sum_k u_k (x_k - max)
-
-  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) {
-    constexpr int64_t P = Pack<T>::kSize;
-    int64_t k = 0;
-    for (; k + kPacks * P <= classes; k += kPacks * P) {
-      add<kPacks>(kPacks, [&](int i) { return Pack<T>::load(x + k + i * P); }, [&](int i) { return u.at(k + i * P); });
-    }
-    const int left = int((classes - k) / P);
-    add<0>(left, [&](int i) { return Pack<T>::load(x + k + i * P); }, [&](int i) { return u.at(k + i * P); });
-    k += left * P;
-    if (k < classes) {
-      const int64_t last = classes - P;
-      add<1>(
-          1, [&](int) { return Pack<T>::load(x + last).from(k - last, -math::kInfinity<A>); },
-          [&](int) { return u.at(last).from(k - last, 0); });
-    }
-    finish();
-  }
-
- private:
   math::ExpInSum<V> exp;
-  CompensatedSum<V> exponential_lanes, coefficient_lanes, gap_lanes;
+  A reference;  // what exponentials and gaps are against
+  Largest<T> largest;
+  CompensatedSum<V> exponentials, coefficients, gaps;
 
-  // A block of packs: as many as the template says, or `count`.
-  template <int kCount, class Logits, class Us>
-  TORCHCE_SIMD void add(int count, Logits logits, Us coefficients_at) {
+  // A block of packs from class k on: as many as the template says, or `count`, or one of which the classes before
+  // `begin` were in another.
+  template <int kCount>
+  TORCHCE_SIMD void add(const T* x, const Coefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
+    constexpr int64_t P = Pack<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
-    V block_max = broadcast(max);
-    for (int i = 0; i < count; ++i) {
-      const Pack<T> x = logits(i);
-      block_max = larger(block_max, larger(x.v[0], x.v[1]));
-    }
-    const A new_max = max_of<A>(block_max);
-    if (new_max > max) raise(new_max);
-
-    const V max_lanes = broadcast(max);
-    V sum{}, sum_coefficients{}, sum_gaps{};
-    for (int i = 0; i < count; ++i) {
-      const Pack<T> x = logits(i);
-      for (const V& v : x.v) sum += exp(v - max_lanes);
-      if constexpr (Target::kSpread) {
-        const Pack<T> u = coefficients_at(i);
-        for (int j = 0; j < u.kVectors; ++j) {
-          sum_coefficients += u.v[j];
-          sum_gaps += weighted_gap(u.v[j], x.v[j], max_lanes);
+    Largest<T> largest_here = largest;
+    V sum, sum_coefficients, sum_gaps;
+    const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
+      const V from = broadcast(reference);
+      sum = sum_coefficients = sum_gaps = V{};
+#pragma GCC unroll 2
+      for (int i = 0; i < count; ++i) {
+        Pack<T> pack = Pack<T>::load(x + k + i * P);
+        largest_here.add(x + k + i * P);
+        if constexpr (kCount == kRemainder) pack = pack.from(begin - k, -math::kInfinity<A>);
+        for (const V& v : pack.v) sum += exp(v - from);
+        if constexpr (Target::kSpread) {
+          Pack<T> of_pack = u.at(k + i * P);
+          if constexpr (kCount == kRemainder) of_pack = of_pack.from(begin - k, 0);
+          for (int j = 0; j < pack.kVectors; ++j) {
+            sum_coefficients += of_pack.v[j];
+            sum_gaps += weighted_gap(of_pack.v[j], pack.v[j], from);
+          }
         }
       }
+    };
+    sum_up();
+    const A max_so_far = largest_here.value();
+    if (max_so_far > reference + kHeadroom<A>) {
+      raise(max_so_far);
+      sum_up();
     }
-    exponential_lanes.add(sum);
+    largest = largest_here;
+    exponentials.add(sum);
     if constexpr (Target::kSpread) {
-      coefficient_lanes.add(sum_coefficients);
-      gap_lanes.add(sum_gaps);
+      coefficients.add(sum_coefficients);
+      gaps.add(sum_gaps);
     }
   }
 
-  TORCHCE_SIMD void raise(A new_max) {
-    exponential_lanes.scale(math::exp_of_negative(max - new_max));
-    if constexpr (Target::kSpread)
-      gap_lanes.add(weighted_gap(coefficient_lanes.sum, broadcast(max), broadcast(new_max)));
-    max = new_max;
+  TORCHCE_SIMD void raise(A logit) {
+    exponentials.scale(exp(broadcast(reference - logit)));
+    if constexpr (Target::kSpread) gaps.add(weighted_gap(coefficients.sum, broadcast(reference), broadcast(logit)));
+    reference = logit;
   }
 
-  TORCHCE_SIMD void finish() {
-    exponentials = sum_of<A>(exponential_lanes.sum);
-    coefficients = sum_of<A>(coefficient_lanes.sum);
-    gaps = sum_of<A>(gap_lanes.sum);
-    // A row with a logit has a term of 1. One of -inf alone has a maximum of -inf and, like one with a NaN, no sum.
-    if (!(exponentials >= 1)) {
-      max = -math::kInfinity<A>;
-      exponentials = max - max;
+ public:
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) {
+    constexpr int64_t P = Pack<T>::kSize;
+    reference = larger(kLowest<A>, load_one<A>(x));
+    int64_t k = 0;
+    for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
+    const int left = int((classes - k) / P);
+    add<0>(x, u, k, left);
+    k += left * P;
+    if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
+  }
+
+  TORCHCE_SIMD void write(Sums<Target, A, 1>& sums, int l) const {
+    sums.reference[l] = reference;
+    sums.max[l] = largest.value();
+    sums.exponentials[l] = sum_of<A>(exponentials.sum);
+    if constexpr (Target::kSpread) {
+      sums.coefficients[l] = sum_of<A>(coefficients.sum);
+      sums.gaps[l] = sum_of<A>(gaps.sum);
     }
   }
 };
 
+// Calls body(first row, rows) for strips of one vector.
+template <class A, class F>
+TORCHCE_SIMD void for_each_strip(int64_t row_begin, int64_t row_end, F body) {
+  for (int64_t row = row_begin; row < row_end; row += kLanes<A>) {
+    body(row, int(row_end - row < kLanes<A> ? row_end - row : kLanes<A>));
+  }
+}
+
 template <class T, class Target>
-void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
+void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partial* partial) {
   using A = Accumulate<T>;
-  const Rows rows = call.rows;  // a copy: what is stored might be the original, for all the compiler knows
-  const Statistics<A> statistics(rows, call.statistics);
-  for (int64_t r = row_begin; r < row_end; ++r) {
-    const RowPosition at(rows, r);
-    const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
-    A loss = 0, max = 0, sum = 1;
-    const auto reduce_row = [&] {
-      const RowSums<T, Target> sums(x, rows.classes, Coefficients<T, Target>(rows, at));
-      max = sums.max;
-      sum = sums.exponentials;
-      return sums;
+  const Forward call = original;  // what is stored might be the original, for all the compiler knows
+  const Rows& rows = call.rows;
+  for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
+    Sums<Target, A, 1> sums;
+    PerRow<A, 1> hot_logits{};
+    const auto add_rows = [&](const IndexedStrip<A, 1>* targets) TORCHCE_HD_LAMBDA {
+      RowPosition at(rows, row);
+      for (int l = 0; l < count; ++l, at.advance(rows)) {
+        if (targets != nullptr && targets->kept[l] == 0) continue;
+        const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
+        if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
+        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at)).write(sums, l);
+      }
+      write_losses<Target, A, 1>(call, row, count, sums, targets, hot_logits, partial);
     };
     if constexpr (Target::kProbabilities) {
-      const auto sums = reduce_row();
-      loss = spread_loss(A(1), sums.coefficients, sums.gaps, math::log(sums.exponentials));
-      statistics.spread[r] = sums.coefficients;
+      add_rows(nullptr);
     } else {
-      const IndexedRow<A> row(rows, at);
-      if (row.kind == RowKind::bad && partial->bad_row < 0) partial->bad_row = r;
-      if (row.kind == RowKind::kept) {
-        const auto sums = reduce_row();
-        const A log_sum = math::log(sums.exponentials);
-        loss = hot_loss(row.hot, load_one<A>(x + row.index), max, log_sum);
-        if constexpr (Target::kSpread) loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum);
-        partial->weight += row.weight;
-      }
+      const IndexedStrip<A, 1> targets(rows, row, count);
+      add_rows(&targets);
     }
-    statistics.max[r] = max;
-    statistics.sum[r] = sum;
-    partial->loss += loss;
-    if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
-  }
+  });
 }
 
 // grad_k = exp(x_k - max) scale - spread u_k, for every class.
@@ -196,30 +190,39 @@ void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   using A = Accumulate<T>;
   const Backward call = original;  // what is stored might be the original, for all the compiler knows
   const Rows& rows = call.rows;
-  const Statistics<A> statistics(rows, call.statistics);
-  for (int64_t r = row_begin; r < row_end; ++r) {
-    const RowPosition at(rows, r);
-    const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
-    T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
-    const Coefficients<T, Target> coefficients(rows, at);
-    const A max = statistics.max[r], sum = statistics.sum[r];
-    if constexpr (Target::kProbabilities) {
-      const A g = row_grad_output<A>(call, at);
-      row_gradient<T, Target>(x, grad, rows.classes, max, g * statistics.spread[r] / sum, g, coefficients);
-    } else {
-      const IndexedRow<A> row(rows, at);
-      if (row.kind == RowKind::ignored) {
-        std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);
-        continue;
+  for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
+    const auto write_rows = [&](const IndexedStrip<A, 1>* targets) TORCHCE_HD_LAMBDA {
+      const Factors<A, 1> factors(call, row, count, targets);
+      PerRow<A, 1> hot_gradients{};
+      if (targets != nullptr) {  // before a logit may be overwritten
+        RowPosition at(rows, row);
+        for (int l = 0; l < count; ++l, at.advance(rows)) {
+          const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
+          hot_gradients[l] = load_one<A>(x + targets->index[l]);
+        }
+        const auto p = scaled_probability(hot_gradients.lanes(0), factors.max.lanes(0), factors.scale.lanes(0));
+        hot_gradients.set(0, p - factors.spread.lanes(0) * targets->weight.lanes(0) - factors.hot.lanes(0));
       }
-      const A g = row.kind == RowKind::bad ? A(__builtin_nan("")) : row_grad_output<A>(call, at);
-      const A spread = g * row.uniform;
-      const A scale = (g * row.hot + spread * sum_of_class_weights<A>(call)) / sum;
-      const A hot_logit = load_one<A>(x + row.index);  // before it may be overwritten
-      row_gradient<T, Target>(x, grad, rows.classes, max, scale, spread, coefficients);
-      store_one(grad + row.index, scaled_probability(hot_logit, max, scale) - spread * row.weight - g * row.hot);
+      RowPosition at(rows, row);
+      for (int l = 0; l < count; ++l, at.advance(rows)) {
+        const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
+        T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
+        if (targets != nullptr && targets->kept[l] == 0) {
+          std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);
+          continue;
+        }
+        row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], factors.scale[l], factors.spread[l],
+                                Coefficients<T, Target>(rows, at));
+        if (targets != nullptr) store_one(grad + targets->index[l], hot_gradients[l]);
+      }
+    };
+    if constexpr (Target::kProbabilities) {
+      write_rows(nullptr);
+    } else {
+      const IndexedStrip<A, 1> targets(rows, row, count);
+      write_rows(&targets);
     }
-  }
+  });
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::along

@@ -20,13 +20,13 @@ constexpr int64_t kFewestClassesAlongForward = 64;
 constexpr int64_t kFewestClassesAlongBackward = 32;
 
 template <class Target>
-bool lanes_run_along(const softmax_ce::Rows& rows, int64_t fewest_classes) {
+bool lanes_run_along(const Rows& rows, int64_t fewest_classes) {
   return rows.classes >= fewest_classes && rows.logits_strides.classes == 1 &&
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
-inline void softmax_ce_forward(const softmax_ce::Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
+inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<Target>(call.rows, kFewestClassesAlongForward)) {
@@ -37,8 +37,8 @@ inline void softmax_ce_forward(const softmax_ce::Forward& call, int64_t row_begi
   });
 }
 
-inline void softmax_ce_backward(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
-  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
+inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t row_end) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<Target>(call.rows, kFewestClassesAlongBackward) && call.grad_strides.classes == 1) {
@@ -50,8 +50,8 @@ inline void softmax_ce_backward(const softmax_ce::Backward& call, int64_t row_be
 }
 
 // The gradient of probabilities that require one.
-inline void softmax_ce_backward_target(const softmax_ce::Backward& call, int64_t row_begin, int64_t row_end) {
-  softmax_ce::with_problem_types(call.rows, [&](auto logits, auto target) {
+inline void softmax_ce_backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
+  with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);

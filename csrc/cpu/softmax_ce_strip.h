@@ -9,12 +9,9 @@
 
 #include <type_traits>
 
-#include "../softmax_ce_row.h"
-#include "vector.h"
+#include "softmax_ce_per_row.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::across {
-
-using namespace softmax_ce;
 
 constexpr int kWide = 8;    // vectors in a strip of adjacent rows
 constexpr int kBlock = 32;  // classes: 16 KiB of AVX-512 vectors
@@ -24,12 +21,6 @@ template <class A, int W>
 struct Block {
   Lanes<A> values[kBlock][W];
 };
-
-// Whether rows lie side by side in an operand, one element apart.
-inline bool adjacent_rows(const Rows& rows, const RowStrides& strides, int64_t row, int count) {
-  if (rows.inner == 1) return strides.outer == 1;
-  return strides.inner == 1 && row % rows.inner + count <= rows.inner;
-}
 
 // The rows of one strip in one operand.
 template <class A, class T, int W>
@@ -171,108 +162,16 @@ TORCHCE_SIMD void for_each_block(int64_t classes, F body) {
   for (int64_t k = 0; k < classes; k += kBlock) body(k, int(classes - k < kBlock ? classes - k : kBlock));
 }
 
-// A number for each row of a strip.
-template <class A, int W>
-struct PerRow {
-  static constexpr int kRows = W * kLanes<A>;
-  A values[kRows];
-
-  A& operator[](int l) { return values[l]; }
-  TORCHCE_SIMD Lanes<A> lanes(int w) const { return load<A>(values + w * kLanes<A>); }
-  TORCHCE_SIMD void set(int w, Lanes<A> v) { store(values + w * kLanes<A>, v); }
-
-  // To and from memory, where the rows lie side by side; idle lanes are 0.
-  TORCHCE_SIMD static PerRow of(const A* p, int count) {
-    PerRow result;
-    if (count == kRows) {
-      std::memcpy(result.values, p, sizeof result.values);
-    } else {
-      for (int l = 0; l < kRows; ++l) result[l] = l < count ? p[l] : A(0);
-    }
-    return result;
+// Calls f(row of the strip, the row's value at its target class) for the classes k to k + classes - 1.
+template <class A, int W, class F>
+TORCHCE_SIMD void for_each_hot(const IndexedStrip<A, W>& targets, int64_t k, int classes, Block<A, W>& block, F f) {
+  constexpr int kRows = IndexedStrip<A, W>::kRows;
+  A(*values)[kRows] = reinterpret_cast<A(*)[kRows]>(block.values);
+  for (int l = 0; l < targets.count; ++l) {
+    const uint64_t c = uint64_t(targets.index[l] - k);
+    if (c < uint64_t(classes)) f(l, values[c][l]);
   }
-  TORCHCE_SIMD void write(A* p, int count) const {
-    if (count == kRows) {
-      std::memcpy(p, values, sizeof values);
-    } else {
-      for (int l = 0; l < count; ++l) p[l] = values[l];
-    }
-  }
-};
-
-// The class indices of a strip.
-template <class A, int W>
-struct IndexedStrip {
-  static constexpr int kRows = W * kLanes<A>;
-  int count;
-  int64_t index[kRows];  // a class even where the row is not kept
-  PerRow<A, W> weight;   // 0 for ignored rows and idle lanes, NaN for bad rows
-  PerRow<A, W> kept;     // 0 for ignored rows and idle lanes, else 1
-  A label_smoothing, classes;
-  bool any_bad, any_ignored;
-
-  TORCHCE_SIMD IndexedStrip(const Rows& rows, int64_t row, int count)
-      : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
-    read_targets(rows, row);
-    const A* weights = static_cast<const A*>(rows.weight);
-    constexpr int kStep = kLanes<double>;
-    Longs all_bad{}, all_ignored{};
-    for (int l = 0; l < kRows; l += kStep) {
-      Longs target;
-      std::memcpy(&target, index + l, sizeof target);
-      const Longs ignored = target == rows.ignore_index;
-      const Longs bad = ((target < 0) | (target >= rows.classes)) & ~ignored;
-      all_ignored |= ignored;
-      all_bad |= bad;
-      const Doubles keeps = math::select(ignored, Doubles{}, Doubles{} + 1);
-      const Doubles weighs = math::select(bad, Doubles{} + __builtin_nan(""), keeps);
-      store(kept.values + l, keeps);
-      store(weight.values + l, weighs);
-      target = math::select(ignored | bad, Longs{}, target);
-      std::memcpy(index + l, &target, sizeof target);
-    }
-    const auto any = [](const Longs& lanes) {
-      int64_t bits = 0;
-      for (int l = 0; l < kStep; ++l) bits |= lanes[l];
-      return bits != 0;
-    };
-    any_bad = any(all_bad);
-    any_ignored = any(all_ignored);
-    for (int l = 0; weights != nullptr && l < kRows; ++l) weight[l] *= kept[l] == 0 ? A(0) : weights[index[l]];
-    for (int l = count; l < kRows; ++l) weight[l] = kept[l] = 0;
-  }
-
-  TORCHCE_SIMD IndexTarget<Lanes<A>, A> coefficients(int w) const {
-    return {weight.lanes(w), label_smoothing, classes};
-  }
-
-  // Calls f(row of the strip, the row's value at its target class) for the classes k to k + classes - 1.
-  template <class F>
-  TORCHCE_SIMD void for_each_hot(int64_t k, int classes, Block<A, W>& block, F f) const {
-    A(*values)[kRows] = reinterpret_cast<A(*)[kRows]>(block.values);
-    for (int l = 0; l < count; ++l) {
-      const uint64_t c = uint64_t(index[l] - k);
-      if (c < uint64_t(classes)) f(l, values[c][l]);
-    }
-  }
-
- private:
-  TORCHCE_SIMD void read_targets(const Rows& rows, int64_t row) {
-    RowPosition at(rows, row);
-    with_index_type(rows.target_dtype, [&](auto type) {
-      const auto* target = static_cast<const decltype(type)*>(rows.target);
-      if (count == kRows && adjacent_rows(rows, rows.target_strides, row, kRows)) {
-        target += at.offset(rows.target_strides);
-        for (int l = 0; l < kRows; ++l) index[l] = target[l];
-        return;
-      }
-      for (int l = 0; l < kRows; ++l) {
-        index[l] = target[at.offset(rows.target_strides)];
-        if (l + 1 < count) at.advance(rows);
-      }
-    });
-  }
-};
+}
 
 // Splits a range of rows into strips and calls body(integral constant W, first row, rows in the strip).
 template <int W>

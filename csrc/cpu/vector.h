@@ -184,17 +184,30 @@ struct CompensatedSum {
   }
 };
 
+// Lanes of two vectors: lane I of `a` and then `b` for each I.
+template <size_t... I, class V>
+TORCHCE_SIMD V shuffle(V a, V b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else  // GCC has the function above since version 12 only
+  return __builtin_shuffle(a, b, decltype(a < b){I...});
+#endif
+}
+
+template <size_t distance, class V, size_t... I>
+TORCHCE_SIMD V swap_lanes(V v, std::index_sequence<I...>) {
+  return shuffle(v, v, std::index_sequence<(I ^ distance)...>());
+}
+
 // Folds the upper half of the lanes onto the lower until one is left, so that the order is fixed and short.
-template <class A, class V, class F>
+template <class A, size_t lanes = 0, class V, class F>
 TORCHCE_SIMD A fold(V v, F combine) {
-  if constexpr (sizeof(V) == 2 * sizeof(A)) {
-    return combine(A(v[0]), A(v[1]));
+  constexpr size_t kAll = sizeof(V) / sizeof(A), kHalf = (lanes == 0 ? kAll : lanes) / 2;
+  v = combine(v, swap_lanes<kHalf>(v, std::make_index_sequence<kAll>()));
+  if constexpr (kHalf > 1) {
+    return fold<A, kHalf>(v, combine);
   } else {
-    typedef A Half __attribute__((vector_size(sizeof(V) / 2)));
-    Half lower, upper;
-    std::memcpy(&lower, &v, sizeof lower);
-    std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
-    return fold<A>(combine(lower, upper), combine);
+    return v[0];
   }
 }
 template <class A>
@@ -205,6 +218,50 @@ template <class A>
 TORCHCE_SIMD A max_of(Lanes<A> v) {
   return fold<A>(v, [](auto a, auto b) { return larger(a, b); });
 }
+
+// The largest of packs, lane by lane; NaNs may not count. Never below kLowest.
+template <class T>
+class Largest {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  V largest;
+
+ public:
+  TORCHCE_SIMD Largest() : largest(broadcast(kLowest<A>)) {}
+  TORCHCE_SIMD void add(const T* p) {
+    const auto x = Pack<T>::load(p);
+    largest = larger(largest, larger(x.v[0], x.v[1]));
+  }
+  TORCHCE_SIMD A value() const { return max_of<A>(largest); }
+};
+
+// Of 16-bit floats, without widening them: the largest is the largest of integers if it has no sign, else the smallest
+// of integers without one.
+template <class T>
+  requires kSixteenBits<T>
+class Largest<T> {
+  typedef int16_t Shorts __attribute__((vector_size(kBytes)));
+  typedef uint16_t Magnitudes __attribute__((vector_size(kBytes)));
+  Shorts most;
+  Magnitudes least;
+
+ public:
+  TORCHCE_SIMD Largest() : most(Shorts{} + int16_t(-0x8000)), least(Magnitudes{} + uint16_t(0xffff)) {}  // -0 and a NaN
+  TORCHCE_SIMD void add(const T* p) {
+    Shorts x;
+    std::memcpy(&x, p, sizeof x);
+    const Magnitudes m = Magnitudes(x);
+    most = x > most ? x : most;
+    least = m < least ? m : least;
+  }
+  TORCHCE_SIMD float value() const {
+    const Shorts bits = most >= 0 ? most : Shorts(least);
+    T stored[Pack<T>::kSize];
+    std::memcpy(stored, &bits, sizeof stored);
+    const auto x = Pack<T>::load(stored);
+    return max_of<float>(larger(larger(broadcast(kLowest<float>), x.v[0]), x.v[1]));
+  }
+};
 
 // A sum of vectors in double, over all lanes.
 template <class A>
@@ -227,11 +284,7 @@ struct SumInDouble {
 template <bool kUpper, class V, size_t... I>
 TORCHCE_SIMD V interleave(V a, V b, std::index_sequence<I...>) {
   constexpr size_t L = sizeof...(I);
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...);
-#else  // GCC has the function above since version 12 only
-  return __builtin_shuffle(a, b, decltype(a < b){(I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...});
-#endif
+  return shuffle(a, b, std::index_sequence<(I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...>());
 }
 
 // Swaps rows and columns of a square of lanes. A vector and its partner half the square away are interleaved; that

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #define TORCHCE_HD __host__ __device__ __forceinline__
@@ -136,19 +137,65 @@ TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 TORCHCE_HD double log(double x) { return __builtin_log(x); }
 TORCHCE_HD double log1p_unit(double x) { return __builtin_log1p(x); }
 
-// Adding 1.5 * 2^23 to a float leaves it, rounded to an integer, in the low bits of the mantissa. With the exponent's
-// bias added too, those bits shifted into the exponent's place are a power of two.
-constexpr float kRoundToInteger = 12582912.0f;
-constexpr float kExponentBias = 127.0f;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147182f;
 constexpr float kLn2High = 0.693359375f,
-                kLn2Low = -2.12194440e-4f;  // in two parts: the first times an integer is exact
+                kLn2Low = -2.12194440e-4f;  // in two parts: the first times a multiple of 1/32 is exact
 
+// e^x = 2^n 2^f, n = k + i / 2^b, |f| <= 2^-(b+1). Where a permutation of lanes can look up 2^(i/2^b), b is as large as
+// the lanes of two AVX-512 vectors or one of AVX2 allow, and the polynomial of f is short. Elsewhere b is 0.
+//
+// Adding 1.5 * 2^(23-b) to a float leaves it, rounded to a multiple of 2^-b, in the low bits of the mantissa: i lowest,
+// k above. Shifted into the exponent's place k is a power of two, but for the exponent's bias, which is in the table.
+// Where there is none, it is part of the number that is added.
 template <class F>
-TORCHCE_HD F power_of_two(F shifted) {
-  return from_bits(to_bits(shifted) << 23);
-}
+constexpr int kTableBits = sizeof(F) == 64   ? 5
+                           : sizeof(F) == 32 ? 3
+                                             : 0;
+template <class F>
+constexpr float kRoundToTable = float(3 << (22 - kTableBits<F>)) + (kTableBits<F> == 0 ? 127.0f : 0.0f);
+
+// 2^(i/32)
+constexpr float kPowers[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+
+// 2^n of a float to which kRoundToTable has been added.
+template <class F, int bits = kTableBits<F> >
+class PowerOfTwo {
+  using I = typename BitsOf<F>::type;
+  static constexpr int kLanes = sizeof(F) / sizeof(float);
+
+  // 2^(i/2^b) less i, which is shifted along with k.
+  static constexpr int32_t entry(int i) {
+    return __builtin_bit_cast(int32_t, kPowers[i << (5 - bits)]) - (i << (23 - bits));
+  }
+  template <int... lane>
+  TORCHCE_HD static I table(int first, std::integer_sequence<int, lane...>) {
+    return I{entry(first + lane)...};
+  }
+  I lower, upper;
+
+ public:
+  TORCHCE_HD PowerOfTwo()
+      : lower(table(0, std::make_integer_sequence<int, kLanes>())),
+        upper(table((1 << bits) - kLanes, std::make_integer_sequence<int, kLanes>())) {}
+  TORCHCE_HD F operator()(F shifted) const {
+    const I n = to_bits(shifted);  // a permutation sees the lowest bits alone
+    if constexpr (1 << bits == kLanes) {
+      return from_bits((n << (23 - bits)) + __builtin_shuffle(lower, n));
+    } else {
+      return from_bits((n << (23 - bits)) + __builtin_shuffle(lower, upper, n));
+    }
+  }
+};
+template <class F>
+class PowerOfTwo<F, 0> {
+ public:
+  TORCHCE_HD F operator()(F shifted) const { return from_bits(to_bits(shifted) << 23); }
+};
 
 // Of a polynomial, the highest power's first.
 template <class F, int n>
@@ -170,27 +217,47 @@ TORCHCE_HD F polynomial(F r, const Terms<Term, n>& terms) {
   return p;
 }
 
-// e^r for |r| <= ln 2 / 2: a minimax fit with a relative error of 2^-28.
+// e^r for |r| <= ln 2 / 2^(b+1): minimax fits with relative errors of 2^-28 (b = 0) and less than 2^-32.
+template <int bits>
 struct LongExp {
   static constexpr Terms<float, 7> kTerms = {
       {1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f}};
-  // x - n ln 2
-  template <class F>
-  TORCHCE_HD static F rest(F x, F n) {
-    return (x - n * kLn2High) - n * kLn2Low;
-  }
+};
+template <>
+struct LongExp<3> {
+  static constexpr Terms<float, 5> kTerms = {{4.16604323e-2f, 1.66680259e-1f, 0.5f, 1.0f, 1.0f}};
+};
+template <>
+struct LongExp<5> {
+  static constexpr Terms<float, 4> kTerms = {{1.66666808e-1f, 0.5f, 1.0f, 1.0f}};
 };
 
-// 2^f for |f| <= 1/2: a minimax fit that is exactly 1 at 0. e^x is within |x| 2^-26 + 2^-23 of its value, in three
-// operations less. A fused multiply-add does not round the product; without one it is |x| 2^-24 more.
+// 2^f for |f| <= 2^-(b+1): minimax fits that are exactly 1 at 0, with relative errors of 2^-23.4, 2^-25 and 2^-24. e^x
+// is within |x| 2^-26 + 2^-23 of its value, in two or three operations less. A fused multiply-add does not round the
+// product; without one it is |x| 2^-24 more.
+template <int bits>
 struct ShortExp {
   static constexpr Terms<float, 6> kTerms = {
       {1.3264646e-3f, 9.671576e-3f, 5.5507347e-2f, 2.4022241e-1f, 6.93147e-1f, 1.0f}};
-  template <class F>
-  TORCHCE_HD static F rest(F x, F n) {
-    return x * kLog2E - n;
-  }
 };
+template <>
+struct ShortExp<3> {
+  static constexpr Terms<float, 4> kTerms = {{5.54962218e-2f, 2.4025763e-1f, 6.93147214e-1f, 1.0f}};
+};
+template <>
+struct ShortExp<5> {
+  static constexpr Terms<float, 3> kTerms = {{2.40226531e-1f, 6.9315733e-1f, 1.0f}};
+};
+
+// The polynomial of what is left of x beyond n.
+template <bool kShort, class F, class Term, int count>
+TORCHCE_HD F exp_of_rest(F x, F n, const Terms<Term, count>& terms) {
+  if constexpr (kShort) {
+    return polynomial(x * kLog2E - n, terms);
+  } else {
+    return polynomial((x - n * kLn2High) - n * kLn2Low, terms);
+  }
+}
 
 // e^x for x <= 0, or NaN. 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are right too.
 template <class F>
@@ -198,11 +265,11 @@ TORCHCE_HD F exp_of_negative(F x) {
   if constexpr (kOfDoubles<F>) {
     return each_lane(x, [](double lane) { return exp_of_negative(lane); });
   } else {
-    constexpr float kRound = kRoundToInteger + kExponentBias + 64.0f;
-    constexpr auto kTerms = 0x1p-64f * LongExp::kTerms;
+    constexpr float kRound = kRoundToTable<F> + 64.0f;
+    constexpr auto kTerms = 0x1p-64f * LongExp<kTableBits<F> >::kTerms;
     x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
     const F shifted = x * kLog2E + kRound;
-    return polynomial(LongExp::rest(x, shifted - kRound), kTerms) * power_of_two(shifted);
+    return exp_of_rest<false>(x, shifted - kRound, kTerms) * PowerOfTwo<F>()(shifted);
   }
 }
 
@@ -214,9 +281,10 @@ TORCHCE_HD float unseen(float value) {
   return from_bits(bits);
 }
 
-// e^x for x <= 0, or NaN, in a sum that has a term of 1 in it, where what is below 2^-126 counts for nothing.
+// e^x for x <= 64, or NaN, in a sum that has a term of 1 or more in it, where what is below 2^-126 counts for nothing.
 template <class V>
 struct ExpInSum {
+  PowerOfTwo<V, kOfDoubles<V> ? 0 : kTableBits<V> > power_of_two;
   V least{};  // 2^-127 is one less than the exponent can say, which makes it 0
 
   TORCHCE_HD ExpInSum() {
@@ -226,10 +294,9 @@ struct ExpInSum {
     if constexpr (kOfDoubles<V>) {
       return exp_of_negative(x);
     } else {
-      constexpr float kRound = kRoundToInteger + kExponentBias;
       x = select(x < least, least, x);
-      const V shifted = x * kLog2E + kRound;
-      return polynomial(ShortExp::rest(x, shifted - kRound), ShortExp::kTerms) * power_of_two(shifted);
+      const V shifted = x * kLog2E + kRoundToTable<V>;
+      return exp_of_rest<true>(x, shifted - kRoundToTable<V>, ShortExp<kTableBits<V> >::kTerms) * power_of_two(shifted);
     }
   }
 };
@@ -241,7 +308,7 @@ TORCHCE_HD F exp_in_sum(F x) {
 }
 
 // The larger of x <= 0 and of y < 0; a NaN may count as -infinity. As integers without a sign negative floats go the
-// other way, and a minimum of integers keeps out of the way of the multiplications, where one of floats does not.
+// other way, and a minimum of integers keeps out of the way of the additions, where one of floats does not.
 template <class V>
 TORCHCE_HD V larger_of_negatives(V x, V y) {
 #if defined(__SSE2__) && !defined(__SSE4_1__)  // has no such instruction
@@ -261,7 +328,9 @@ TORCHCE_HD V larger_of_negatives(V x, V y) {
 // is no excess, because a product with less than 2^-126 is 0 then.
 template <class V, bool kShort>
 struct ScaledExp {
-  using Exp = std::conditional_t<kShort, ShortExp, LongExp>;
+  static constexpr int kBits = kOfDoubles<V> ? 0 : kTableBits<V>;
+  using Exp = std::conditional_t<kShort, ShortExp<kBits>, LongExp<kBits> >;
+  PowerOfTwo<V, kBits> power_of_two;
   Terms<V, Exp::kTerms.kCount> terms{};
   V round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
 
@@ -271,7 +340,7 @@ struct ScaledExp {
     } else {
       const auto small = abs(scale) < 0x1p-24f;
       terms = select(small, scale, scale * 0x1p-64f) * Exp::kTerms;
-      round = select(small, V{} + (kRoundToInteger + kExponentBias), V{} + (kRoundToInteger + kExponentBias + 64.0f));
+      round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + 64.0f));
       least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
     }
   }
@@ -281,7 +350,7 @@ struct ScaledExp {
     } else {
       x = larger_of_negatives(x, least);
       const V shifted = x * kLog2E + round;
-      return polynomial(Exp::rest(x, shifted - round), terms) * power_of_two(shifted);
+      return exp_of_rest<kShort>(x, shifted - round, terms) * power_of_two(shifted);
     }
   }
 };
@@ -291,6 +360,9 @@ template <class F>
 TORCHCE_HD typename BitsOf<F>::type exponent_of(F x) {
   return (to_bits(x) - 0x3f666666) >> 23;
 }
+
+// Adding it to a float leaves that, rounded to an integer, in the low bits of the mantissa.
+constexpr float kRoundToInteger = 12582912.0f;
 
 // n ln 2 + log(1 + x), the latter as 2 atanh(x / (2 + x)).
 template <class F>

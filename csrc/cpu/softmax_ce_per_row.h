@@ -1,0 +1,254 @@
+// What a few neighbouring rows have once each, a lane a row: targets, sums, losses, factors of the gradient. The same
+// for both ways of laying the logits themselves on lanes (softmax_ce_along.h, softmax_ce_across.h).
+//
+// A strip is W vectors of such rows. One with fewer rows than lanes has idle lanes, which hold harmless numbers and are
+// never stored.
+#pragma once
+
+#include <cstring>
+
+#include "../softmax_ce_row.h"
+#include "vector.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL {
+
+using namespace softmax_ce;
+
+// Whether rows lie side by side in an operand, one element apart.
+inline bool adjacent_rows(const Rows& rows, const RowStrides& strides, int64_t row, int count) {
+  if (rows.inner == 1) return strides.outer == 1;
+  return strides.inner == 1 && row % rows.inner + count <= rows.inner;
+}
+
+// A number for each row of a strip.
+template <class A, int W>
+struct PerRow {
+  static constexpr int kRows = W * kLanes<A>;
+  A values[kRows];
+
+  A& operator[](int l) { return values[l]; }
+  A operator[](int l) const { return values[l]; }
+  TORCHCE_SIMD Lanes<A> lanes(int w) const { return load<A>(values + w * kLanes<A>); }
+  TORCHCE_SIMD void set(int w, Lanes<A> v) { store(values + w * kLanes<A>, v); }
+
+  // To and from memory, where the rows lie side by side; idle lanes are 0.
+  TORCHCE_SIMD static PerRow of(const A* p, int count) {
+    PerRow result;
+    if (count == kRows) {
+      std::memcpy(result.values, p, sizeof result.values);
+    } else {
+      for (int l = 0; l < kRows; ++l) result[l] = l < count ? p[l] : A(0);
+    }
+    return result;
+  }
+  TORCHCE_SIMD void write(A* p, int count) const {
+    if (count == kRows) {
+      std::memcpy(p, values, sizeof values);
+    } else {
+      for (int l = 0; l < count; ++l) p[l] = values[l];
+    }
+  }
+};
+
+// The class indices of a strip.
+template <class A, int W>
+struct IndexedStrip {
+  static constexpr int kRows = W * kLanes<A>;
+  int count;
+  int64_t index[kRows];  // a class even where the row is not kept
+  PerRow<A, W> weight;   // 0 for ignored rows and idle lanes, NaN for bad rows
+  PerRow<A, W> kept;     // 0 for ignored rows and idle lanes, else 1
+  A label_smoothing, classes;
+  bool any_bad, any_ignored;
+
+  TORCHCE_SIMD IndexedStrip(const Rows& rows, int64_t row, int count)
+      : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
+    read_targets(rows, row);
+    const A* weights = static_cast<const A*>(rows.weight);
+    constexpr int kStep = kLanes<double>;
+    Longs all_bad{}, all_ignored{};
+    for (int l = 0; l < kRows; l += kStep) {
+      Longs target;
+      std::memcpy(&target, index + l, sizeof target);
+      const Longs ignored = target == rows.ignore_index;
+      const Longs bad = ((target < 0) | (target >= rows.classes)) & ~ignored;
+      all_ignored |= ignored;
+      all_bad |= bad;
+      const Doubles keeps = math::select(ignored, Doubles{}, Doubles{} + 1);
+      const Doubles weighs = math::select(bad, Doubles{} + __builtin_nan(""), keeps);
+      store(kept.values + l, keeps);
+      store(weight.values + l, weighs);
+      target = math::select(ignored | bad, Longs{}, target);
+      std::memcpy(index + l, &target, sizeof target);
+    }
+    const auto any = [](const Longs& lanes) {
+      int64_t bits = 0;
+      for (int l = 0; l < kStep; ++l) bits |= lanes[l];
+      return bits != 0;
+    };
+    any_bad = any(all_bad);
+    any_ignored = any(all_ignored);
+    for (int l = 0; weights != nullptr && l < kRows; ++l) weight[l] *= kept[l] == 0 ? A(0) : weights[index[l]];
+    for (int l = count; l < kRows; ++l) weight[l] = kept[l] = 0;
+  }
+
+  TORCHCE_SIMD IndexTarget<Lanes<A>, A> coefficients(int w) const {
+    return {weight.lanes(w), label_smoothing, classes};
+  }
+
+ private:
+  TORCHCE_SIMD void read_targets(const Rows& rows, int64_t row) {
+    RowPosition at(rows, row);
+    with_index_type(rows.target_dtype, [&](auto type) {
+      const auto* target = static_cast<const decltype(type)*>(rows.target);
+      if (count == kRows && adjacent_rows(rows, rows.target_strides, row, kRows)) {
+        target += at.offset(rows.target_strides);
+        for (int l = 0; l < kRows; ++l) index[l] = target[l];
+        return;
+      }
+      for (int l = 0; l < kRows; ++l) {
+        index[l] = target[at.offset(rows.target_strides)];
+        if (l + 1 < count) at.advance(rows);
+      }
+    });
+  }
+};
+
+// By how much a logit may exceed what its row's sum is against: e^64 times as many classes as memory holds is far from
+// an overflow.
+template <class A>
+constexpr A kHeadroom = 64;
+
+// What the logits of each row add up to, against a number near the largest of them; a row that is left out has none.
+template <class Target, class A, int W>
+struct Sums {
+  using V = Lanes<A>;
+  static constexpr int kSpreadVectors = Target::kSpread ? W : 1;
+  PerRow<A, W> reference, max;
+  PerRow<A, W> exponentials;                     // sum_k exp(x_k - reference)
+  PerRow<A, kSpreadVectors> coefficients, gaps;  // sum_k u_k, sum_k u_k (x_k - reference)
+
+  TORCHCE_SIMD Sums() {
+    for (int w = 0; w < W; ++w) {
+      reference.set(w, V{});
+      max.set(w, V{});
+      exponentials.set(w, broadcast<A>(1));
+    }
+    for (int w = 0; w < kSpreadVectors; ++w) {
+      coefficients.set(w, V{});
+      gaps.set(w, V{});
+    }
+  }
+
+  // From here on against the largest logit. The exponential is the one that was summed, so that its error, which is in
+  // proportion to its argument, is the same with the other sign.
+  TORCHCE_SIMD void refer_to_max() {
+    const math::ExpInSum<V> exp;
+    for (int w = 0; w < W; ++w) {
+      const V from = reference.lanes(w), to = max.lanes(w);
+      const V sum = exponentials.lanes(w) * exp(from - to);
+      // A row with a logit has a term of 1, but for the rounding of what the sum was multiplied with. A row of -inf
+      // alone has no sum, nor has one with a NaN or with +inf; the maximum of the former is -inf.
+      const auto has_sum = sum > V{};
+      exponentials.set(w, math::select(has_sum, larger(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
+      max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
+      if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + weighted_gap(coefficients.lanes(w), from, to));
+    }
+  }
+};
+
+// Losses and statistics of a strip from its sums. `targets` and `hot_logits`, the logits of the target classes, are
+// unused where the target is of probabilities.
+template <class Target, class A, int W>
+TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums<Target, A, W>& sums,
+                               const IndexedStrip<A, W>* targets, const PerRow<A, W>& hot_logits, Partial* partial) {
+  using V = Lanes<A>;
+  const Rows& rows = call.rows;
+  sums.refer_to_max();
+  PerRow<A, W> loss;
+  SumInDouble<A> loss_sum, weight_sum;
+  for (int w = 0; w < W; ++w) {
+    const V log_sum = math::log(sums.exponentials.lanes(w));
+    V v{};
+    if constexpr (Target::kProbabilities) {
+      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+    } else {
+      const auto target = targets->coefficients(w);
+      v = hot_loss(target.hot, hot_logits.lanes(w), sums.max.lanes(w), log_sum);
+      if constexpr (Target::kSpread) {
+        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+      }
+      v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
+      weight_sum.add(targets->weight.lanes(w));
+    }
+    loss.set(w, v);
+  }
+  for (int l = count; l < W * kLanes<A>; ++l) loss[l] = 0;
+  for (int w = 0; w < W; ++w) loss_sum.add(loss.lanes(w));
+  partial->loss += loss_sum.value();
+  if constexpr (!Target::kProbabilities) {
+    partial->weight += weight_sum.value();
+    if (targets->any_bad && partial->bad_row < 0) partial->bad_row = first_bad_row(rows, row, row + count);
+  }
+  const Statistics<A> statistics(rows, call.statistics);
+  sums.max.write(statistics.max + row, count);
+  sums.exponentials.write(statistics.sum + row, count);
+  if constexpr (Target::kProbabilities) sums.coefficients.write(statistics.spread + row, count);
+  if (rows.reduction == Reduction::none) {
+    with_float_type(call.loss_dtype, [&](auto storage) {
+      auto* out = static_cast<decltype(storage)*>(call.loss) + row;
+      for (int l = 0; l < count; ++l) store_one(out + l, loss[l]);
+    });
+  }
+}
+
+// What the upstream gradient multiplies the rows of a strip with.
+template <int W, class A>
+TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int count) {
+  PerRow<A, W> result;
+  RowPosition at(call.rows, row);
+  if (call.rows.reduction != Reduction::none) {
+    const auto of_all = broadcast(row_grad_output<A>(call, at));
+    for (int w = 0; w < W; ++w) result.set(w, of_all);
+    return result;
+  }
+  for (int l = 0; l < W * kLanes<A>; ++l) {
+    result[l] = row_grad_output<A>(call, at);
+    if (l + 1 < count) at.advance(call.rows);
+  }
+  return result;
+}
+
+// The gradient of class k of a row: exp(x_k - max) scale - spread u_k, and for the target class less hot.
+template <class A, int W>
+struct Factors {
+  using V = Lanes<A>;
+  PerRow<A, W> max, scale, spread, hot;
+
+  TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedStrip<A, W>* targets) {
+    const Statistics<A> statistics(call.rows, call.statistics);
+    const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
+    const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+    max = PerRow<A, W>::of(statistics.max + row, count);
+    if (targets == nullptr) {  // probabilities
+      const auto coefficients = PerRow<A, W>::of(statistics.spread + row, count);
+      for (int w = 0; w < W; ++w) {
+        const V g = grad_output.lanes(w);
+        hot.set(w, V{});
+        spread.set(w, g);
+        scale.set(w, g * coefficients.lanes(w) / sum.lanes(w));
+      }
+      return;
+    }
+    const A class_weights = sum_of_class_weights<A>(call);
+    for (int w = 0; w < W; ++w) {
+      const auto target = targets->coefficients(w);
+      const V g = grad_output.lanes(w), of_all = g * target.uniform;
+      hot.set(w, target.hot * g);
+      spread.set(w, of_all);
+      scale.set(w, (target.hot * g + of_all * class_weights) / sum.lanes(w));
+    }
+  }
+};
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL
