@@ -20,7 +20,8 @@ class StripSums {
   V reference[W], largest[W];
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
 
-  TORCHCE_SIMD void add(const Block<A, W>& x, const Coefficients<Target, A, W>& u, int count) {
+  TORCHCE_SIMD void add(const Strip<A, const T, W>& logits, int64_t k, int count, const Block<A, W>& x,
+                        const Coefficients<Target, A, W>& u) {
     V sum[W], sum_coefficients[W], sum_gaps[W];
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       V excess = broadcast(kLowest<A>);  // of a logit over the headroom
@@ -29,6 +30,7 @@ class StripSums {
         V max = largest[w];
         sum[w] = sum_coefficients[w] = sum_gaps[w] = V{};
         for (int c = 0; c < count; ++c) {
+          logits.template prefetch_next<0>(k + c, w);
           max = larger(max, x.values[c][w]);
           sum[w] += exp(x.values[c][w] - from);
           if constexpr (Target::kSpread) {
@@ -74,11 +76,8 @@ class StripSums {
       logits.read(k, count, x);
       look(k, count, x);
       if constexpr (Target::kSpread) u.read(k, count);
-      for (int w = 0; w < W; ++w) {
-        for (int c = 0; c < count; ++c) logits.template prefetch_next<0>(k + c, w);
-        if (k == 0) reference[w] = larger(largest[w], x.values[0][w]);
-      }
-      add(x, u, count);
+      for (int w = 0; w < W && k == 0; ++w) reference[w] = larger(largest[w], x.values[0][w]);
+      add(logits, k, count, x, u);
     });
   }
 
