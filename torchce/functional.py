@@ -75,6 +75,30 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
     return not (in_forward_ad() or in_functorch() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
+def _looks_plain(input: Tensor, target: Tensor, ignore_index: int, label_smoothing: float) -> bool:
+    """Whether nothing that the op does not find out itself can be wrong with a loss of class indices.
+
+    It is asked first, because a small loss takes less time than all the questions of :func:`_have_kernels` and
+    :func:`_cross_entropy_problem`.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and (type(input) is Tensor or type(input) is Parameter)
+        and type(target) is Tensor
+        and target.dtype is torch.int64
+        and (target.is_cpu if input.is_cpu else input.is_cuda and target.is_cuda and not _CHECKS_TARGETS)
+        and type(ignore_index) is int
+        and type(label_smoothing) is float
+        and 0.0 <= label_smoothing <= 1.0
+        and not (
+            in_forward_ad()
+            or in_functorch()
+            or torch._C._is_tracing()  # type: ignore[attr-defined]
+            or torch._C._is_any_autocast_enabled()
+        )
+    )
+
+
 def _no_kernels(**tensors: Tensor | None) -> str:
     """What :func:`_have_kernels` did not find, in words."""
     kinds = ", ".join(
@@ -179,6 +203,11 @@ def cross_entropy(
         )
         return loss
     number = _reduction_number(reduction, size_average, reduce)
+    if weight is None and not inplace_backward and _looks_plain(input, target, ignore_index, label_smoothing):
+        try:
+            return softmax_ce(input, target, None, number, ignore_index, label_smoothing, None, False)
+        except RuntimeError:  # what the matter is, is found out below
+            pass
     if _have_kernels(input, target, weight) and not _requires_grad(weight):
         problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
     else:

@@ -56,10 +56,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        # As an attribute a buffer takes ten times as long to find, more than any check of a small loss.
+        buffers = self._buffers
+        weight = buffers["weight"] if "weight" in buffers else self.weight  # noqa: SIM401  (`get` looks for both)
         return functional.cross_entropy(
             input,
             target,
-            weight=self.weight,
+            weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,

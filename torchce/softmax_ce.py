@@ -81,17 +81,13 @@ class SoftmaxCE(Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        label_smoothing: float,
+        options: Options,
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        loss, statistics, totals = ops.softmax_ce_forward(
-            logits, target, weight, reduction, ignore_index, label_smoothing, dtype
-        )
+        loss, statistics, totals = ops.softmax_ce_forward(logits, target, weight, *options, dtype)
         ctx.save_for_backward(logits, target, weight, statistics, totals)
-        ctx.options = (reduction, ignore_index, label_smoothing)
+        ctx.options = options
         ctx.overwritten = Overwritten() if inplace_backward else None
         return loss
 
@@ -100,23 +96,24 @@ class SoftmaxCE(Function):
         if ctx.overwritten is not None:
             ctx.overwritten.check()
         logits, target, weight, statistics, totals = ctx.saved_tensors
-        reduction, _, label_smoothing = ctx.options
-        needs_logits, needs_target = ctx.needs_input_grad[:2]
+        options = ctx.options
+        needs_logits, needs_target, *_ = ctx.needs_input_grad
         grad_logits = grad_target = None
         if differentiates_backward():
-            grad_logits, grad_target = gradients(grad_output, logits, target, weight, ctx.options)
+            grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
         else:
             saved = (grad_output, logits, target, weight, statistics, totals)
             if needs_target:  # first: the logits it reads may be overwritten next
+                reduction, _, label_smoothing = options
                 grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
             if not needs_logits:
                 pass
             elif ctx.overwritten is None:
-                grad_logits = ops.softmax_ce_backward(*saved, *ctx.options)
+                grad_logits = ops.softmax_ce_backward(*saved, *options)
             else:
-                ops.softmax_ce_backward_(*saved, *ctx.options)
+                ops.softmax_ce_backward_(*saved, *options)
                 grad_logits = ctx.overwritten.mark(logits)
-        return grad_logits if needs_logits else None, grad_target if needs_target else None, *[None] * 6
+        return grad_logits if needs_logits else None, grad_target if needs_target else None, None, None, None, None
 
 
 def softmax_ce(
@@ -131,7 +128,7 @@ def softmax_ce(
 ) -> Tensor:
     """The loss of checked inputs, as :func:`torchce.ops.softmax_ce_forward` takes them, differentiable."""
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
-        arguments = (logits, target, weight, reduction, ignore_index, label_smoothing, dtype, inplace_backward)
-        loss: Tensor = SoftmaxCE.apply(*arguments)  # type: ignore[no-untyped-call]
+        options = (reduction, ignore_index, label_smoothing)
+        loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
     return ops.softmax_ce_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]

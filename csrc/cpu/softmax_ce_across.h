@@ -26,12 +26,16 @@ class StripSums {
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       V excess = broadcast(kLowest<A>);  // of a logit over the headroom
       for (int w = 0; w < W; ++w) {
-        const V from = reference[w];
         V max = largest[w];
+        if constexpr (Target::kSpread) {
+          for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
+          raise_to(max, w);
+        }
+        const V from = reference[w];
         sum[w] = sum_coefficients[w] = sum_gaps[w] = V{};
         for (int c = 0; c < count; ++c) {
           logits.template prefetch_next<0>(k + c, w);
-          max = larger(max, x.values[c][w]);
+          if constexpr (!Target::kSpread) max = larger(max, x.values[c][w]);
           sum[w] += exp(x.values[c][w] - from);
           if constexpr (Target::kSpread) {
             const V coefficient = u.at(c, w);
@@ -45,7 +49,7 @@ class StripSums {
       return max_of<A>(excess) > 0;
     };
     if (sum_up()) {
-      for (int w = 0; w < W; ++w) raise(w);
+      for (int w = 0; w < W; ++w) raise_to(largest[w], w);
       sum_up();
     }
     for (int w = 0; w < W; ++w) {
@@ -57,10 +61,10 @@ class StripSums {
     }
   }
 
-  TORCHCE_SIMD void raise(int w) {
-    exponentials[w].scale(exp(reference[w] - largest[w]));
-    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, reference[w], largest[w]));
-    reference[w] = largest[w];
+  TORCHCE_SIMD void raise_to(V logit, int w) {
+    exponentials[w].scale(exp(reference[w] - logit));
+    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, reference[w], logit));
+    reference[w] = logit;
   }
 
  public:

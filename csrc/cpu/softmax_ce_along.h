@@ -7,7 +7,9 @@
 //
 // A row is read once. Its exponentials are summed against its first logit, until one turns up that is so much larger
 // that a sum might overflow, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018,
-// arXiv:1805.02867) and the block is taken again.
+// arXiv:1805.02867) and the block is taken again. Where every class has a part in the target, sums are against the
+// largest logit so far, which is looked for before each block: what they hold besides exponentials, the gaps to it,
+// would cancel out to a small loss of large terms.
 #pragma once
 
 #include "softmax_ce_per_row.h"
@@ -64,6 +66,10 @@ class RowSums {
     constexpr int64_t P = Pack<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
     Largest<T> largest_here = largest;
+    if constexpr (Target::kSpread) {
+      for (int i = 0; i < count; ++i) largest_here.add(x + k + i * P);
+      raise_to(largest_here.value());
+    }
     V sum, sum_coefficients, sum_gaps;
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       const V from = broadcast(reference);
@@ -71,7 +77,7 @@ class RowSums {
 #pragma GCC unroll 2
       for (int i = 0; i < count; ++i) {
         Pack<T> pack = Pack<T>::load(x + k + i * P);
-        largest_here.add(x + k + i * P);
+        if constexpr (!Target::kSpread) largest_here.add(x + k + i * P);
         if constexpr (kCount == kRemainder) pack = pack.from(begin - k, -math::kInfinity<A>);
         for (const V& v : pack.v) sum += exp(v - from);
         if constexpr (Target::kSpread) {
@@ -85,10 +91,11 @@ class RowSums {
       }
     };
     sum_up();
-    const A max_so_far = largest_here.value();
-    if (max_so_far > reference + kHeadroom<A>) {
-      raise(max_so_far);
-      sum_up();
+    if constexpr (!Target::kSpread) {
+      if (largest_here.value() > reference + kHeadroom<A>) {
+        raise_to(largest_here.value());
+        sum_up();
+      }
     }
     largest = largest_here;
     exponentials.add(sum);
@@ -98,7 +105,8 @@ class RowSums {
     }
   }
 
-  TORCHCE_SIMD void raise(A logit) {
+  TORCHCE_SIMD void raise_to(A logit) {
+    if (!(logit > reference)) return;
     exponentials.scale(exp(broadcast(reference - logit)));
     if constexpr (Target::kSpread) gaps.add(weighted_gap(coefficients.sum, broadcast(reference), broadcast(logit)));
     reference = logit;
