@@ -83,6 +83,42 @@ def test_logits_masked_with_the_least_number(device: str, dtype: torch.dtype, la
     check_softmax_ce(logits, target, reduction="none")
 
 
+@pytest.mark.parametrize("classes", [10, 33, 513, 1601])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_first_logit_far_below(device: str, dtype: torch.dtype, kind: str, layout: str | None, classes: int) -> None:
+    """The CPU kernels sum against the first logit until another exceeds it by 64."""
+    gaps = [10.0, 60.0, 63.0, 66.0, 100.0, 1e4]
+    logits = cases.arranged(layout, (len(gaps), classes), dtype, device)
+    for row, gap in enumerate(gaps):
+        logits[row, 0] -= gap
+        logits[row, -1] += gap  # and the last block is another beginning
+    target = cases.softmax_target(kind, logits.shape, dtype, device)
+    check_softmax_ce(logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [10, 65])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("of", ["weight", "grad_output"])
+def test_nan_with_every_bit_set(device: str, of: str, dtype: torch.dtype, layout: str | None, classes: int) -> None:
+    """Rounding such a NaN to bfloat16 as if it were a number would make it 0."""
+    nan = torch.full([], -1, dtype=torch.int32, device=device).view(torch.float32)
+    logits = cases.arranged(layout, (3, classes), dtype, device).requires_grad_()
+    weight = torch.ones(classes, device=device)
+    grad_output = torch.ones(3, device=device)
+    if of == "weight":
+        weight[1] = nan
+    else:
+        grad_output[1] = nan
+    with torch.autocast(device, torch.bfloat16):  # the loss and what comes back for it are float32
+        loss = torchce.functional.cross_entropy(logits, torch.arange(3, device=device), weight, reduction="none")
+    (grad,) = torch.autograd.grad(loss, logits, grad_output.to(loss.dtype))
+    assert grad[1].isnan().all()
+    assert grad[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(13, 11), (3, 7, 5, 2)], ids=["2d", "4d"])
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 255], ids=lambda i: f"ignore{i}")

@@ -154,7 +154,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
         }
       }
       finish(k, classes, block);
-      grad.write(k, classes, block);
+      grad.template write<kNans<Target>>(k, classes, block);
     });
   };
 

@@ -189,8 +189,8 @@ TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, A sc
   const bool remainder = classes % P != 0;
   Pack<T> last{};
   if (remainder) last = gradient(classes - P);
-  for (int64_t k = 0; k + P <= classes; k += P) gradient(k).store(grad + k);
-  if (remainder) last.store(grad + classes - P);
+  for (int64_t k = 0; k + P <= classes; k += P) gradient(k).template store<kNans<Target>>(grad + k);
+  if (remainder) last.template store<kNans<Target>>(grad + classes - P);
 }
 
 template <class T, class Target>

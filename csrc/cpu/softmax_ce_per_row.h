@@ -219,6 +219,11 @@ TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int co
   return result;
 }
 
+// The NaNs in a gradient: of coefficients for every class, whatever the caller's tensors hold; else those of Factors,
+// or widened.
+template <class Target>
+constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
+
 // The gradient of class k of a row: exp(x_k - max) scale - spread u_k, and for the target class less hot.
 template <class A, int W>
 struct Factors {
@@ -240,15 +245,19 @@ struct Factors {
       }
       return;
     }
-    const A class_weights = sum_of_class_weights<A>(call);
+    // Nothing without smoothing, where 0 times an infinite weight would be NaN.
+    const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < W; ++w) {
       const auto target = targets->coefficients(w);
       const V g = grad_output.lanes(w), of_all = g * target.uniform;
-      hot.set(w, target.hot * g);
+      hot.set(w, plain(target.hot * g));
       spread.set(w, of_all);
-      scale.set(w, (target.hot * g + of_all * class_weights) / sum.lanes(w));
+      scale.set(w, plain((target.hot * g + of_all * class_weights) / sum.lanes(w)));
     }
   }
+
+ private:
+  TORCHCE_SIMD static V plain(V x) { return math::select(x == x, x, broadcast(A(__builtin_nan("")))); }
 };
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -92,12 +92,13 @@ struct Strip {
     }
   }
 
+  template <Nans kNans = Nans::any>
   TORCHCE_SIMD void write(int64_t k, int classes, const Block<A, W>& block) const {
     if (adjacent) {
       T* p = first + k * class_stride;
       const int64_t step = class_stride;  // what is stored might be this object, for all the compiler knows
       for (int c = 0; c < classes; ++c, p += step) {
-        for (int w = 0; w < W; ++w) store(p + w * kLanes<A>, block.values[c][w]);
+        for (int w = 0; w < W; ++w) store<kNans>(p + w * kLanes<A>, block.values[c][w]);
       }
       return;
     }
@@ -106,13 +107,13 @@ struct Strip {
         Lanes<A> square[kLanes<A>];
         for (int l = 0; l < kLanes<A>; ++l) square[l] = block.values[c + l][0];
         transpose<A>(square);
-        for (int l = 0; l < count; ++l) store(first + offsets[l] + k + c, square[l]);
+        for (int l = 0; l < count; ++l) store<kNans>(first + offsets[l] + k + c, square[l]);
       });
       return;
     }
     T stored[kBlock][kRows];
     for (int c = 0; c < classes; ++c) {
-      for (int w = 0; w < W; ++w) store(stored[c] + w * kLanes<A>, block.values[c][w]);
+      for (int w = 0; w < W; ++w) store<kNans>(stored[c] + w * kLanes<A>, block.values[c][w]);
     }
     const int64_t step = class_stride;
     for (int l = 0; l < count; ++l) {

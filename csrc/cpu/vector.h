@@ -69,13 +69,13 @@ TORCHCE_SIMD Lanes<A> load(const T* p) {
   }
 }
 
-template <class T, class V>
+template <Nans kNans = Nans::any, class T, class V>
 TORCHCE_SIMD void store(T* p, V value) {
   if constexpr (kSixteenBits<T> && sizeof(value[0]) == sizeof(double)) {
     for (int l = 0; l < kLanes<double>; ++l) store_one(p + l, value[l]);
   } else if constexpr (kSixteenBits<T>) {
     typedef uint16_t Bits __attribute__((vector_size(kBytes / 2)));
-    const Bits bits = __builtin_convertvector(narrow_bits(T{}, math::to_bits(value)), Bits);
+    const Bits bits = __builtin_convertvector(narrow_bits<kNans>(T{}, math::to_bits(value)), Bits);
     std::memcpy(p, &bits, sizeof bits);
   } else {
     typedef T Stored __attribute__((vector_size(sizeof(T) * (sizeof(V) / sizeof(value[0])))));
@@ -132,14 +132,14 @@ struct Pack {
     }
   }
 
-  template <class P>
+  template <Nans kNans = Nans::any, class P>
   TORCHCE_SIMD void store(P* p) const {
     if constexpr (!kSixteenBits<T>) {
       cpu::TORCHCE_LEVEL::store(p, v[0]);
       cpu::TORCHCE_LEVEL::store(p + kLanes<A>, v[1]);
     } else {
-      const Words low = Words(narrow_bits(T{}, math::to_bits(v[0]))),
-                  high = Words(narrow_bits(T{}, math::to_bits(v[1])));
+      const Words low = Words(narrow_bits<kNans>(T{}, math::to_bits(v[0]))),
+                  high = Words(narrow_bits<kNans>(T{}, math::to_bits(v[1])));
       const Words words = (low & 0xffff) | (high << 16);
       std::memcpy(p, &words, sizeof words);
     }

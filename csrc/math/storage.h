@@ -49,11 +49,14 @@ TORCHCE_HD I widen_bits(BFloat16, I bits) {
   return bits << 16;
 }
 
-// The upper bits of narrowed ones are undefined.
-template <class I>
+// The upper bits of narrowed ones are undefined. kNans: which NaNs there can be. One whose lower bits are all set would
+// be rounded to 0; those that arithmetic makes, and those widened from 16 bits, are plain: they have none set.
+enum class Nans { any, plain };
+template <Nans kNans = Nans::any, class I>
 TORCHCE_HD I narrow_bits(BFloat16, I bits) {
   const auto x = math::from_bits(bits);
   const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  if constexpr (kNans == Nans::plain) return rounded >> 16;
   return math::select(x == x, rounded, I{} + 0x7fc00000) >> 16;
 }
 
@@ -65,7 +68,7 @@ TORCHCE_HD I widen_bits(Half, I bits) {
   return finite_or_not | ((bits & 0x8000) << 16);
 }
 
-template <class I>
+template <Nans = Nans::any, class I>
 TORCHCE_HD I narrow_bits(Half, I bits) {
   const I magnitude = bits & 0x7fffffff;
   const I normal = (magnitude + ((magnitude >> 13) & 1) + (0xfff - (112 << 23))) >> 13;
