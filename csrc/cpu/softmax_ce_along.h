@@ -5,16 +5,18 @@
 // before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
 // is written.
 //
-// A row is read once. Its exponentials are summed against its first logit, until one turns up that is so much larger
-// that a sum might overflow, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018,
-// arXiv:1805.02867) and the block is taken again. Where every class has a part in the target, sums are against the
-// largest logit so far, which is looked for before each block: what they hold besides exponentials, the gaps to it,
-// would cancel out to a small loss of large terms.
+// A row is read once. Its exponentials are summed against its first or last logit, until one turns up that is so much
+// larger that a sum might overflow: then the sum shrinks (Milakov and Gimelshein 2018, arXiv:1805.02867) and the block
+// is taken again. That is looked at once a block, and for what is left of the rows behind whole blocks once a strip.
+// Where every class has a part in the target, sums are against the largest logit so far, which is looked for before
+// each block: what they hold besides exponentials, the gaps to it, would cancel out to a small loss of large terms.
 #pragma once
 
 #include "softmax_ce_per_row.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
+
+constexpr int kStrip = 4;  // vectors of rows whose sums are folded together
 
 // u_k of the classes of a pack from k on.
 template <class T, class Target>
@@ -46,6 +48,41 @@ struct Coefficients {
   }
 };
 
+// Sums of a strip's rows, spread over the lanes of a vector each, to be folded together.
+template <class Target, class A>
+struct SpreadSums {
+  using V = Lanes<A>;
+  static constexpr int L = kLanes<A>, kRows = kStrip * L, kSpreadRows = Target::kSpread ? kRows : 1;
+  PerRow<A, kStrip> reference;
+  V max[kRows], exponentials[kRows];
+  V coefficients[kSpreadRows], gaps[kSpreadRows];
+
+  // Of a row that is left out, or of none.
+  TORCHCE_SIMD void leave_out(int l) {
+    reference[l] = 0;
+    max[l] = V{};
+    exponentials[l] = broadcast(A(1) / L);
+    if constexpr (Target::kSpread) coefficients[l] = gaps[l] = V{};
+  }
+
+  TORCHCE_SIMD void fold(Sums<Target, A, kStrip>& sums, int vectors) const {
+    const auto add = [](auto a, auto b) { return a + b; };
+    for (int w = 0; w < vectors; ++w) sums.reference.set(w, reference.lanes(w));
+    fold(sums.max, max, vectors, [](auto a, auto b) { return larger(a, b); });
+    fold(sums.exponentials, exponentials, vectors, add);
+    if constexpr (Target::kSpread) {
+      fold(sums.coefficients, coefficients, vectors, add);
+      fold(sums.gaps, gaps, vectors, add);
+    }
+  }
+
+ private:
+  template <class F>
+  TORCHCE_SIMD static void fold(PerRow<A, kStrip>& folded, const V (&lanes)[kRows], int vectors, F combine) {
+    for (int w = 0; w < vectors; ++w) folded.set(w, fold_each(reinterpret_cast<const V(&)[L]>(lanes[w * L]), combine));
+  }
+};
+
 // Adds up one row of logits.
 template <class T, class Target>
 class RowSums {
@@ -68,7 +105,7 @@ class RowSums {
     Largest<T> largest_here = largest;
     if constexpr (Target::kSpread) {
       for (int i = 0; i < count; ++i) largest_here.add(x + k + i * P);
-      raise_to(largest_here.value());
+      raise_to(max_of<A>(largest_here.lanes()));
     }
     V sum, sum_coefficients, sum_gaps;
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
@@ -91,9 +128,10 @@ class RowSums {
       }
     };
     sum_up();
-    if constexpr (!Target::kSpread) {
-      if (largest_here.value() > reference + kHeadroom<A>) {
-        raise_to(largest_here.value());
+    if constexpr (!Target::kSpread && kCount == kPacks) {
+      const A max = max_of<A>(largest_here.lanes());
+      if (max > reference + kHeadroom<A>) {
+        raise_to(max);
         sum_up();
       }
     }
@@ -113,9 +151,9 @@ class RowSums {
   }
 
  public:
-  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) {
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u, A reference)
+      : reference(reference) {
     constexpr int64_t P = Pack<T>::kSize;
-    reference = larger(kLowest<A>, load_one<A>(x));
     int64_t k = 0;
     for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
     const int left = int((classes - k) / P);
@@ -124,22 +162,37 @@ class RowSums {
     if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
   }
 
-  TORCHCE_SIMD void write(Sums<Target, A, 1>& sums, int l) const {
+  TORCHCE_SIMD void write(SpreadSums<Target, A>& sums, int l) const {
     sums.reference[l] = reference;
-    sums.max[l] = largest.value();
-    sums.exponentials[l] = sum_of<A>(exponentials.sum);
+    sums.max[l] = largest.lanes();
+    sums.exponentials[l] = exponentials.sum;
     if constexpr (Target::kSpread) {
-      sums.coefficients[l] = sum_of<A>(coefficients.sum);
-      sums.gaps[l] = sum_of<A>(gaps.sum);
+      sums.coefficients[l] = coefficients.sum;
+      sums.gaps[l] = gaps.sum;
     }
   }
 };
 
-// Calls body(first row, rows) for strips of one vector.
+// Calls body(first row, rows) for strips.
 template <class A, class F>
 TORCHCE_SIMD void for_each_strip(int64_t row_begin, int64_t row_end, F body) {
-  for (int64_t row = row_begin; row < row_end; row += kLanes<A>) {
-    body(row, int(row_end - row < kLanes<A> ? row_end - row : kLanes<A>));
+  constexpr int kRows = kStrip * kLanes<A>;
+  for (int64_t row = row_begin; row < row_end; row += kRows) {
+    body(row, int(row_end - row < kRows ? row_end - row : kRows));
+  }
+}
+
+// Rows whose last classes hold a logit too large for what the others were summed against.
+template <class T, class Target, class A>
+TORCHCE_SIMD void take_again(const Rows& rows, int64_t row, int count, Sums<Target, A, kStrip>& sums) {
+  RowPosition at(rows, row);
+  for (int l = 0; l < count; ++l, at.advance(rows)) {
+    if (!(sums.max[l] > sums.reference[l] + kHeadroom<A>)) continue;
+    const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
+    SpreadSums<Target, A> again;
+    RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), sums.max[l]).write(again, 0);
+    sums.reference[l] = sums.max[l];
+    sums.exponentials[l] = sum_of<A>(again.exponentials[0]);
   }
 }
 
@@ -149,22 +202,37 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   const Forward call = original;  // what is stored might be the original, for all the compiler knows
   const Rows& rows = call.rows;
   for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
-    Sums<Target, A, 1> sums;
-    PerRow<A, 1> hot_logits{};
-    const auto add_rows = [&](const IndexedStrip<A, 1>* targets) TORCHCE_HD_LAMBDA {
+    PerRow<A, kStrip> hot_logits{};
+    const auto add_rows = [&](const IndexedStrip<A, kStrip>* targets) TORCHCE_HD_LAMBDA {
+      SpreadSums<Target, A> spread_sums;
       RowPosition at(rows, row);
       for (int l = 0; l < count; ++l, at.advance(rows)) {
-        if (targets != nullptr && targets->kept[l] == 0) continue;
+        if (targets != nullptr && targets->kept[l] == 0) {
+          spread_sums.leave_out(l);
+          continue;
+        }
         const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
         if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
-        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at)).write(sums, l);
+        // Classes are masked at either end rather than at both.
+        const A first = larger(larger(kLowest<A>, load_one<A>(x)), load_one<A>(x + rows.classes - 1));
+        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), first).write(spread_sums, l);
       }
-      write_losses<Target, A, 1>(call, row, count, sums, targets, hot_logits, partial);
+      for (int l = count; l < vectors_of<A>(count) * kLanes<A>; ++l) spread_sums.leave_out(l);
+      Sums<Target, A, kStrip> sums;
+      spread_sums.fold(sums, vectors_of<A>(count));
+      if constexpr (!Target::kSpread) {
+        auto excess = broadcast(kLowest<A>);
+        for (int w = 0; w < vectors_of<A>(count); ++w) {
+          excess = larger(excess, sums.max.lanes(w) - (sums.reference.lanes(w) + kHeadroom<A>));
+        }
+        if (max_of<A>(excess) > 0) take_again<T, Target>(rows, row, count, sums);
+      }
+      write_losses<Target, A, kStrip>(call, row, count, sums, targets, hot_logits, partial);
     };
     if constexpr (Target::kProbabilities) {
       add_rows(nullptr);
     } else {
-      const IndexedStrip<A, 1> targets(rows, row, count);
+      const IndexedStrip<A, kStrip> targets(rows, row, count);
       add_rows(&targets);
     }
   });
@@ -199,17 +267,19 @@ void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   const Backward call = original;  // what is stored might be the original, for all the compiler knows
   const Rows& rows = call.rows;
   for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
-    const auto write_rows = [&](const IndexedStrip<A, 1>* targets) TORCHCE_HD_LAMBDA {
-      const Factors<A, 1> factors(call, row, count, targets);
-      PerRow<A, 1> hot_gradients{};
+    const auto write_rows = [&](const IndexedStrip<A, kStrip>* targets) TORCHCE_HD_LAMBDA {
+      const Factors<A, kStrip> factors(call, row, count, targets);
+      PerRow<A, kStrip> hot_gradients{};
       if (targets != nullptr) {  // before a logit may be overwritten
         RowPosition at(rows, row);
         for (int l = 0; l < count; ++l, at.advance(rows)) {
           const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
           hot_gradients[l] = load_one<A>(x + targets->index[l]);
         }
-        const auto p = scaled_probability(hot_gradients.lanes(0), factors.max.lanes(0), factors.scale.lanes(0));
-        hot_gradients.set(0, p - factors.spread.lanes(0) * targets->weight.lanes(0) - factors.hot.lanes(0));
+        for (int w = 0; w < vectors_of<A>(count); ++w) {
+          const auto p = scaled_probability(hot_gradients.lanes(w), factors.max.lanes(w), factors.scale.lanes(w));
+          hot_gradients.set(w, p - factors.spread.lanes(w) * targets->weight.lanes(w) - factors.hot.lanes(w));
+        }
       }
       RowPosition at(rows, row);
       for (int l = 0; l < count; ++l, at.advance(rows)) {
@@ -227,7 +297,7 @@ void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
     if constexpr (Target::kProbabilities) {
       write_rows(nullptr);
     } else {
-      const IndexedStrip<A, 1> targets(rows, row, count);
+      const IndexedStrip<A, kStrip> targets(rows, row, count);
       write_rows(&targets);
     }
   });

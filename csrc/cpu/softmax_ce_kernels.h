@@ -16,7 +16,7 @@ namespace torchce::cpu::TORCHCE_LEVEL {
 // Below this many classes lanes run across rows. Forwards do so up to more of them: the fold of a row's lanes into one
 // number takes as long as some vectors, where a gradient has none. 65536x32 float32 on AVX-512, ns a row along and
 // across: forward 38, 19; backward 17, 34.
-constexpr int64_t kFewestClassesAlongForward = 64;
+constexpr int64_t kFewestClassesAlongForward = 32;
 constexpr int64_t kFewestClassesAlongBackward = 32;
 
 template <class Target>

@@ -1,8 +1,8 @@
 // What a few neighbouring rows have once each, a lane a row: targets, sums, losses, factors of the gradient. The same
 // for both ways of laying the logits themselves on lanes (softmax_ce_along.h, softmax_ce_across.h).
 //
-// A strip is W vectors of such rows. One with fewer rows than lanes has idle lanes, which hold harmless numbers and are
-// never stored.
+// A strip is W vectors of such rows. One with fewer rows fills as many vectors as it needs (vectors_of); their idle
+// lanes hold harmless numbers and are never stored.
 #pragma once
 
 #include <cstring>
@@ -20,6 +20,11 @@ inline bool adjacent_rows(const Rows& rows, const RowStrides& strides, int64_t r
   return strides.inner == 1 && row % rows.inner + count <= rows.inner;
 }
 
+template <class A>
+constexpr int vectors_of(int rows) {
+  return (rows + kLanes<A> - 1) / kLanes<A>;
+}
+
 // A number for each row of a strip.
 template <class A, int W>
 struct PerRow {
@@ -33,20 +38,12 @@ struct PerRow {
 
   // To and from memory, where the rows lie side by side; idle lanes are 0.
   TORCHCE_SIMD static PerRow of(const A* p, int count) {
-    PerRow result;
-    if (count == kRows) {
-      std::memcpy(result.values, p, sizeof result.values);
-    } else {
-      for (int l = 0; l < kRows; ++l) result[l] = l < count ? p[l] : A(0);
-    }
+    PerRow result{};
+    std::memcpy(result.values, p, count * sizeof(A));
     return result;
   }
   TORCHCE_SIMD void write(A* p, int count) const {
-    if (count == kRows) {
-      std::memcpy(p, values, sizeof values);
-    } else {
-      for (int l = 0; l < count; ++l) p[l] = values[l];
-    }
+    std::memcpy(p, values, count * sizeof(A));
   }
 };
 
@@ -63,11 +60,12 @@ struct IndexedStrip {
 
   TORCHCE_SIMD IndexedStrip(const Rows& rows, int64_t row, int count)
       : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
-    read_targets(rows, row);
+    const int lanes = vectors_of<A>(count) * kLanes<A>;
+    read_targets(rows, row, lanes);
     const A* weights = static_cast<const A*>(rows.weight);
     constexpr int kStep = kLanes<double>;
     Longs all_bad{}, all_ignored{};
-    for (int l = 0; l < kRows; l += kStep) {
+    for (int l = 0; l < lanes; l += kStep) {
       Longs target;
       std::memcpy(&target, index + l, sizeof target);
       const Longs ignored = target == rows.ignore_index;
@@ -88,8 +86,8 @@ struct IndexedStrip {
     };
     any_bad = any(all_bad);
     any_ignored = any(all_ignored);
-    for (int l = 0; weights != nullptr && l < kRows; ++l) weight[l] *= kept[l] == 0 ? A(0) : weights[index[l]];
-    for (int l = count; l < kRows; ++l) weight[l] = kept[l] = 0;
+    for (int l = 0; weights != nullptr && l < lanes; ++l) weight[l] *= kept[l] == 0 ? A(0) : weights[index[l]];
+    for (int l = count; l < lanes; ++l) weight[l] = kept[l] = 0;
   }
 
   TORCHCE_SIMD IndexTarget<Lanes<A>, A> coefficients(int w) const {
@@ -97,7 +95,7 @@ struct IndexedStrip {
   }
 
  private:
-  TORCHCE_SIMD void read_targets(const Rows& rows, int64_t row) {
+  TORCHCE_SIMD void read_targets(const Rows& rows, int64_t row, int lanes) {
     RowPosition at(rows, row);
     with_index_type(rows.target_dtype, [&](auto type) {
       const auto* target = static_cast<const decltype(type)*>(rows.target);
@@ -106,7 +104,7 @@ struct IndexedStrip {
         for (int l = 0; l < kRows; ++l) index[l] = target[l];
         return;
       }
-      for (int l = 0; l < kRows; ++l) {
+      for (int l = 0; l < lanes; ++l) {
         index[l] = target[at.offset(rows.target_strides)];
         if (l + 1 < count) at.advance(rows);
       }
@@ -128,23 +126,11 @@ struct Sums {
   PerRow<A, W> exponentials;                     // sum_k exp(x_k - reference)
   PerRow<A, kSpreadVectors> coefficients, gaps;  // sum_k u_k, sum_k u_k (x_k - reference)
 
-  TORCHCE_SIMD Sums() {
-    for (int w = 0; w < W; ++w) {
-      reference.set(w, V{});
-      max.set(w, V{});
-      exponentials.set(w, broadcast<A>(1));
-    }
-    for (int w = 0; w < kSpreadVectors; ++w) {
-      coefficients.set(w, V{});
-      gaps.set(w, V{});
-    }
-  }
-
   // From here on against the largest logit. The exponential is the one that was summed, so that its error, which is in
   // proportion to its argument, is the same with the other sign.
-  TORCHCE_SIMD void refer_to_max() {
+  TORCHCE_SIMD void refer_to_max(int vectors) {
     const math::ExpInSum<V> exp;
-    for (int w = 0; w < W; ++w) {
+    for (int w = 0; w < vectors; ++w) {
       const V from = reference.lanes(w), to = max.lanes(w);
       const V sum = exponentials.lanes(w) * exp(from - to);
       // A row with a logit has a term of 1, but for the rounding of what the sum was multiplied with. A row of -inf
@@ -164,10 +150,11 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
                                const IndexedStrip<A, W>* targets, const PerRow<A, W>& hot_logits, Partial* partial) {
   using V = Lanes<A>;
   const Rows& rows = call.rows;
-  sums.refer_to_max();
+  const int vectors = vectors_of<A>(count);
+  sums.refer_to_max(vectors);
   PerRow<A, W> loss;
   SumInDouble<A> loss_sum, weight_sum;
-  for (int w = 0; w < W; ++w) {
+  for (int w = 0; w < vectors; ++w) {
     const V log_sum = math::log(sums.exponentials.lanes(w));
     V v{};
     if constexpr (Target::kProbabilities) {
@@ -183,8 +170,8 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
     }
     loss.set(w, v);
   }
-  for (int l = count; l < W * kLanes<A>; ++l) loss[l] = 0;
-  for (int w = 0; w < W; ++w) loss_sum.add(loss.lanes(w));
+  for (int l = count; l < vectors * kLanes<A>; ++l) loss[l] = 0;
+  for (int w = 0; w < vectors; ++w) loss_sum.add(loss.lanes(w));
   partial->loss += loss_sum.value();
   if constexpr (!Target::kProbabilities) {
     partial->weight += weight_sum.value();
@@ -205,14 +192,15 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
 // What the upstream gradient multiplies the rows of a strip with.
 template <int W, class A>
 TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int count) {
+  const int vectors = vectors_of<A>(count);
   PerRow<A, W> result;
   RowPosition at(call.rows, row);
   if (call.rows.reduction != Reduction::none) {
     const auto of_all = broadcast(row_grad_output<A>(call, at));
-    for (int w = 0; w < W; ++w) result.set(w, of_all);
+    for (int w = 0; w < vectors; ++w) result.set(w, of_all);
     return result;
   }
-  for (int l = 0; l < W * kLanes<A>; ++l) {
+  for (int l = 0; l < vectors * kLanes<A>; ++l) {
     result[l] = row_grad_output<A>(call, at);
     if (l + 1 < count) at.advance(call.rows);
   }
@@ -231,13 +219,14 @@ struct Factors {
   PerRow<A, W> max, scale, spread, hot;
 
   TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedStrip<A, W>* targets) {
+    const int vectors = vectors_of<A>(count);
     const Statistics<A> statistics(call.rows, call.statistics);
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
     const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.spread + row, count);
-      for (int w = 0; w < W; ++w) {
+      for (int w = 0; w < vectors; ++w) {
         const V g = grad_output.lanes(w);
         hot.set(w, V{});
         spread.set(w, g);
@@ -247,7 +236,7 @@ struct Factors {
     }
     // Nothing without smoothing, where 0 times an infinite weight would be NaN.
     const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
-    for (int w = 0; w < W; ++w) {
+    for (int w = 0; w < vectors; ++w) {
       const auto target = targets->coefficients(w);
       const V g = grad_output.lanes(w), of_all = g * target.uniform;
       hot.set(w, plain(target.hot * g));

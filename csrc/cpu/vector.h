@@ -232,7 +232,7 @@ class Largest {
     const auto x = Pack<T>::load(p);
     largest = larger(largest, larger(x.v[0], x.v[1]));
   }
-  TORCHCE_SIMD A value() const { return max_of<A>(largest); }
+  TORCHCE_SIMD V lanes() const { return largest; }
 };
 
 // Of 16-bit floats, without widening them: the largest is the largest of integers if it has no sign, else the smallest
@@ -254,12 +254,12 @@ class Largest<T> {
     most = x > most ? x : most;
     least = m < least ? m : least;
   }
-  TORCHCE_SIMD float value() const {
+  TORCHCE_SIMD Floats lanes() const {
     const Shorts bits = most >= 0 ? most : Shorts(least);
     T stored[Pack<T>::kSize];
     std::memcpy(stored, &bits, sizeof stored);
     const auto x = Pack<T>::load(stored);
-    return max_of<float>(larger(larger(broadcast(kLowest<float>), x.v[0]), x.v[1]));
+    return larger(larger(broadcast(kLowest<float>), x.v[0]), x.v[1]);
   }
 };
 
@@ -285,6 +285,19 @@ template <bool kUpper, class V, size_t... I>
 TORCHCE_SIMD V interleave(V a, V b, std::index_sequence<I...>) {
   constexpr size_t L = sizeof...(I);
   return shuffle(a, b, std::index_sequence<(I / 2 + I % 2 * L + (kUpper ? L / 2 : 0))...>());
+}
+
+// Each vector's fold, in the lane of its number; the same number as `fold` gives. Two vectors are folded by half at
+// once: the lower halves of both are interleaved and so are the upper ones.
+template <int first = 0, int step = 1, class V, class F, int lanes>
+TORCHCE_SIMD V fold_each(const V (&vectors)[lanes], F combine) {
+  if constexpr (step == lanes) {
+    return vectors[first];
+  } else {
+    const V a = fold_each<first, 2 * step>(vectors, combine), b = fold_each<first + step, 2 * step>(vectors, combine);
+    const auto numbers = std::make_index_sequence<lanes>();
+    return combine(interleave<false>(a, b, numbers), interleave<true>(a, b, numbers));
+  }
 }
 
 // Swaps rows and columns of a square of lanes. A vector and its partner half the square away are interleaved; that
