@@ -13,15 +13,12 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
-// Below this many classes lanes run across rows. Forwards do so up to more of them: the fold of a row's lanes into one
-// number takes as long as some vectors, where a gradient has none. 65536x32 float32 on AVX-512, ns a row along and
-// across: forward 38, 19; backward 17, 34.
-constexpr int64_t kFewestClassesAlongForward = 32;
-constexpr int64_t kFewestClassesAlongBackward = 32;
+// Below this many classes, which fill a pack, lanes run across rows.
+constexpr int64_t kFewestClassesAlong = 32;
 
 template <class Target>
-bool lanes_run_along(const Rows& rows, int64_t fewest_classes) {
-  return rows.classes >= fewest_classes && rows.logits_strides.classes == 1 &&
+bool lanes_run_along(const Rows& rows) {
+  return rows.classes >= kFewestClassesAlong && rows.logits_strides.classes == 1 &&
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
@@ -29,7 +26,7 @@ inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t r
   with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
-    if (lanes_run_along<Target>(call.rows, kFewestClassesAlongForward)) {
+    if (lanes_run_along<Target>(call.rows)) {
       along::forward<T, Target>(call, row_begin, row_end, partial);
     } else {
       across::forward<T, Target>(call, row_begin, row_end, partial);
@@ -41,7 +38,7 @@ inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t
   with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
-    if (lanes_run_along<Target>(call.rows, kFewestClassesAlongBackward) && call.grad_strides.classes == 1) {
+    if (lanes_run_along<Target>(call.rows) && call.grad_strides.classes == 1) {
       along::backward<T, Target>(call, row_begin, row_end);
     } else {
       across::backward<T, Target>(call, row_begin, row_end);

@@ -42,9 +42,7 @@ struct PerRow {
     std::memcpy(result.values, p, count * sizeof(A));
     return result;
   }
-  TORCHCE_SIMD void write(A* p, int count) const {
-    std::memcpy(p, values, count * sizeof(A));
-  }
+  TORCHCE_SIMD void write(A* p, int count) const { std::memcpy(p, values, count * sizeof(A)); }
 };
 
 // The class indices of a strip.
