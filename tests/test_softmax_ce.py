@@ -119,6 +119,18 @@ def test_nan_with_every_bit_set(device: str, of: str, dtype: torch.dtype, layout
     assert grad[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [10, 65])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_infinite_grad_output(device: str, dtype: torch.dtype, layout: str | None, classes: int) -> None:
+    """What a ``GradScaler`` looks for, and in no other row."""
+    logits = cases.arranged(layout, (3, classes), dtype, device).requires_grad_()
+    loss = torchce.functional.cross_entropy(logits, torch.arange(3, device=device), reduction="none")
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, INF, 1.0], dtype=dtype, device=device))
+    assert not grad[1].isfinite().any()
+    assert grad[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(13, 11), (3, 7, 5, 2)], ids=["2d", "4d"])
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 255], ids=lambda i: f"ignore{i}")
