@@ -44,7 +44,7 @@ class StripSums {
           }
         }
         largest[w] = max;
-        excess = larger(excess, max - (from + kHeadroom<A>));
+        excess = larger(excess, max - (from + kHeadroom<Target>));
       }
       return max_of<A>(excess) > 0;
     };

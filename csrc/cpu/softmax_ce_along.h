@@ -5,11 +5,9 @@
 // before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
 // is written.
 //
-// A row is read once. Its exponentials are summed against its first or last logit, until one turns up that is so much
+// A row is read once. Its exponentials are summed against one of its logits, until another turns up that is so much
 // larger that a sum might overflow: then the sum shrinks (Milakov and Gimelshein 2018, arXiv:1805.02867) and the block
 // is taken again. That is looked at once a block, and for what is left of the rows behind whole blocks once a strip.
-// Where every class has a part in the target, sums are against the largest logit so far, which is looked for before
-// each block: what they hold besides exponentials, the gaps to it, would cancel out to a small loss of large terms.
 #pragma once
 
 #include "softmax_ce_per_row.h"
@@ -103,10 +101,6 @@ class RowSums {
     constexpr int64_t P = Pack<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
     Largest<T> largest_here = largest;
-    if constexpr (Target::kSpread) {
-      for (int i = 0; i < count; ++i) largest_here.add(x + k + i * P);
-      raise_to(max_of<A>(largest_here.lanes()));
-    }
     V sum, sum_coefficients, sum_gaps;
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       const V from = broadcast(reference);
@@ -114,7 +108,7 @@ class RowSums {
 #pragma GCC unroll 2
       for (int i = 0; i < count; ++i) {
         Pack<T> pack = Pack<T>::load(x + k + i * P);
-        if constexpr (!Target::kSpread) largest_here.add(x + k + i * P);
+        largest_here.add(x + k + i * P);
         if constexpr (kCount == kRemainder) pack = pack.from(begin - k, -math::kInfinity<A>);
         for (const V& v : pack.v) sum += exp(v - from);
         if constexpr (Target::kSpread) {
@@ -128,9 +122,9 @@ class RowSums {
       }
     };
     sum_up();
-    if constexpr (!Target::kSpread && kCount == kPacks) {
+    if constexpr (kCount == kPacks || Target::kSpread) {
       const A max = max_of<A>(largest_here.lanes());
-      if (max > reference + kHeadroom<A>) {
+      if (max > reference + kHeadroom<Target>) {
         raise_to(max);
         sum_up();
       }
@@ -144,7 +138,6 @@ class RowSums {
   }
 
   TORCHCE_SIMD void raise_to(A logit) {
-    if (!(logit > reference)) return;
     exponentials.scale(exp(broadcast(reference - logit)));
     if constexpr (Target::kSpread) gaps.add(weighted_gap(coefficients.sum, broadcast(reference), broadcast(logit)));
     reference = logit;
@@ -182,12 +175,24 @@ TORCHCE_SIMD void for_each_strip(int64_t row_begin, int64_t row_end, F body) {
   }
 }
 
+// What a row's sums begin with being against: where the headroom is small, a logit that few exceed by much.
+template <class T, class Target, class A = Accumulate<T>>
+TORCHCE_SIMD A reference_of(const T* x, int64_t classes) {
+  if constexpr (Target::kSpread) {
+    Largest<T> largest;
+    largest.add(x);
+    return max_of<A>(largest.lanes());
+  } else {  // masked classes are at either end rather than at both
+    return larger(larger(kLowest<A>, load_one<A>(x)), load_one<A>(x + classes - 1));
+  }
+}
+
 // Rows whose last classes hold a logit too large for what the others were summed against.
 template <class T, class Target, class A>
 TORCHCE_SIMD void take_again(const Rows& rows, int64_t row, int count, Sums<Target, A, kStrip>& sums) {
   RowPosition at(rows, row);
   for (int l = 0; l < count; ++l, at.advance(rows)) {
-    if (!(sums.max[l] > sums.reference[l] + kHeadroom<A>)) continue;
+    if (!(sums.max[l] > sums.reference[l] + kHeadroom<Target>)) continue;
     const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
     SpreadSums<Target, A> again;
     RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), sums.max[l]).write(again, 0);
@@ -213,9 +218,8 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
         }
         const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
         if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
-        // Classes are masked at either end rather than at both.
-        const A first = larger(larger(kLowest<A>, load_one<A>(x)), load_one<A>(x + rows.classes - 1));
-        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), first).write(spread_sums, l);
+        const A reference = reference_of<T, Target>(x, rows.classes);
+        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), reference).write(spread_sums, l);
       }
       for (int l = count; l < vectors_of<A>(count) * kLanes<A>; ++l) spread_sums.leave_out(l);
       Sums<Target, A, kStrip> sums;
@@ -223,7 +227,7 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
       if constexpr (!Target::kSpread) {
         auto excess = broadcast(kLowest<A>);
         for (int w = 0; w < vectors_of<A>(count); ++w) {
-          excess = larger(excess, sums.max.lanes(w) - (sums.reference.lanes(w) + kHeadroom<A>));
+          excess = larger(excess, sums.max.lanes(w) - (sums.reference.lanes(w) + kHeadroom<Target>));
         }
         if (max_of<A>(excess) > 0) take_again<T, Target>(rows, row, count, sums);
       }
