@@ -99,6 +99,10 @@ template <class F>
 struct WordsOf {
   typedef uint32_t type __attribute__((vector_size(sizeof(F))));
 };
+template <>
+struct WordsOf<int32_t> {
+  using type = uint32_t;
+};
 template <class I>
 struct FloatsOf {
   typedef float type __attribute__((vector_size(sizeof(I))));
@@ -183,11 +187,13 @@ class PowerOfTwo {
       : lower(table(0, std::make_integer_sequence<int, kLanes>())),
         upper(table((1 << bits) - kLanes, std::make_integer_sequence<int, kLanes>())) {}
   TORCHCE_HD F operator()(F shifted) const {
-    const I n = to_bits(shifted);  // a permutation sees the lowest bits alone
+    using Words = typename WordsOf<F>::type;  // without a sign, because what becomes of a NaN may overflow
+    const I n = to_bits(shifted);             // a permutation sees the lowest bits alone
+    const Words power = Words(n) << (23 - bits);
     if constexpr (1 << bits == kLanes) {
-      return from_bits((n << (23 - bits)) + __builtin_shuffle(lower, n));
+      return from_bits(I(power + Words(__builtin_shuffle(lower, n))));
     } else {
-      return from_bits((n << (23 - bits)) + __builtin_shuffle(lower, upper, n));
+      return from_bits(I(power + Words(__builtin_shuffle(lower, upper, n))));
     }
   }
 };

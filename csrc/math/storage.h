@@ -55,7 +55,8 @@ enum class Nans { any, plain };
 template <Nans kNans = Nans::any, class I>
 TORCHCE_HD I narrow_bits(BFloat16, I bits) {
   const auto x = math::from_bits(bits);
-  const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  using Words = typename math::WordsOf<I>::type;  // without a sign, because a NaN may overflow
+  const I rounded = I(Words(bits) + 0x7fff + ((Words(bits) >> 16) & 1));
   if constexpr (kNans == Nans::plain) return rounded >> 16;
   return math::select(x == x, rounded, I{} + 0x7fc00000) >> 16;
 }
@@ -71,7 +72,7 @@ TORCHCE_HD I widen_bits(Half, I bits) {
 template <Nans = Nans::any, class I>
 TORCHCE_HD I narrow_bits(Half, I bits) {
   const I magnitude = bits & 0x7fffffff;
-  const I normal = (magnitude + ((magnitude >> 13) & 1) + (0xfff - (112 << 23))) >> 13;
+  const I normal = (magnitude + (0xfff - (112 << 23)) + ((magnitude >> 13) & 1)) >> 13;
   // Adding 1/2 leaves a subnormal half in the low mantissa bits, rounded by the addition itself.
   const I subnormal = math::to_bits(math::from_bits(magnitude) + 0.5f) - 0x3f000000;
   const I special = math::select(magnitude > 0x7f800000, I{} + 0x7e00, I{} + 0x7c00);
