@@ -381,3 +381,17 @@ def test_broadcast_leaf_receives_a_gradient_of_its_shape(device: str, loss: str)
     gradients = [torch.autograd.grad(f(base.expand(6, 5), target), base)[0] for f in (function, torch_function)]
     assert gradients[0].shape == (1, 5)
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_error_of_a_saved_tensors_hook_is_not_tried_again(device: str) -> None:
+    """A loss of class indices is tried before its arguments are looked at; that may only hide the op's own refusals."""
+    calls = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        raise RuntimeError("no room")
+
+    logits = torch.randn(4, 10, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(RuntimeError, match="no room"):
+        torchce.functional.cross_entropy(logits, torch.arange(4, device=device))
+    assert len(calls) == 1

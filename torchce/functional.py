@@ -206,12 +206,12 @@ def cross_entropy(
     if weight is None and not inplace_backward and _looks_plain(input, target, ignore_index, label_smoothing):
         try:
             return softmax_ce(input, target, None, number, ignore_index, label_smoothing, None, False)
-        except RuntimeError:  # what the matter is, is found out below
-            pass
-    if _have_kernels(input, target, weight) and not _requires_grad(weight):
-        problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
+        except RuntimeError:
+            problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
+            if problem is None:  # a saved tensor's hook raised it, say
+                raise
     else:
-        problem = _no_kernels(input=input, target=target, weight=weight)
+        problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, _REDUCTION_NAMES[number], label_smoothing)
         return _explain(problem, _torch_cross_entropy, *arguments)
@@ -275,6 +275,8 @@ def _cross_entropy_problem(
     label_smoothing: float,
 ) -> str | None:
     """What keeps the kernels from taking this call, naming the argument and both values."""
+    if not _have_kernels(input, target, weight) or _requires_grad(weight):
+        return _no_kernels(input=input, target=target, weight=weight)
     if type(ignore_index) is not int and not _is_integer(ignore_index):
         return f"ignore_index: expected an integer, got {ignore_index!r}"
     if type(label_smoothing) is not float and not _is_number(label_smoothing):
