@@ -11,6 +11,7 @@ import torch
 from cases import dtype_id
 from comparison import assert_accurate, assert_bitwise_equal, check_softmax_ce, run
 from torch import Tensor
+from torch.nn import functional as F
 
 import torchce.functional
 
@@ -88,7 +89,7 @@ def test_logits_masked_with_the_least_number(device: str, dtype: torch.dtype, la
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_first_logit_far_below(device: str, dtype: torch.dtype, kind: str, layout: str | None, classes: int) -> None:
-    """The CPU kernels sum against the first logit until another exceeds it by 64."""
+    """The CPU kernels sum against the first logits until another exceeds them by much."""
     gaps = [10.0, 60.0, 63.0, 66.0, 100.0, 1e4]
     logits = cases.arranged(layout, (len(gaps), classes), dtype, device)
     for row, gap in enumerate(gaps):
@@ -96,6 +97,32 @@ def test_first_logit_far_below(device: str, dtype: torch.dtype, kind: str, layou
         logits[row, -1] += gap  # and the last block is another beginning
     target = cases.softmax_target(kind, logits.shape, dtype, device)
     check_softmax_ce(logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [10, 64, 600])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("gap", [0.0, 7.0, 16.0, 63.0])
+def test_low_logits_at_both_ends_cost_no_digits(device: str, gap: float, layout: str | None, classes: int) -> None:
+    """The worst of many losses is as good as torch's worst: differences to a low logit would be rounded too much."""
+    logits = cases.arranged(layout, (2000, classes), torch.float32, device)
+    logits[:, [0, -1]] -= gap
+    target = torch.ones(len(logits), dtype=torch.int64, device=device)
+    truth = F.cross_entropy(logits.double(), target, reduction="none")
+    ours, torchs = (
+        ((function(logits, target, reduction="none").double() - truth) / truth).abs()[truth > 0.1].max()
+        for function in (torchce.functional.cross_entropy, F.cross_entropy)
+    )
+    assert ours <= torchs + 2e-6
+
+
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+def test_an_extreme_row_leaves_its_neighbours_alone(device: str, layout: str | None) -> None:
+    logits = cases.arranged(layout, (32, 300), torch.float32, device)
+    target = torch.arange(32, device=device)
+    before = torchce.functional.cross_entropy(logits, target, reduction="none")
+    logits[3, 200] = 1e3
+    after = torchce.functional.cross_entropy(logits, target, reduction="none")
+    assert (before != after).nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("classes", [10, 65])

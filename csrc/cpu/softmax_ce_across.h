@@ -1,8 +1,8 @@
 // Softmax cross entropy with lanes across rows: a strip of neighbouring rows goes through the classes together.
 //
 // Classes are taken from memory a block at a time and worked on from there: where they are a power of two apart, the
-// caches hold only a few of them at once, and reading them again would mean to fetch them again. Sums are against a
-// logit of each row, as in softmax_ce_along.h.
+// caches hold only a few of them at once, and reading them again would mean to fetch them again. Sums are against
+// the largest logit so far.
 #pragma once
 
 #include "softmax_ce_strip.h"
@@ -17,54 +17,37 @@ class StripSums {
   static constexpr int kSpreadVectors = Sums<Target, A, W>::kSpreadVectors;
 
   math::ExpInSum<V> exp;
-  V reference[W], largest[W];
+  V largest[W];
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
 
   TORCHCE_SIMD void add(const Strip<A, const T, W>& logits, int64_t k, int count, const Block<A, W>& x,
                         const Coefficients<Target, A, W>& u) {
-    V sum[W], sum_coefficients[W], sum_gaps[W];
-    const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
-      V excess = broadcast(kLowest<A>);  // of a logit over the headroom
-      for (int w = 0; w < W; ++w) {
-        V max = largest[w];
-        if constexpr (Target::kSpread) {
-          for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
-          raise_to(max, w);
-        }
-        const V from = reference[w];
-        sum[w] = sum_coefficients[w] = sum_gaps[w] = V{};
-        for (int c = 0; c < count; ++c) {
-          logits.template prefetch_next<0>(k + c, w);
-          if constexpr (!Target::kSpread) max = larger(max, x.values[c][w]);
-          sum[w] += exp(x.values[c][w] - from);
-          if constexpr (Target::kSpread) {
-            const V coefficient = u.at(c, w);
-            sum_coefficients[w] += coefficient;
-            sum_gaps[w] += weighted_gap(coefficient, x.values[c][w], from);
-          }
-        }
-        largest[w] = max;
-        excess = larger(excess, max - (from + kHeadroom<Target>));
-      }
-      return max_of<A>(excess) > 0;
-    };
-    if (sum_up()) {
-      for (int w = 0; w < W; ++w) raise_to(largest[w], w);
-      sum_up();
-    }
     for (int w = 0; w < W; ++w) {
-      exponentials[w].add(sum[w]);
+      V max = largest[w];
+      for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
+      raise_to(max, w);
+      V sum{}, sum_coefficients{}, sum_gaps{};
+      for (int c = 0; c < count; ++c) {
+        logits.template prefetch_next<0>(k + c, w);
+        sum += exp(x.values[c][w] - max);
+        if constexpr (Target::kSpread) {
+          const V coefficient = u.at(c, w);
+          sum_coefficients += coefficient;
+          sum_gaps += weighted_gap(coefficient, x.values[c][w], max);
+        }
+      }
+      exponentials[w].add(sum);
       if constexpr (Target::kSpread) {
-        gaps[w].add(sum_gaps[w]);
-        coefficients[w].add(sum_coefficients[w]);
+        gaps[w].add(sum_gaps);
+        coefficients[w].add(sum_coefficients);
       }
     }
   }
 
   TORCHCE_SIMD void raise_to(V logit, int w) {
-    exponentials[w].scale(exp(reference[w] - logit));
-    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, reference[w], logit));
-    reference[w] = logit;
+    exponentials[w].scale(exp(largest[w] - logit));
+    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, largest[w], logit));
+    largest[w] = logit;
   }
 
  public:
@@ -75,19 +58,16 @@ class StripSums {
     for (V& m : largest) m = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) {
       Block<A, W> x;
-      for (V& v : x.values[0])
-        v = V{};  // no need, but compilers do not see that the strip is read whatever its strides
       logits.read(k, count, x);
       look(k, count, x);
       if constexpr (Target::kSpread) u.read(k, count);
-      for (int w = 0; w < W && k == 0; ++w) reference[w] = larger(largest[w], x.values[0][w]);
       add(logits, k, count, x, u);
     });
   }
 
   TORCHCE_SIMD void write(Sums<Target, A, W>& sums) const {
     for (int w = 0; w < W; ++w) {
-      sums.reference.set(w, reference[w]);
+      sums.reference.set(w, largest[w]);
       sums.max.set(w, largest[w]);
       sums.exponentials.set(w, exponentials[w].sum);
       if constexpr (Target::kSpread) {

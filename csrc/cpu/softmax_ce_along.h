@@ -5,9 +5,9 @@
 // before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
 // is written.
 //
-// A row is read once. Its exponentials are summed against one of its logits, until another turns up that is so much
-// larger that a sum might overflow: then the sum shrinks (Milakov and Gimelshein 2018, arXiv:1805.02867) and the block
-// is taken again. That is looked at once a block, and for what is left of the rows behind whole blocks once a strip.
+// A row is read once. Its exponentials are summed against the largest logit of its first pack, until one turns up that
+// is much larger, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018, arXiv:1805.02867)
+// and the block is taken again.
 #pragma once
 
 #include "softmax_ce_per_row.h"
@@ -88,6 +88,9 @@ class RowSums {
   using V = Lanes<A>;
   static constexpr int kPacks = 16;  // of a block
   static constexpr int kRemainder = -1;
+  // By how much a logit may exceed what sums are against. The difference of the two is rounded to 2^-22 of it, and so
+  // are the exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
+  static constexpr A kHeadroom = 8;
 
   math::ExpInSum<V> exp;
   A reference;  // what exponentials and gaps are against
@@ -122,12 +125,10 @@ class RowSums {
       }
     };
     sum_up();
-    if constexpr (kCount == kPacks || Target::kSpread) {
-      const A max = max_of<A>(largest_here.lanes());
-      if (max > reference + kHeadroom<Target>) {
-        raise_to(max);
-        sum_up();
-      }
+    const A max = max_of<A>(largest_here.lanes());
+    if (max > reference + kHeadroom) {
+      raise_to(max);
+      sum_up();
     }
     largest = largest_here;
     exponentials.add(sum);
@@ -144,9 +145,10 @@ class RowSums {
   }
 
  public:
-  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u, A reference)
-      : reference(reference) {
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) {
     constexpr int64_t P = Pack<T>::kSize;
+    largest.add(x);
+    reference = max_of<A>(largest.lanes());
     int64_t k = 0;
     for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
     const int left = int((classes - k) / P);
@@ -175,32 +177,6 @@ TORCHCE_SIMD void for_each_strip(int64_t row_begin, int64_t row_end, F body) {
   }
 }
 
-// What a row's sums begin with being against: where the headroom is small, a logit that few exceed by much.
-template <class T, class Target, class A = Accumulate<T>>
-TORCHCE_SIMD A reference_of(const T* x, int64_t classes) {
-  if constexpr (Target::kSpread) {
-    Largest<T> largest;
-    largest.add(x);
-    return max_of<A>(largest.lanes());
-  } else {  // masked classes are at either end rather than at both
-    return larger(larger(kLowest<A>, load_one<A>(x)), load_one<A>(x + classes - 1));
-  }
-}
-
-// Rows whose last classes hold a logit too large for what the others were summed against.
-template <class T, class Target, class A>
-TORCHCE_SIMD void take_again(const Rows& rows, int64_t row, int count, Sums<Target, A, kStrip>& sums) {
-  RowPosition at(rows, row);
-  for (int l = 0; l < count; ++l, at.advance(rows)) {
-    if (!(sums.max[l] > sums.reference[l] + kHeadroom<Target>)) continue;
-    const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
-    SpreadSums<Target, A> again;
-    RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), sums.max[l]).write(again, 0);
-    sums.reference[l] = sums.max[l];
-    sums.exponentials[l] = sum_of<A>(again.exponentials[0]);
-  }
-}
-
 template <class T, class Target>
 void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partial* partial) {
   using A = Accumulate<T>;
@@ -218,19 +194,11 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
         }
         const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
         if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
-        const A reference = reference_of<T, Target>(x, rows.classes);
-        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at), reference).write(spread_sums, l);
+        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at)).write(spread_sums, l);
       }
       for (int l = count; l < vectors_of<A>(count) * kLanes<A>; ++l) spread_sums.leave_out(l);
       Sums<Target, A, kStrip> sums;
       spread_sums.fold(sums, vectors_of<A>(count));
-      if constexpr (!Target::kSpread) {
-        auto excess = broadcast(kLowest<A>);
-        for (int w = 0; w < vectors_of<A>(count); ++w) {
-          excess = larger(excess, sums.max.lanes(w) - (sums.reference.lanes(w) + kHeadroom<Target>));
-        }
-        if (max_of<A>(excess) > 0) take_again<T, Target>(rows, row, count, sums);
-      }
       write_losses<Target, A, kStrip>(call, row, count, sums, targets, hot_logits, partial);
     };
     if constexpr (Target::kProbabilities) {

@@ -110,12 +110,6 @@ struct IndexedStrip {
   }
 };
 
-// By how much a logit may exceed what its row's sums are against. e^64 times as many classes as memory holds is far
-// from an overflow. Where every class has a part in the target it is less: the gaps to the reference, which are summed
-// beside the exponentials, would cancel out to a small loss of large terms.
-template <class Target>
-constexpr int kHeadroom = Target::kSpread ? 4 : 64;
-
 // What the logits of each row add up to, against a number near the largest of them; a row that is left out has none.
 template <class Target, class A, int W>
 struct Sums {
