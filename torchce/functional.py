@@ -86,7 +86,11 @@ def _looks_plain(input: Tensor, target: Tensor, ignore_index: int, label_smoothi
         and (type(input) is Tensor or type(input) is Parameter)
         and type(target) is Tensor
         and target.dtype is torch.int64
-        and (target.is_cpu if input.is_cpu else input.is_cuda and target.is_cuda and not _CHECKS_TARGETS)
+        and (
+            target.is_cpu
+            if input.is_cpu
+            else input.is_cuda and target.is_cuda and ops.has_cuda() and not _CHECKS_TARGETS
+        )
         and type(ignore_index) is int
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0

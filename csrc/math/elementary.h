@@ -2,9 +2,9 @@
 //
 // Every formula of the project is a template over V: a float or double on the device, a SIMD vector of them on the CPU
 // (csrc/cpu/vector.h). On the device the names below are CUDA's own functions; on the CPU the float versions are
-// polynomials without branches or tables, so that one instruction stream serves all lanes, and the double versions call
-// libm lane by lane. tests/test_elementary.py holds the float versions to 2 ulp, beside what the short ones promise
-// less.
+// polynomials without branches, whose tables, if any, are looked up within registers: one instruction stream for all
+// lanes, and the double versions call libm lane by lane. tests/test_elementary.py holds the float versions to 2 ulp,
+// beside what the short ones promise less.
 #pragma once
 
 #include <cstdint>
@@ -223,7 +223,7 @@ TORCHCE_HD F polynomial(F r, const Terms<Term, n>& terms) {
   return p;
 }
 
-// e^r for |r| <= ln 2 / 2^(b+1): minimax fits with relative errors of 2^-28 (b = 0) and less than 2^-32.
+// e^r for |r| <= ln 2 / 2^(b+1): minimax fits with relative errors of 2^-28 (b = 0) and less than 2^-30.
 template <int bits>
 struct LongExp {
   static constexpr Terms<float, 7> kTerms = {
@@ -238,7 +238,7 @@ struct LongExp<5> {
   static constexpr Terms<float, 4> kTerms = {{1.66666808e-1f, 0.5f, 1.0f, 1.0f}};
 };
 
-// 2^f for |f| <= 2^-(b+1): minimax fits that are exactly 1 at 0, with relative errors of 2^-23.4, 2^-25 and 2^-24. e^x
+// 2^f for |f| <= 2^-(b+1): minimax fits that are exactly 1 at 0, with relative errors of 2^-23.1, 2^-25 and 2^-24. e^x
 // is within |x| 2^-26 + 2^-23 of its value, in two or three operations less. A fused multiply-add does not round the
 // product; without one it is |x| 2^-24 more.
 template <int bits>
