@@ -115,6 +115,17 @@ def test_low_logits_at_both_ends_cost_no_digits(device: str, gap: float, layout:
     assert ours <= torchs + 2e-6
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("end", [0.3, 1.0, 4.0, 10.0])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+def test_slowly_rising_logits(device: str, layout: str | None, end: float, smoothing: float) -> None:
+    """Sums that were corrected for every new maximum would gather the errors of the corrections."""
+    logits = cases.arranged(layout, (4, 4096), torch.float32, device)
+    logits.copy_(torch.linspace(0, end, 4096, device=device))
+    target = torch.full((4,), 4095, device=device)
+    check_softmax_ce(logits, target, label_smoothing=smoothing, reduction="none")
+
+
 @pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
 def test_an_extreme_row_leaves_its_neighbours_alone(device: str, layout: str | None) -> None:
     logits = cases.arranged(layout, (32, 300), torch.float32, device)

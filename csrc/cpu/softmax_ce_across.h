@@ -17,7 +17,10 @@ class StripSums {
   static constexpr int kSpreadVectors = Sums<Target, A, W>::kSpreadVectors;
 
   math::ExpInSum<V> exp;
-  V largest[W];
+  // By how much a logit may exceed what its row's sum is against: raised for every block, a sum of many would gather
+  // the error of the exponentials it is multiplied with. Less for gaps, which are rounded beside the loss.
+  static constexpr A kHeadroom = Target::kSpread ? 4 : 16;
+  V reference[W], largest[W];
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
 
   TORCHCE_SIMD void add(const Strip<A, const T, W>& logits, int64_t k, int count, const Block<A, W>& x,
@@ -25,15 +28,17 @@ class StripSums {
     for (int w = 0; w < W; ++w) {
       V max = largest[w];
       for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
-      raise_to(max, w);
+      raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
+      largest[w] = max;
+      const V from = reference[w];
       V sum{}, sum_coefficients{}, sum_gaps{};
       for (int c = 0; c < count; ++c) {
         logits.template prefetch_next<0>(k + c, w);
-        sum += exp(x.values[c][w] - max);
+        sum += exp(x.values[c][w] - from);
         if constexpr (Target::kSpread) {
           const V coefficient = u.at(c, w);
           sum_coefficients += coefficient;
-          sum_gaps += weighted_gap(coefficient, x.values[c][w], max);
+          sum_gaps += weighted_gap(coefficient, x.values[c][w], from);
         }
       }
       exponentials[w].add(sum);
@@ -45,9 +50,9 @@ class StripSums {
   }
 
   TORCHCE_SIMD void raise_to(V logit, int w) {
-    exponentials[w].scale(exp(largest[w] - logit));
-    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, largest[w], logit));
-    largest[w] = logit;
+    exponentials[w].scale(math::exp_of_negative(reference[w] - logit));
+    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, reference[w], logit));
+    reference[w] = logit;
   }
 
  public:
@@ -55,7 +60,7 @@ class StripSums {
   template <class Look>
   TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, Coefficients<Target, A, W>& u, int64_t classes,
                          Look look) {
-    for (V& m : largest) m = broadcast(kLowest<A>);
+    for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) {
       Block<A, W> x;
       logits.read(k, count, x);
@@ -67,7 +72,7 @@ class StripSums {
 
   TORCHCE_SIMD void write(Sums<Target, A, W>& sums) const {
     for (int w = 0; w < W; ++w) {
-      sums.reference.set(w, largest[w]);
+      sums.reference.set(w, reference[w]);
       sums.max.set(w, largest[w]);
       sums.exponentials.set(w, exponentials[w].sum);
       if constexpr (Target::kSpread) {

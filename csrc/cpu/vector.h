@@ -174,7 +174,7 @@ struct CompensatedSum {
     term -= excess;
     const V next = sum + term;
     excess = (next - sum) - term;
-    excess = math::select(excess == excess, excess, V{});  // NaN: the sum is infinite, and stays so
+    excess = math::select(excess - excess == V{}, excess, V{});  // else the sum is infinite, and stays so
     sum = next;
   }
   template <class Factor>
