@@ -2,7 +2,7 @@
 //
 // Classes are taken from memory a block at a time and worked on from there: where they are a power of two apart, the
 // caches hold only a few of them at once, and reading them again would mean to fetch them again. Sums are against
-// the largest logit so far.
+// the largest logit of the first block until another exceeds it by much, each lane for itself.
 #pragma once
 
 #include "softmax_ce_strip.h"
@@ -90,7 +90,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
   const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
   Coefficients<Target, A, W> coefficients(rows, row, count);
   Sums<Target, A, W> sums;
-  PerRow<A, W> hot_logits;
+  PerRow<A, W> hot_logits{};
   const auto sum_up = [&](auto look) TORCHCE_HD_LAMBDA {
     StripSums<T, Target, W>(logits, coefficients, rows.classes, look).write(sums);
   };

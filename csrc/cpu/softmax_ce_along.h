@@ -46,9 +46,9 @@ struct Coefficients {
   }
 };
 
-// Sums of a strip's rows, spread over the lanes of a vector each, to be folded together.
+// Sums of a strip's rows, each in the lanes of a vector, to be folded together.
 template <class Target, class A>
-struct SpreadSums {
+struct LaneSums {
   using V = Lanes<A>;
   static constexpr int L = kLanes<A>, kRows = kStrip * L, kSpreadRows = Target::kSpread ? kRows : 1;
   PerRow<A, kStrip> reference;
@@ -87,8 +87,8 @@ class RowSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
   static constexpr int kPacks = 16;  // of a block
-  static constexpr int kRemainder = -1;
-  // By how much a logit may exceed what sums are against. The difference of the two is rounded to 2^-22 of it, and so
+  static constexpr int kAsCounted = 0, kRemainder = -1;
+  // By how much a logit may exceed what sums are against. The difference of the two is rounded by up to 2^-22, and so
   // are the exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
   static constexpr A kHeadroom = 8;
 
@@ -97,8 +97,8 @@ class RowSums {
   Largest<T> largest;
   CompensatedSum<V> exponentials, coefficients, gaps;
 
-  // A block of packs from class k on: as many as the template says, or `count`, or one of which the classes before
-  // `begin` were in another.
+  // A block of packs from class k on: as many as the template says, or `count` (kAsCounted), or one of which the
+  // classes before `begin` were in another (kRemainder).
   template <int kCount>
   TORCHCE_SIMD void add(const T* x, const Coefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
     constexpr int64_t P = Pack<T>::kSize;
@@ -152,12 +152,12 @@ class RowSums {
     int64_t k = 0;
     for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
     const int left = int((classes - k) / P);
-    add<0>(x, u, k, left);
+    add<kAsCounted>(x, u, k, left);
     k += left * P;
     if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
   }
 
-  TORCHCE_SIMD void write(SpreadSums<Target, A>& sums, int l) const {
+  TORCHCE_SIMD void write(LaneSums<Target, A>& sums, int l) const {
     sums.reference[l] = reference;
     sums.max[l] = largest.lanes();
     sums.exponentials[l] = exponentials.sum;
@@ -185,20 +185,20 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     PerRow<A, kStrip> hot_logits{};
     const auto add_rows = [&](const IndexedStrip<A, kStrip>* targets) TORCHCE_HD_LAMBDA {
-      SpreadSums<Target, A> spread_sums;
+      LaneSums<Target, A> lane_sums;
       RowPosition at(rows, row);
       for (int l = 0; l < count; ++l, at.advance(rows)) {
         if (targets != nullptr && targets->kept[l] == 0) {
-          spread_sums.leave_out(l);
+          lane_sums.leave_out(l);
           continue;
         }
         const T* x = static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides);
         if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
-        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at)).write(spread_sums, l);
+        RowSums<T, Target>(x, rows.classes, Coefficients<T, Target>(rows, at)).write(lane_sums, l);
       }
-      for (int l = count; l < vectors_of<A>(count) * kLanes<A>; ++l) spread_sums.leave_out(l);
+      for (int l = count; l < vectors_of<A>(count) * kLanes<A>; ++l) lane_sums.leave_out(l);
       Sums<Target, A, kStrip> sums;
-      spread_sums.fold(sums, vectors_of<A>(count));
+      lane_sums.fold(sums, vectors_of<A>(count));
       write_losses<Target, A, kStrip>(call, row, count, sums, targets, hot_logits, partial);
     };
     if constexpr (Target::kProbabilities) {
