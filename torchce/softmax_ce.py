@@ -93,27 +93,28 @@ class SoftmaxCE(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.overwritten is not None:
-            ctx.overwritten.check()
+        overwritten = ctx.overwritten
+        if overwritten is not None:
+            overwritten.check()
         logits, target, weight, statistics, totals = ctx.saved_tensors
         options = ctx.options
-        needs_logits, needs_target, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         grad_logits = grad_target = None
         if differentiates_backward():
             grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
-        else:
-            saved = (grad_output, logits, target, weight, statistics, totals)
-            if needs_target:  # first: the logits it reads may be overwritten next
-                reduction, _, label_smoothing = options
-                grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
-            if not needs_logits:
-                pass
-            elif ctx.overwritten is None:
-                grad_logits = ops.softmax_ce_backward(*saved, *options)
+            return grad_logits if needs[0] else None, grad_target if needs[1] else None, None, None, None, None
+        if needs[1]:  # first: the logits it reads may be overwritten next
+            reduction, _, label_smoothing = options
+            grad_target = ops.softmax_ce_backward_target(
+                grad_output, logits, target, weight, statistics, totals, reduction, label_smoothing
+            )
+        if needs[0]:
+            if overwritten is None:
+                grad_logits = ops.softmax_ce_backward(grad_output, logits, target, weight, statistics, totals, *options)
             else:
-                ops.softmax_ce_backward_(*saved, *options)
-                grad_logits = ctx.overwritten.mark(logits)
-        return grad_logits if needs_logits else None, grad_target if needs_target else None, None, None, None, None
+                ops.softmax_ce_backward_(grad_output, logits, target, weight, statistics, totals, *options)
+                grad_logits = overwritten.mark(logits)
+        return grad_logits, grad_target, None, None, None, None
 
 
 def softmax_ce(

@@ -13,14 +13,9 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
-// Below this many classes lanes run across rows. Forwards do so up to more of them: the folds of a row's lanes into one
-// number take as long as some vectors, where a gradient has none.
-constexpr int64_t kFewestClassesAlongForward = 64;
-constexpr int64_t kFewestClassesAlongBackward = 32;
-
-template <class Target>
-bool lanes_run_along(const Rows& rows, int64_t fewest_classes) {
-  return rows.classes >= fewest_classes && rows.logits_strides.classes == 1 &&
+template <class T, class Target>
+bool lanes_run_along(const Rows& rows) {
+  return rows.classes >= Pack<T>::kSize && rows.logits_strides.classes == 1 &&
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
@@ -28,7 +23,7 @@ inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t r
   with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
-    if (lanes_run_along<Target>(call.rows, kFewestClassesAlongForward)) {
+    if (lanes_run_along<T, Target>(call.rows)) {
       along::forward<T, Target>(call, row_begin, row_end, partial);
     } else {
       across::forward<T, Target>(call, row_begin, row_end, partial);
@@ -40,7 +35,7 @@ inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t
   with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
-    if (lanes_run_along<Target>(call.rows, kFewestClassesAlongBackward) && call.grad_strides.classes == 1) {
+    if (lanes_run_along<T, Target>(call.rows) && call.grad_strides.classes == 1) {
       along::backward<T, Target>(call, row_begin, row_end);
     } else {
       across::backward<T, Target>(call, row_begin, row_end);

@@ -159,7 +159,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Pack takes the lower h
 
 template <class V>
 TORCHCE_SIMD V larger(V a, V b) {
-  return math::select(b > a, b, a);
+  return a > b ? a : b;
 }
 
 // Below every logit but -inf.
@@ -219,19 +219,20 @@ TORCHCE_SIMD A max_of(Lanes<A> v) {
   return fold<A>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
-// The largest of packs, lane by lane; NaNs may not count. Never below kLowest.
+// The largest of packs, lane by lane; NaNs may not count.
 template <class T>
 class Largest {
-  using A = Accumulate<T>;
-  using V = Lanes<A>;
+  using V = Lanes<Accumulate<T>>;
   V largest;
 
- public:
-  TORCHCE_SIMD Largest() : largest(broadcast(kLowest<A>)) {}
-  TORCHCE_SIMD void add(const T* p) {
+  TORCHCE_SIMD static V of(const T* p) {
     const auto x = Pack<T>::load(p);
-    largest = larger(largest, larger(x.v[0], x.v[1]));
+    return larger(x.v[0], x.v[1]);
   }
+
+ public:
+  TORCHCE_SIMD explicit Largest(const T* first) : largest(of(first)) {}
+  TORCHCE_SIMD void add(const T* p) { largest = larger(largest, of(p)); }
   TORCHCE_SIMD V lanes() const { return largest; }
 };
 
@@ -245,11 +246,16 @@ class Largest<T> {
   Shorts most;
   Magnitudes least;
 
- public:
-  TORCHCE_SIMD Largest() : most(Shorts{} + int16_t(-0x8000)), least(Magnitudes{} + uint16_t(0xffff)) {}  // -0 and a NaN
-  TORCHCE_SIMD void add(const T* p) {
+  TORCHCE_SIMD static Shorts load(const T* p) {
     Shorts x;
     std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+
+ public:
+  TORCHCE_SIMD explicit Largest(const T* first) : most(load(first)), least(Magnitudes(most)) {}
+  TORCHCE_SIMD void add(const T* p) {
+    const Shorts x = load(p);
     const Magnitudes m = Magnitudes(x);
     most = x > most ? x : most;
     least = m < least ? m : least;
@@ -259,7 +265,7 @@ class Largest<T> {
     T stored[Pack<T>::kSize];
     std::memcpy(stored, &bits, sizeof stored);
     const auto x = Pack<T>::load(stored);
-    return larger(larger(broadcast(kLowest<float>), x.v[0]), x.v[1]);
+    return larger(x.v[0], x.v[1]);
   }
 };
 

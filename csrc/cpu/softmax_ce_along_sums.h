@@ -1,0 +1,222 @@
+// What the logits of rows add up to, with lanes along each row.
+//
+// A row is read from memory once. Its exponentials are summed against the largest logit of its first pack, until one
+// turns up that is much larger, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018,
+// arXiv:1805.02867) and the block is taken again. Short rows, which stay in cache, are summed against their own
+// largest.
+#pragma once
+
+#include "softmax_ce_per_row.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL::along {
+
+constexpr int kStrip = 4;  // vectors of rows whose sums are folded together
+
+// u_k of the classes of a pack from k on.
+template <class T, class Target>
+struct Coefficients {
+  using A = Accumulate<T>;
+  const A* weight;
+  const void* target;
+  A label_smoothing, classes;
+
+  Coefficients(const Rows& rows, RowPosition at)
+      : weight(static_cast<const A*>(rows.weight)),
+        target(nullptr),
+        label_smoothing(A(rows.label_smoothing)),
+        classes(A(rows.classes)) {
+    if constexpr (Target::kProbabilities) {
+      target = static_cast<const typename Target::Storage*>(rows.target) + at.offset(rows.target_strides);
+    }
+  }
+
+  TORCHCE_SIMD Pack<T> at(int64_t k) const {
+    Pack<T> u = {broadcast<A>(1), broadcast<A>(1)};
+    if (weight != nullptr) u = Pack<T>::load(weight + k);
+    if constexpr (Target::kProbabilities) {
+      const auto t = Pack<T>::load(static_cast<const typename Target::Storage*>(target) + k);
+      if (weight == nullptr && label_smoothing == 0) return t;
+      for (int i = 0; i < u.kVectors; ++i) u.v[i] = probability_coefficient(t.v[i], u.v[i], label_smoothing, classes);
+    }
+    return u;
+  }
+};
+
+// What some packs of a row add up to, lane by lane.
+template <class T, class Target>
+struct PackSums {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  V exponentials{}, coefficients{}, gaps{};
+
+  // The classes from k on, but for those before `begin`, if any is given.
+  template <bool kFromBegin = false>
+  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const T* x, const Coefficients<T, Target>& u, int64_t k, V from,
+                        int64_t begin = 0) {
+    Pack<T> pack = Pack<T>::load(x + k);
+    if constexpr (kFromBegin) pack = pack.from(begin - k, -math::kInfinity<A>);
+    for (const V& v : pack.v) exponentials += exp(v - from);
+    if constexpr (Target::kSpread) {
+      Pack<T> of_pack = u.at(k);
+      if constexpr (kFromBegin) of_pack = of_pack.from(begin - k, 0);
+      for (int j = 0; j < pack.kVectors; ++j) {
+        coefficients += of_pack.v[j];
+        gaps += weighted_gap(of_pack.v[j], pack.v[j], from);
+      }
+    }
+  }
+};
+
+// Sums of a strip's rows, each in the lanes of a vector, to be folded together.
+template <class Target, class A>
+struct LaneSums {
+  using V = Lanes<A>;
+  static constexpr int L = kLanes<A>, kRows = kStrip * L, kSpreadRows = Target::kSpread ? kRows : 1;
+  PerRow<A, kStrip> reference;
+  V max[kRows], exponentials[kRows];
+  V coefficients[kSpreadRows], gaps[kSpreadRows];
+
+  // Of a row that is left out, or of none.
+  TORCHCE_SIMD void leave_out(int l) {
+    reference[l] = 0;
+    max[l] = V{};
+    exponentials[l] = broadcast(A(1) / L);
+    if constexpr (Target::kSpread) coefficients[l] = gaps[l] = V{};
+  }
+
+  template <class T>
+  TORCHCE_SIMD void set(int l, const PackSums<T, Target>& sums) {
+    exponentials[l] = sums.exponentials;
+    if constexpr (Target::kSpread) {
+      coefficients[l] = sums.coefficients;
+      gaps[l] = sums.gaps;
+    }
+  }
+
+  // Takes the largest logits for references.
+  TORCHCE_SIMD void refer_to_max(int vectors) {
+    fold(reference, max, vectors, [](auto a, auto b) { return larger(a, b); });
+    for (int w = 0; w < vectors; ++w) reference.set(w, larger(broadcast(kLowest<A>), reference.lanes(w)));
+  }
+
+  TORCHCE_SIMD void fold(Sums<Target, A, kStrip>& sums, int vectors) const {
+    const auto add = [](auto a, auto b) { return a + b; };
+    for (int w = 0; w < vectors; ++w) sums.reference.set(w, reference.lanes(w));
+    fold(sums.max, max, vectors, [](auto a, auto b) { return larger(a, b); });
+    fold(sums.exponentials, exponentials, vectors, add);
+    if constexpr (Target::kSpread) {
+      fold(sums.coefficients, coefficients, vectors, add);
+      fold(sums.gaps, gaps, vectors, add);
+    }
+  }
+
+ private:
+  template <class F>
+  TORCHCE_SIMD static void fold(PerRow<A, kStrip>& folded, const V (&lanes)[kRows], int vectors, F combine) {
+    for (int w = 0; w < vectors; ++w) folded.set(w, fold_each(reinterpret_cast<const V(&)[L]>(lanes[w * L]), combine));
+  }
+};
+
+// Adds up one row of logits.
+template <class T, class Target>
+class RowSums {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  static constexpr int kPacks = 16;  // of a block
+  static constexpr int kAsCounted = 0, kRemainder = -1;
+  // By how much a logit may exceed what sums are against. The difference of the two is rounded by up to 2^-22, and so
+  // are the exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
+  static constexpr A kHeadroom = 8;
+
+  math::ExpInSum<V> exp;
+  A reference;  // what exponentials and gaps are against
+  Largest<T> largest;
+  CompensatedSum<V> exponentials, coefficients, gaps;
+
+  // A block of packs from class k on: as many as the template says, or `count` (kAsCounted), or one of which the
+  // classes before `begin` were in another (kRemainder).
+  template <int kCount>
+  TORCHCE_SIMD void add(const T* x, const Coefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
+    constexpr int64_t P = Pack<T>::kSize;
+    if constexpr (kCount > 0) count = kCount;
+    Largest<T> largest_here = largest;
+    PackSums<T, Target> sums;
+    const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
+      const V from = broadcast(reference);
+      sums = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < count; ++i) {
+        largest_here.add(x + k + i * P);
+        sums.template add<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
+      }
+    };
+    sum_up();
+    const A max = max_of<A>(largest_here.lanes());
+    if (max > reference + kHeadroom) {
+      raise_to(max);
+      sum_up();
+    }
+    largest = largest_here;
+    exponentials.add(sums.exponentials);
+    if constexpr (Target::kSpread) {
+      coefficients.add(sums.coefficients);
+      gaps.add(sums.gaps);
+    }
+  }
+
+  TORCHCE_SIMD void raise_to(A logit) {
+    exponentials.scale(exp(broadcast(reference - logit)));
+    if constexpr (Target::kSpread) gaps.add(weighted_gap(coefficients.sum, broadcast(reference), broadcast(logit)));
+    reference = logit;
+  }
+
+ public:
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) : largest(x) {
+    constexpr int64_t P = Pack<T>::kSize;
+    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));
+    int64_t k = 0;
+    for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
+    const int left = int((classes - k) / P);
+    add<kAsCounted>(x, u, k, left);
+    k += left * P;
+    if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
+  }
+
+  TORCHCE_SIMD void write(LaneSums<Target, A>& sums, int l) const {
+    sums.reference[l] = reference;
+    sums.max[l] = largest.lanes();
+    sums.exponentials[l] = exponentials.sum;
+    if constexpr (Target::kSpread) {
+      sums.coefficients[l] = coefficients.sum;
+      sums.gaps[l] = gaps.sum;
+    }
+  }
+};
+
+// Rows of a few packs are gone through twice: first for the largest logits, which are folded for many rows at once,
+// then for the sums against them. A row by itself takes as long for its fold as for some packs.
+template <class T>
+constexpr int64_t kShortRow = 8 * Pack<T>::kSize;
+
+template <class T>
+TORCHCE_SIMD Lanes<Accumulate<T>> max_of_short_row(const T* x, int64_t classes) {
+  constexpr int64_t P = Pack<T>::kSize;
+  Largest<T> largest(x);
+  for (int64_t k = P; k + P <= classes; k += P) largest.add(x + k);
+  if (classes % P != 0) largest.add(x + classes - P);
+  return largest.lanes();
+}
+
+template <class T, class Target>
+TORCHCE_SIMD PackSums<T, Target> sums_of_short_row(const T* x, int64_t classes, const Coefficients<T, Target>& u,
+                                                   Lanes<Accumulate<T>> from) {
+  constexpr int64_t P = Pack<T>::kSize;
+  const math::ExpInSum<Lanes<Accumulate<T>>> exp;
+  PackSums<T, Target> sums;
+  int64_t k = 0;
+  for (; k + P <= classes; k += P) sums.add(exp, x, u, k, from);
+  if (k < classes) sums.template add<true>(exp, x, u, classes - P, from, k);
+  return sums;
+}
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL::along
