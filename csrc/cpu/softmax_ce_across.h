@@ -127,14 +127,15 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       Block<A, W> block;
       logits.read(k, classes, block);
       if constexpr (Target::kSpread) coefficients.read(k, classes);
+      const math::ScaledExp<V, kSixteenBits<T>> scaled_exp;
       for (int w = 0; w < W; ++w) {
-        const math::ScaledExp<V, kSixteenBits<T>> scaled_exp(factors.scale.lanes(w));
+        const typename decltype(scaled_exp)::Scale scale(factors.scale.lanes(w));
         const V max_lanes = factors.max.lanes(w), spread_lanes = factors.spread.lanes(w);
         for (int c = 0; c < classes; ++c) {
           logits.template prefetch_next<0>(k + c, w);
           if (!in_place) grad.template prefetch_next<1>(k + c, w);
           V& g = block.values[c][w];
-          g = scaled_exp(g - max_lanes);
+          g = scaled_exp(g - max_lanes, scale);
           if constexpr (Target::kSpread) g -= spread_lanes * coefficients.at(c, w);
         }
       }

@@ -85,16 +85,19 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   });
 }
 
+template <class T>
+using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
+
 // grad_k = exp(x_k - max) scale - spread u_k, for every class.
 template <class T, class Target, class A>
-TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, A scale, A spread,
+TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, const GradientExp<T>& scaled_exp,
+                               const typename GradientExp<T>::Scale& scale, A spread,
                                const Coefficients<T, Target>& coefficients) {
   constexpr int64_t P = Pack<T>::kSize;
   const auto max_lanes = broadcast(max);
-  const math::ScaledExp<Lanes<A>, kSixteenBits<T>> scaled_exp(broadcast(scale));
   const auto gradient = [&](int64_t k) {
     Pack<T> g = Pack<T>::load(x + k);
-    for (auto& v : g.v) v = scaled_exp(v - max_lanes);
+    for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
       const Pack<T> u = coefficients.at(k);
       for (int i = 0; i < g.kVectors; ++i) g.v[i] -= spread * u.v[i];
@@ -112,6 +115,9 @@ template <class T, class Target, class A>
 TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, const IndexedStrip<A, kStrip>* targets) {
   const Rows& rows = call.rows;
   const Factors<A, kStrip> factors(call, row, count, targets);
+  const GradientExp<T> scaled_exp;
+  typename GradientExp<T>::Scale scales[kStrip];
+  for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = typename GradientExp<T>::Scale(factors.scale.lanes(w));
   PerRow<A, kStrip> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
     for_each_row<T>(rows, row, count, [&](int l, RowPosition, const T* x) TORCHCE_HD_LAMBDA {
@@ -128,7 +134,8 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, c
       std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);
       return;
     }
-    row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], factors.scale[l], factors.spread[l],
+    const typename GradientExp<T>::Scale scale(scales[l / kLanes<A>], l % kLanes<A>);
+    row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], scaled_exp, scale, factors.spread[l],
                             Coefficients<T, Target>(rows, at));
     if (targets != nullptr) store_one(grad + targets->index[l], hot_gradients[l]);
   });

@@ -86,7 +86,7 @@ TORCHCE_SIMD void store(T* p, V value) {
 
 template <class A>
 TORCHCE_SIMD Lanes<A> broadcast(A value) {
-  return Lanes<A>{} + value;
+  return value - Lanes<A>{};  // which, unlike a sum with 0, the compiler knows to be `value`, -0 included
 }
 
 // (0, 1, 2, ...)

@@ -333,30 +333,44 @@ TORCHCE_HD V larger_of_negatives(V x, V y) {
 // keeps e^x normal down to 2^-190. The terms must not become subnormal that way: where the scale is below 2^-24 there
 // is no excess, because a product with less than 2^-126 is 0 then.
 template <class V, bool kShort>
-struct ScaledExp {
+class ScaledExp {
   static constexpr int kBits = kOfDoubles<V> ? 0 : kTableBits<V>;
   using Exp = std::conditional_t<kShort, ShortExp<kBits>, LongExp<kBits> >;
+  static constexpr int kTerms = Exp::kTerms.kCount;
   PowerOfTwo<V, kBits> power_of_two;
-  Terms<V, Exp::kTerms.kCount> terms{};
-  V round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
 
-  TORCHCE_HD explicit ScaledExp(V scale) {
-    if constexpr (kOfDoubles<V>) {
-      terms.each[0] = scale;
-    } else {
-      const auto small = abs(scale) < 0x1p-24f;
-      terms = select(small, scale, scale * 0x1p-64f) * Exp::kTerms;
-      round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + 64.0f));
-      least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
+ public:
+  // What a scale makes of the constants.
+  struct Scale {
+    Terms<V, kTerms> terms{};
+    V round{}, least{};  // e^least: one less than the exponent can say, which makes it 0
+
+    TORCHCE_HD Scale() {}
+    TORCHCE_HD explicit Scale(V scale) {
+      if constexpr (kOfDoubles<V>) {
+        terms.each[0] = scale;
+      } else {
+        const auto small = abs(scale) < 0x1p-24f;
+        terms = select(small, scale, scale * 0x1p-64f) * Exp::kTerms;
+        round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + 64.0f));
+        least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
+      }
     }
-  }
-  TORCHCE_HD V operator()(V x) const {
+    // One lane's, in all.
+    TORCHCE_HD Scale(const Scale& of_lanes, int lane)
+        : round(of_lanes.round[lane] - V{}), least(of_lanes.least[lane] - V{}) {
+      for (int i = 0; i < kTerms; ++i) terms.each[i] = of_lanes.terms.each[i][lane] - V{};
+    }
+  };
+
+  TORCHCE_HD ScaledExp() {}
+  TORCHCE_HD V operator()(V x, const Scale& scale) const {
     if constexpr (kOfDoubles<V>) {
-      return exp_of_negative(x) * terms.each[0];
+      return exp_of_negative(x) * scale.terms.each[0];
     } else {
-      x = larger_of_negatives(x, least);
-      const V shifted = x * kLog2E + round;
-      return exp_of_rest<kShort>(x, shifted - round, terms) * power_of_two(shifted);
+      x = larger_of_negatives(x, scale.least);
+      const V shifted = x * kLog2E + scale.round;
+      return exp_of_rest<kShort>(x, shifted - scale.round, scale.terms) * power_of_two(shifted);
     }
   }
 };
