@@ -18,12 +18,15 @@ using host::softmax_ce::GradientOf;
 using torchce::softmax_ce::RowPosition;
 using torchce::softmax_ce::TargetClass;
 
-// Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows.
+// Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows where as many
+// fit.
 int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
-  constexpr int64_t kLogits = 1 << 15, kStrip = 256;
+  constexpr int64_t kLogits = 1 << 15;
+  const bool adjacent_classes = rows.logits_strides.classes == 1;
+  const int64_t strip = adjacent_classes ? 64 : 256;
   const int64_t fitting = kLogits / std::max<int64_t>(rows.classes, 1);
-  if (rows.logits_strides.classes == 1) return std::max<int64_t>(fitting, 1);
-  return std::max<int64_t>(fitting / kStrip, 1) * kStrip;
+  if (fitting >= strip) return fitting / strip * strip;
+  return adjacent_classes ? std::max<int64_t>(fitting, 1) : strip;
 }
 
 template <class A>

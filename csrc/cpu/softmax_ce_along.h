@@ -28,14 +28,19 @@ TORCHCE_SIMD void for_each_row(const Rows& rows, int64_t row, int count, F body)
   }
 }
 
-// Losses and statistics of a strip.
-template <class T, class Target, class A>
-TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, const IndexedStrip<A, kStrip>* targets,
+template <class T>
+using IndexTargets = IndexedStrip<Accumulate<T>, kStrip>;
+
+// Losses and statistics of a strip. `targets` is null where they are probabilities.
+template <class T, class Target>
+TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, const IndexTargets<T>* targets,
                                 Partial* partial) {
+  using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const int64_t classes = rows.classes;
   const int vectors = vectors_of<A>(count);
   LaneSums<Target, A> lane_sums;
+  Sums<Target, A, kStrip> sums;
   PerRow<A, kStrip> hot_logits{};
   const auto look_up_target = [&](int l, const T* x) TORCHCE_HD_LAMBDA {
     if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
@@ -53,21 +58,24 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, con
   if (classes <= kShortRow<T>) {
     for_each_kept_row([&](int l, RowPosition, const T* x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
-      lane_sums.max[l] = max_of_short_row(x, classes);
+      lane_sums.max[l] = largest_of_short_row(x, classes);
     });
-    lane_sums.refer_to_max(vectors);
+    lane_sums.fold_max(sums.max, vectors);
+    sums.reference = sums.max;
     for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
       const Coefficients<T, Target> coefficients(rows, at);
-      lane_sums.set(l, sums_of_short_row(x, classes, coefficients, broadcast(lane_sums.reference[l])));
+      const auto of_row = sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l]));
+      lane_sums.set(l, of_row.exponentials, of_row.coefficients, of_row.gaps);
     });
   } else {
+    sums.reference = {};
     for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
-      RowSums<T, Target>(x, classes, Coefficients<T, Target>(rows, at)).write(lane_sums, l);
+      RowSums<T, Target>(x, classes, Coefficients<T, Target>(rows, at)).write(l, lane_sums, sums.reference);
     });
+    lane_sums.fold_max(sums.max, vectors);
   }
-  Sums<Target, A, kStrip> sums;
-  lane_sums.fold(sums, vectors);
+  lane_sums.fold_sums(sums, vectors);
   write_losses<Target, A, kStrip>(call, row, count, sums, targets, hot_logits, partial);
 }
 
@@ -77,10 +85,10 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   const Forward call = original;  // what is stored might be the original, for all the compiler knows
   for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     if constexpr (Target::kProbabilities) {
-      forward_strip<T, Target, A>(call, row, count, nullptr, partial);
+      forward_strip<T, Target>(call, row, count, nullptr, partial);
     } else {
-      const IndexedStrip<A, kStrip> targets(call.rows, row, count);
-      forward_strip<T, Target, A>(call, row, count, &targets, partial);
+      const IndexTargets<T> targets(call.rows, row, count);
+      forward_strip<T, Target>(call, row, count, &targets, partial);
     }
   });
 }
@@ -111,8 +119,9 @@ TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, cons
   if (remainder) last.template store<kNans<Target>>(grad + classes - P);
 }
 
-template <class T, class Target, class A>
-TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, const IndexedStrip<A, kStrip>* targets) {
+template <class T, class Target>
+TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets) {
+  using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const Factors<A, kStrip> factors(call, row, count, targets);
   const GradientExp<T> scaled_exp;
@@ -147,10 +156,10 @@ void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   const Backward call = original;  // what is stored might be the original, for all the compiler knows
   for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     if constexpr (Target::kProbabilities) {
-      backward_strip<T, Target, A>(call, row, count, nullptr);
+      backward_strip<T, Target>(call, row, count, nullptr);
     } else {
-      const IndexedStrip<A, kStrip> targets(call.rows, row, count);
-      backward_strip<T, Target, A>(call, row, count, &targets);
+      const IndexTargets<T> targets(call.rows, row, count);
+      backward_strip<T, Target>(call, row, count, &targets);
     }
   });
 }

@@ -67,46 +67,36 @@ struct PackSums {
   }
 };
 
-// Sums of a strip's rows, each in the lanes of a vector, to be folded together.
+// Of a strip's rows, each in the lanes of a vector, to be folded together.
 template <class Target, class A>
 struct LaneSums {
   using V = Lanes<A>;
   static constexpr int L = kLanes<A>, kRows = kStrip * L, kSpreadRows = Target::kSpread ? kRows : 1;
-  PerRow<A, kStrip> reference;
   V max[kRows], exponentials[kRows];
   V coefficients[kSpreadRows], gaps[kSpreadRows];
 
-  // Of a row that is left out, or of none.
-  TORCHCE_SIMD void leave_out(int l) {
-    reference[l] = 0;
-    max[l] = V{};
-    exponentials[l] = broadcast(A(1) / L);
-    if constexpr (Target::kSpread) coefficients[l] = gaps[l] = V{};
-  }
-
-  template <class T>
-  TORCHCE_SIMD void set(int l, const PackSums<T, Target>& sums) {
-    exponentials[l] = sums.exponentials;
+  TORCHCE_SIMD void set(int l, V of_exponentials, V of_coefficients, V of_gaps) {
+    exponentials[l] = of_exponentials;
     if constexpr (Target::kSpread) {
-      coefficients[l] = sums.coefficients;
-      gaps[l] = sums.gaps;
+      coefficients[l] = of_coefficients;
+      gaps[l] = of_gaps;
     }
   }
-
-  // Takes the largest logits for references.
-  TORCHCE_SIMD void refer_to_max(int vectors) {
-    fold(reference, max, vectors, [](auto a, auto b) { return larger(a, b); });
-    for (int w = 0; w < vectors; ++w) reference.set(w, larger(broadcast(kLowest<A>), reference.lanes(w)));
+  // A row that is left out, or none.
+  TORCHCE_SIMD void leave_out(int l) {
+    max[l] = V{};
+    set(l, broadcast(A(1) / L), V{}, V{});
   }
 
-  TORCHCE_SIMD void fold(Sums<Target, A, kStrip>& sums, int vectors) const {
+  TORCHCE_SIMD void fold_max(PerRow<A, kStrip>& folded, int vectors) const {
+    fold(folded, max, vectors, [](auto a, auto b) { return larger(a, b); });
+  }
+  TORCHCE_SIMD void fold_sums(Sums<Target, A, kStrip>& folded, int vectors) const {
     const auto add = [](auto a, auto b) { return a + b; };
-    for (int w = 0; w < vectors; ++w) sums.reference.set(w, reference.lanes(w));
-    fold(sums.max, max, vectors, [](auto a, auto b) { return larger(a, b); });
-    fold(sums.exponentials, exponentials, vectors, add);
+    fold(folded.exponentials, exponentials, vectors, add);
     if constexpr (Target::kSpread) {
-      fold(sums.coefficients, coefficients, vectors, add);
-      fold(sums.gaps, gaps, vectors, add);
+      fold(folded.coefficients, coefficients, vectors, add);
+      fold(folded.gaps, gaps, vectors, add);
     }
   }
 
@@ -173,7 +163,7 @@ class RowSums {
  public:
   TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) : largest(x) {
     constexpr int64_t P = Pack<T>::kSize;
-    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));
+    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));  // the first pack may be of -inf, the next one not
     int64_t k = 0;
     for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
     const int left = int((classes - k) / P);
@@ -182,24 +172,21 @@ class RowSums {
     if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
   }
 
-  TORCHCE_SIMD void write(LaneSums<Target, A>& sums, int l) const {
-    sums.reference[l] = reference;
-    sums.max[l] = largest.lanes();
-    sums.exponentials[l] = exponentials.sum;
-    if constexpr (Target::kSpread) {
-      sums.coefficients[l] = coefficients.sum;
-      sums.gaps[l] = gaps.sum;
-    }
+  TORCHCE_SIMD void write(int l, LaneSums<Target, A>& lane_sums, PerRow<A, kStrip>& references) const {
+    references[l] = reference;
+    lane_sums.max[l] = largest.lanes();
+    lane_sums.set(l, exponentials.sum, coefficients.sum, gaps.sum);
   }
 };
 
 // Rows of a few packs are gone through twice: first for the largest logits, which are folded for many rows at once,
-// then for the sums against them. A row by itself takes as long for its fold as for some packs.
+// then for the sums against them. A row by itself takes as long for its folds as for some packs. From some nine packs
+// on the second look takes longer (Zen 4, at all three levels).
 template <class T>
 constexpr int64_t kShortRow = 8 * Pack<T>::kSize;
 
 template <class T>
-TORCHCE_SIMD Lanes<Accumulate<T>> max_of_short_row(const T* x, int64_t classes) {
+TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const T* x, int64_t classes) {
   constexpr int64_t P = Pack<T>::kSize;
   Largest<T> largest(x);
   for (int64_t k = P; k + P <= classes; k += P) largest.add(x + k);

@@ -1,11 +1,11 @@
 // Softmax cross entropy of a range of rows.
 //
 // Two ways to lay rows on SIMD lanes:
-// - along a row: lanes hold neighbouring classes. For rows whose classes are adjacent in memory and fill a few vectors.
+// - along a row: lanes hold neighbouring classes. For rows of at least one pack (vector.h) of classes that are adjacent
+//   in memory.
 // - across rows: lanes hold neighbouring rows, classes come one after another. For class dimensions with a stride
-//   ([N, C, d1...], transposed logits) and for rows too short to fill vectors. Every stride is right
-//   (softmax_ce_strip.h).
-// Either way the forward reads a row from memory once, a block of classes at a time.
+//   ([N, C, d1...], transposed logits) and for shorter rows. Every stride is right (softmax_ce_strip.h).
+// Either way the forward reads a row from memory once.
 #pragma once
 
 #include "softmax_ce_across.h"

@@ -157,6 +157,7 @@ struct Pack {
 };
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Pack takes the lower half of a word for the even element");
 
+// Of a NaN and a number it is b.
 template <class V>
 TORCHCE_SIMD V larger(V a, V b) {
   return a > b ? a : b;
