@@ -180,8 +180,8 @@ class RowSums {
 };
 
 // Rows of a few packs are gone through twice: first for the largest logits, which are folded for many rows at once,
-// then for the sums against them. A row by itself takes as long for its folds as for some packs. From some nine packs
-// on the second look takes longer (Zen 4, at all three levels).
+// then for the sums against them. A row by itself takes as long for its folds as for some packs. With 16 packs the
+// second look takes longer than that, with 9 as long (Zen 4, AVX-512).
 template <class T>
 constexpr int64_t kShortRow = 8 * Pack<T>::kSize;
 
