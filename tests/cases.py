@@ -36,9 +36,7 @@ SOFTMAX_SHAPES = [
     pytest.param((11,), id="1d"),  # one row, no batch
     pytest.param((13, 11), id="2d"),
     pytest.param((1037, 3), id="2d_many_rows"),  # more rows than one grain of work, and no multiple of it
-    pytest.param(
-        (139, 35), id="2d_strips"
-    ),  # short rows with a remainder: strips of 16 to 64 rows (CPU) and a part of one
+    pytest.param((139, 35), id="2d_strips"),  # short rows with a remainder: strips of 16 to 64 and a part of one
     pytest.param((2, 5, 7), id="3d"),
     pytest.param((2, 19, 13, 9), id="4d"),  # segmentation; 117 inner positions are no multiple of a register
     pytest.param((2, 3, 2, 3, 2), id="5d"),

@@ -103,16 +103,15 @@ class SoftmaxCE(Function):
         if differentiates_backward():
             grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
             return grad_logits if needs[0] else None, grad_target if needs[1] else None, None, None, None, None
+        saved = (grad_output, logits, target, weight, statistics, totals)
         if needs[1]:  # first: the logits it reads may be overwritten next
             reduction, _, label_smoothing = options
-            grad_target = ops.softmax_ce_backward_target(
-                grad_output, logits, target, weight, statistics, totals, reduction, label_smoothing
-            )
+            grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
         if needs[0]:
             if overwritten is None:
-                grad_logits = ops.softmax_ce_backward(grad_output, logits, target, weight, statistics, totals, *options)
+                grad_logits = ops.softmax_ce_backward(*saved, *options)
             else:
-                ops.softmax_ce_backward_(grad_output, logits, target, weight, statistics, totals, *options)
+                ops.softmax_ce_backward_(*saved, *options)
                 grad_logits = overwritten.mark(logits)
         return grad_logits, grad_target, None, None, None, None
 

@@ -127,9 +127,9 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       Block<A, W> block;
       logits.read(k, classes, block);
       if constexpr (Target::kSpread) coefficients.read(k, classes);
-      const math::ScaledExp<V, kSixteenBits<T>> scaled_exp;
+      const GradientExp<T> scaled_exp;
       for (int w = 0; w < W; ++w) {
-        const typename decltype(scaled_exp)::Scale scale(factors.scale.lanes(w));
+        const typename GradientExp<T>::Scale scale(factors.scale.lanes(w));
         const V max_lanes = factors.max.lanes(w), spread_lanes = factors.spread.lanes(w);
         for (int c = 0; c < classes; ++c) {
           logits.template prefetch_next<0>(k + c, w);

@@ -93,9 +93,6 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   });
 }
 
-template <class T>
-using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
-
 // grad_k = exp(x_k - max) scale - spread u_k, for every class.
 template <class T, class Target, class A>
 TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, const GradientExp<T>& scaled_exp,

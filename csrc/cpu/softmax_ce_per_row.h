@@ -205,6 +205,10 @@ TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int co
 template <class Target>
 constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
 
+// The exponential in it, times the row's scale.
+template <class T>
+using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
+
 // The gradient of class k of a row: exp(x_k - max) scale - spread u_k, and for the target class less hot.
 template <class A, int W>
 struct Factors {
