@@ -67,10 +67,10 @@ DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   host::check(0 <= device && device < kMostDevices, "logits: expected a CUDA device of an index below ", kMostDevices,
               ", got index ", device);
   DeviceGuardHandle guard = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
+  TORCHCE_CHECK_TORCH(aoti_torch_create_device_guard(device, &guard));
   guard_ = {guard, [](void* held) { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(held)); }};
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  TORCHCE_CHECK_TORCH(aoti_torch_get_current_cuda_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
   properties = properties_of(device);
 }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../problem.h"
+#include "torch_version.h"
 
 namespace torchce::host {
 
@@ -118,7 +119,7 @@ inline bool is_dense(const Sizes& sizes, const Sizes& strides) {
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type, const Tensor& like) {
   AtenTensorHandle handle = nullptr;
   const auto device = like.device();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCHCE_CHECK_TORCH(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
