@@ -40,12 +40,23 @@ inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, 
   });
 }
 
+// a / b of numbers that are not negative: a division of 32 bits, where they do, takes a third of the time.
+TORCHCE_HD int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
+
 // Where row r = n * S + s stands.
 struct RowPosition {
   int64_t n, s;
   TORCHCE_HD RowPosition(const Rows& rows, int64_t r)
-      : n(rows.inner == 1 ? r : r / rows.inner), s(rows.inner == 1 ? 0 : r % rows.inner) {}
+      : n(rows.inner == 1 ? r : quotient(r, rows.inner)), s(rows.inner == 1 ? 0 : r - n * rows.inner) {}
   TORCHCE_HD int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
+  // That of a later row of the same n.
+  TORCHCE_HD RowPosition plus(int64_t rows) const {
+    RowPosition later = *this;
+    later.s += rows;
+    return later;
+  }
   // To the next row, without the division.
   TORCHCE_HD void advance(const Rows& rows) {
     if (++s == rows.inner) {
@@ -75,8 +86,8 @@ struct TargetClass {
   RowKind kind = RowKind::kept;
   int64_t index = 0;  // a class even where the row is not kept, so that reading its logit is safe
 
-  TORCHCE_HD TargetClass(const Rows& rows, RowPosition at) {
-    const int64_t target = target_at(rows, at);
+  TORCHCE_HD TargetClass(const Rows& rows, RowPosition at) : TargetClass(rows, target_at(rows, at)) {}
+  TORCHCE_HD TargetClass(const Rows& rows, int64_t target) {
     if (target == rows.ignore_index) {
       kind = RowKind::ignored;
     } else if (target < 0 || target >= rows.classes) {
@@ -104,14 +115,14 @@ TORCHCE_HD int64_t first_bad_row(const Rows& rows, int64_t begin, int64_t end) {
   return -1;
 }
 
-// And what hangs on it.
+// The class index of one row, and the coefficients that it gives the row.
 template <class A>
 struct IndexedRow : TargetClass {
   A weight = 1;
   A hot = 0;
   A uniform = 0;
 
-  TORCHCE_HD IndexedRow(const Rows& rows, RowPosition at) : TargetClass(rows, at) {
+  TORCHCE_HD IndexedRow(const Rows& rows, int64_t target) : TargetClass(rows, target) {
     if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
     const IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
     hot = coefficients.hot;

@@ -9,22 +9,22 @@ using namespace torchce::cuda::softmax_ce;
 int main() {
   std::string question;
   while (std::cin >> question) {
-    int64_t rows, classes, pack, multiprocessors;
-    std::cin >> rows >> classes >> pack >> multiprocessors;
+    int64_t rows, classes, pack, multiprocessors, slots;
+    std::cin >> rows >> classes >> pack >> multiprocessors >> slots;
     if (question == "forward") {
-      const ForwardPlan p = plan_forward(rows, classes, int(pack), int(multiprocessors));
+      const ForwardPlan p = plan_forward(rows, classes, int(pack), slots);
       std::cout << int(p.regime) << ' ' << p.lanes << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
     } else if (question == "forward_across") {
-      const AcrossPlan p = plan_forward_across(rows / pack, classes, int(multiprocessors));
+      const AcrossPlan p = plan_forward_across(rows / pack, classes, int(multiprocessors), slots);
       std::cout << p.columns << ' ' << p.blocks << '\n';
     } else if (question == "backward") {
-      const BackwardPlan p = plan_backward(rows, classes, int(pack), int(multiprocessors));
+      const BackwardPlan p = plan_backward(rows, classes, int(pack), slots);
       std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
     } else if (question == "fused") {
       torchce::cuda::Properties device;
       device.multiprocessors = int(multiprocessors);
-      std::cin >> device.shared_memory_of_block >> device.shared_memory_of_multiprocessor >> device.largest_cluster;
-      const FusedPlan p = plan_fused(rows, classes, int(pack), device);
+      std::cin >> device.shared_memory_of_block >> device.largest_cluster;
+      const FusedPlan p = plan_fused(rows, classes, int(pack), device, device.largest_cluster);
       std::cout << p.lanes << ' ' << p.cluster << ' ' << p.kept << ' ' << p.blocks << '\n';
     } else if (question == "backward_across") {
       const BackwardPlan p = plan_backward_across(rows / pack, classes, int(multiprocessors));

@@ -19,7 +19,7 @@ import torchce.functional
 pytestmark = pytest.mark.cuda
 
 BLOCK = 256  # threads of every kernel
-BLOCKS_PER_PROCESSOR = 8
+BUSY = 384  # threads of a multiprocessor that keep the memory busy (kBusyThreads)
 
 
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
@@ -113,21 +113,25 @@ def test_poison_in_one_part(cuda_device: str, multiprocessors: int, kind: str, p
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
-def test_rows_around_the_number_of_multiprocessors(cuda_device: str, multiprocessors: int, difference: int) -> None:
-    """Fewer rows are cut into parts, more are not."""
-    check("index", cases.arranged(None, (multiprocessors + difference, 20001), torch.float32, cuda_device))
+@pytest.mark.parametrize("halves", [1, 2, 4, 8])
+def test_long_rows_around_the_number_of_blocks(
+    cuda_device: str, resident_blocks: int, halves: int, difference: int
+) -> None:
+    """Rows are cut into parts where they are few, and where the last of them would run alone."""
+    rows = max(resident_blocks * halves // 2 + difference, 1)
+    check("index", cases.arranged(None, (rows, 20001), torch.float32, cuda_device), "mean" if difference else "none")
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("classes", [3, 70, 1100], ids=["a_lane", "lanes", "block"])
 @pytest.mark.parametrize("kind", cases.KERNEL_KINDS)
 def test_more_rows_than_resident_blocks_take_at_once(
-    cuda_device: str, multiprocessors: int, kind: str, classes: int, difference: int
+    cuda_device: str, resident_blocks: int, kind: str, classes: int, difference: int
 ) -> None:
     """Blocks stride over the rows that are left. 1100 float64 classes take a block."""
     dtype = torch.float64 if classes == 1100 else torch.float32
     rows_of_block = {3: BLOCK, 70: 32, 1100: 1}[classes]
-    rows = multiprocessors * BLOCKS_PER_PROCESSOR * rows_of_block + difference
+    rows = 4 * resident_blocks * rows_of_block + difference
     check(kind, cases.arranged(None, (rows, classes), dtype, cuda_device), "mean" if difference == 0 else "none")
 
 
@@ -151,8 +155,8 @@ def test_inner_positions_around_every_block_width(
 def test_inner_positions_that_fill_the_device(
     cuda_device: str, multiprocessors: int, difference: int, divisor: int
 ) -> None:
-    """Fewer packs than would fill it with `divisor` threads a pack get twice as many; more make blocks stride."""
-    packs = multiprocessors * BLOCKS_PER_PROCESSOR * BLOCK // divisor + difference
+    """Fewer packs than would keep it busy with `divisor` threads a pack get twice as many."""
+    packs = multiprocessors * BUSY // divisor + difference
     classes = 3 if divisor == 1 else 40
     check("index", cases.arranged(None, (1, classes, packs * 4), torch.float32, cuda_device), "mean")
 
@@ -184,9 +188,9 @@ def test_bce_elements_around_a_block(
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_bce_elements_around_what_the_grid_takes_at_once(
-    cuda_device: str, multiprocessors: int, dtype: torch.dtype, difference: int
+    cuda_device: str, resident_blocks: int, dtype: torch.dtype, difference: int
 ) -> None:
-    threads = multiprocessors * BLOCKS_PER_PROCESSOR * BLOCK
+    threads = resident_blocks * BLOCK
     for elements in (threads, 2 * threads * (16 // dtype.itemsize)):
         shape = (elements + difference,)
         check_sigmoid_bce(cases.normal(shape, dtype, cuda_device, scale=3), cases.uniform(shape, dtype, cuda_device))

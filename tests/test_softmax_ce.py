@@ -140,6 +140,22 @@ def test_slowly_rising_logits(device: str, layout: str | None, end: float, smoot
     check_softmax_ce(logits, target, label_smoothing=smoothing, reduction="none")
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
+@pytest.mark.parametrize("grad_output", [1e10, -1.0, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_probabilities_below_the_least_normal_number(
+    device: str, dtype: torch.dtype, grad_output: float, layout: str | None, reduction: str
+) -> None:
+    """A large upstream gradient lifts them into what the dtype can hold, and a small one leaves nothing of them."""
+    logits = cases.laid_out(layout, lambda shape: torch.zeros(shape, dtype=dtype, device=device), (24, 300))
+    logits[:, 1:] = torch.linspace(-103.5, -60, 299, dtype=torch.float64).to(device, dtype)
+    target = cases.indices((24,), 300, torch.int64, device)
+    loss_shape = () if reduction == "sum" else (24,)
+    upstream = torch.full(loss_shape, grad_output, dtype=dtype, device=device)
+    check_softmax_ce(logits, target, grad_output=upstream, reduction=reduction)
+
+
 @pytest.mark.parametrize("classes", [5, 40, 300])
 @pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
 def test_an_extreme_row_leaves_its_neighbours_alone(device: str, layout: str | None, classes: int) -> None:

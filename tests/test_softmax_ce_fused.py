@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchce import ops
 
-WithClusters = Callable[[int, int], None]
+WithClusters = Callable[..., None]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -124,7 +124,7 @@ def test_every_change_of_plan(
 @pytest.mark.cuda
 @pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
-@pytest.mark.parametrize(("blocks", "packs"), [(2, 1025), (4, 2049), (8, 4097)])
+@pytest.mark.parametrize(("blocks", "packs"), [(2, 1025), (4, 2049), (8, 4097), (16, 8193)])
 def test_rows_spread_over_a_cluster(
     cuda_device: str,
     with_clusters: WithClusters,
@@ -152,6 +152,14 @@ def test_a_cluster_takes_row_after_row(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("placeable", [1, 2, 8])
+def test_a_cluster_that_cannot_be_placed(cuda_device: str, with_clusters: WithClusters, placeable: int) -> None:
+    """A smaller one takes the row instead, as where multiprocessors stand in small groups."""
+    with_clusters(48, 16, placeable)
+    check("index", cases.normal((3, 8193 * 4), torch.float32, cuda_device, scale=3))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 20, 133, 1000])
 @pytest.mark.parametrize(
     ("classes", "dtype"),
@@ -168,10 +176,10 @@ def test_a_cluster_takes_row_after_row(
 def test_rows_that_take_a_cluster(
     cuda_device: str, emulated: bool, with_clusters: WithClusters, rows: int, classes: int, dtype: torch.dtype
 ) -> None:
-    """Up to eight blocks a row."""
+    """Up to sixteen blocks a row."""
     if rows * classes > (2**21 if emulated else 2**26):
         pytest.skip("the reference would need gigabytes, or the emulation minutes")
-    with_clusters(132, 8)
+    with_clusters(132, 16)
     check("index", cases.normal((rows, classes), dtype, cuda_device, scale=3))
 
 

@@ -1,8 +1,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "device.h"
@@ -10,16 +12,24 @@
 namespace torchce::cuda {
 namespace {
 
-// Zero when the module is loaded, and again after every launch that used one. Launches take them in turn: two that run
-// at the same time have different ones as long as fewer than these are started while one of them runs.
+// Zero when the module is loaded, and again after every launch that used them. Launches take them in turn, of a ring
+// whose end is long enough for what begins there. Two launches that run at the same time have different ones unless
+// 65536 counters are taken in between, which only a device that runs thousands of kernels at a time could come to.
 constexpr unsigned kCounters = 1 << 16;
-__device__ unsigned counters[kCounters];
+__device__ unsigned counters[kCounters + kMostCounters];
 
 constexpr int kMostDevices = 64;
-constexpr int kLargestCluster = 8;  // that every device with clusters can run
+constexpr int kPortableCluster = 8;  // blocks, that every device with clusters can run
+constexpr int kLargestCluster = 16;  // that some can; whether this one does, resident_blocks asks
 
 // Tells which architecture its file, and so every kernel, was compiled for.
 __global__ void any_kernel() {}
+
+int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
 
 int attribute_of(int device, cudaDeviceAttr attribute) {
   int value = 0;
@@ -43,7 +53,6 @@ const Properties& properties_of(int device) {
     properties[device] = {
         .multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount),
         .shared_memory_of_block = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-        .shared_memory_of_multiprocessor = attribute_of(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
         .largest_cluster = has_clusters(device) ? kLargestCluster : 1,
     };
   });
@@ -75,32 +84,70 @@ DeviceScope::DeviceScope(const torch::stable::Tensor& on) {
   properties = properties_of(device);
 }
 
-void DeviceScope::allow_shared_memory(const void* kernel) const {
+void DeviceScope::lift_limits(const void* kernel) const {
   static std::mutex mutex;
-  static std::set<std::pair<int, const void*>> allowed;
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  static std::set<std::pair<int, const void*>> lifted;
+  const int device = current_device();
   const std::lock_guard lock(mutex);
-  if (allowed.count({device, kernel}) != 0) return;
+  if (lifted.count({device, kernel}) != 0) return;
   cudaFuncAttributes of_kernel{};
   check_cuda(cudaFuncGetAttributes(&of_kernel, kernel), "cudaFuncGetAttributes");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   properties.shared_memory_of_block - int(of_kernel.sharedSizeBytes)),
              "cudaFuncSetAttribute");
-  allowed.insert({device, kernel});
+  if (properties.largest_cluster > kPortableCluster) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  }
+  lifted.insert({device, kernel});
 }
 
-unsigned* DeviceScope::counter(void* spare) const {
+int64_t DeviceScope::resident_blocks(const void* kernel, const BlockShape& shape) const {
+  using Key = std::tuple<int, const void*, int, int, int>;
+  static std::mutex mutex;
+  static std::map<Key, int64_t> known;
+  const Key key{current_device(), kernel, shape.threads, shape.shared_memory, shape.cluster};
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+  }
+  if (shape.shared_memory > 0) lift_limits(kernel);
+  int64_t blocks = 0;
+  if (shape.cluster == 1) {
+    int of_multiprocessor = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, shape.threads,
+                                                             size_t(shape.shared_memory)),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    blocks = int64_t(of_multiprocessor) * properties.multiprocessors;
+  } else {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(shape.cluster));
+    config.blockDim = dim3(unsigned(shape.threads));
+    config.dynamicSmemBytes = size_t(shape.shared_memory);
+    cudaLaunchAttribute attribute{};
+    set_cluster(config, attribute, shape.cluster);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // refused, as where a cluster is larger than any group of multiprocessors
+      clusters = 0;
+    }
+    blocks = int64_t(clusters) * shape.cluster;
+  }
+  const std::lock_guard lock(mutex);
+  known[key] = blocks;
+  return blocks;
+}
+
+unsigned* DeviceScope::counters(unsigned count, void* spare) const {
+  host::check(count <= kMostCounters, "a launch asked for ", count, " counters of at most ", kMostCounters);
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &capturing), "cudaStreamIsCapturing");
   if (capturing != cudaStreamCaptureStatusNone) {
-    check_cuda(cudaMemsetAsync(spare, 0, sizeof(unsigned), stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(spare, 0, count * sizeof(unsigned), stream), "cudaMemsetAsync");
     return static_cast<unsigned*>(spare);
   }
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   static std::atomic<unsigned> next;
-  return counters_of(device) + next++ % kCounters;
+  return counters_of(current_device()) + next.fetch_add(count) % kCounters;
 }
 
 }  // namespace torchce::cuda

@@ -18,53 +18,74 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+struct BlockShape {
+  int threads;
+  int shared_memory = 0;  // bytes of a block, beside what the kernel declares
+  int cluster = 1;        // blocks that run together
+};
+
+constexpr unsigned kMostCounters = 1 << 13;  // of one launch
+
 // Makes the device of a tensor the current one for as long as it lives.
 class DeviceScope {
  public:
   explicit DeviceScope(const torch::stable::Tensor& on);
 
-  // A counter that is 0, for the blocks of one launch to count themselves with (reduce.cuh). While the stream is being
-  // captured into a graph it lies in `spare`, which the graph keeps.
-  unsigned* counter(void* spare) const;
+  // Counters that are 0, for the blocks of one launch to count themselves with (reduce.cuh): at most kMostCounters.
+  // While the stream is being captured into a graph they lie in `spare`, which the graph keeps.
+  unsigned* counters(unsigned count, void* spare) const;
 
-  // Lets a kernel be launched with as much dynamic shared memory as the device has, which it cannot be unasked: once,
-  // because what is set holds for every thread of the process.
-  void allow_shared_memory(const void* kernel) const;
+  // Blocks of that kernel and shape that the device runs at once, whole clusters only; 0 where not one can be placed.
+  // Asked of CUDA once for each kernel, shape and device.
+  template <class... Parameters>
+  int64_t resident_blocks(void (*kernel)(Parameters...), const BlockShape& shape) const {
+    return resident_blocks(reinterpret_cast<const void*>(kernel), shape);
+  }
+
+  // Lets a kernel be launched with as much dynamic shared memory as the device has and in clusters of any size, which
+  // it cannot be unasked: once, because what is set holds for every thread of the process.
+  void lift_limits(const void* kernel) const;
 
   cudaStream_t stream = nullptr;
   Properties properties;
 
  private:
+  int64_t resident_blocks(const void* kernel, const BlockShape& shape) const;
+
   std::unique_ptr<void, void (*)(void*)> guard_{nullptr, nullptr};
 };
 
 struct Grid {
-  int64_t blocks;
-  int threads;            // of a block
-  int shared_memory = 0;  // bytes of a block, beside what the kernel declares
-  int cluster = 1;        // blocks; divides their number
+  int64_t blocks;  // whole clusters
+  BlockShape shape;
 };
+
+// A cluster's size as an attribute of a launch; none for blocks that run alone.
+inline void set_cluster(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, int cluster) {
+  if (cluster == 1) return;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+}
 
 // Launches `kernel` on at least one block, at most as many as there can be: kernels stride over what is left.
 template <class... Parameters, class... Arguments>
 void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+  const BlockShape& shape = grid.shape;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(std::clamp<int64_t>(grid.blocks, 1, kMostBlocks)));
-  config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = size_t(grid.shared_memory);
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_memory);
   config.stream = device.stream;
-  cudaLaunchAttribute cluster{};
-  if (grid.cluster > 1) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
-  if (grid.shared_memory > 0) device.allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute attribute{};
+  set_cluster(config, attribute, shape.cluster);
+  if (shape.shared_memory > 0) device.lift_limits(reinterpret_cast<const void*>(kernel));
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  const cudaError_t last = cudaGetLastError();  // also takes it back, so that nobody else reports it
-  check_cuda(error != cudaSuccess ? error : last, "launch");
+  if (error == cudaSuccess) return;  // an older error is somebody else's to find
+  cudaGetLastError();                // takes back the launch's own, so that nobody else reports it
+  check_cuda(error, "launch");
 }
 
 }  // namespace torchce::cuda

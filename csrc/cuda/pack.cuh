@@ -4,13 +4,16 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../math/storage.h"
 
 namespace torchce::cuda {
 
-// Blocks that must fit on a multiprocessor at once, for __launch_bounds__: up to 128 registers a thread in blocks of
-// 256. Left to itself, ptxas 13.0 rounds registers down to the next step of occupancy and spills what that costs.
+// Blocks of 256 threads that must fit on a multiprocessor at once, for __launch_bounds__: three leave a thread 80
+// registers, enough for the plain kernels of float and 16-bit logits; two leave it 128. Left to itself, ptxas 13.0
+// rounds registers down to the next step of occupancy and spills what that costs.
+constexpr int kBlocksOfPlain = 3;
 constexpr int kBlocksToFit = 2;
 
 // Elements in 16 bytes, the widest access there is.
@@ -108,15 +111,65 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool al
   }
 }
 
+// An element is the upper half of its word where it is, or shifted there: one instruction, where its 16 bits take two.
+template <int V>
+__device__ __forceinline__ float widen_half_of_word(const Pack<BFloat16, V>& pack, int i) {
+  uint32_t word;
+  std::memcpy(&word, &pack.elements[i / 2 * 2], sizeof word);
+  word = i % 2 == 0 ? word << 16 : word & 0xffff0000u;
+  float element;
+  std::memcpy(&element, &word, sizeof element);
+  return element;
+}
+
 // Element i in the accumulation type.
 template <class A, class T, int V>
 __device__ __forceinline__ A get(const Pack<T, V>& pack, int i) {
-  return load_one<A>(&pack.elements[i]);
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    return widen_half_of_word(pack, i);
+  } else {
+    return load_one<A>(&pack.elements[i]);
+  }
 }
 
+// Rounded values, two at a time where the device has an instruction for that.
 template <class T, int V, class A>
-__device__ __forceinline__ void set(Pack<T, V>& pack, int i, A value) {
-  store_one(&pack.elements[i], value);
+__device__ __forceinline__ Pack<T, V> rounded(const A (&values)[V]) {
+  Pack<T, V> pack;
+  if constexpr (kSixteenBits<T> && V % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const uint32_t word = narrow_two(T{}, float(values[i]), float(values[i + 1]));
+      std::memcpy(&pack.elements[i], &word, sizeof word);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) store_one(&pack.elements[i], values[i]);
+  }
+  return pack;
+}
+
+// The elements of a pack where all bits of the mask are set, and zeros where none is.
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> masked(const Pack<T, V>& pack, const Pack<T, V>& mask) {
+  using W = Word<T, V>;
+  constexpr int kWords = sizeof(pack) / sizeof(W), kParts = sizeof(W) / sizeof(uint32_t);
+  Pack<T, V> result;
+  if constexpr (kParts == 0) {
+    W a, b;
+    std::memcpy(&a, &pack, sizeof a);
+    std::memcpy(&b, &mask, sizeof b);
+    a = W(a & b);
+    std::memcpy(&result, &a, sizeof a);
+  } else {
+    uint32_t a[kWords * kParts], b[kWords * kParts];
+    std::memcpy(a, &pack, sizeof a);
+    std::memcpy(b, &mask, sizeof b);
+#pragma unroll
+    for (int i = 0; i < kWords * kParts; ++i) a[i] &= b[i];
+    std::memcpy(&result, a, sizeof a);
+  }
+  return result;
 }
 
 }  // namespace torchce::cuda

@@ -63,17 +63,27 @@ struct GridScratch {
   unsigned* counter;  // zero before the launch, and again after it
 };
 
-// Whether this block is the last of the grid to come here. What the others wrote before is then visible to it.
-// Assumes: all threads of all blocks call it, once.
-__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+// Whether this block is the last of `blocks` to come here, which share a counter. What the others wrote before is then
+// visible to it.
+// Assumes: all threads of all those blocks call it, once for that counter.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();  // every thread's writes come before the count
-  if (gridDim.x == 1) return true;
-  if (threadIdx.x == 0) last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+  if (blocks == 1) return true;
+  if (threadIdx.x == 0) last = atomicInc(counter, blocks - 1) == blocks - 1;
   __syncthreads();
   if (last) __threadfence();
   return last;
+}
+
+// Adds `count` sums that other blocks wrote.
+// Assumes: all threads of the block call it. Result: in thread 0.
+template <int kThreads>
+__device__ __forceinline__ Sums sum_of(const Sums* sums, int64_t count) {
+  Sums sum = Sums::identity();
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.merge(sums[i]);
+  return reduce_block<kThreads>(sum);
 }
 
 // Sums over all threads of the grid.
@@ -83,10 +93,8 @@ __device__ __forceinline__ bool reduce_grid(Sums& sums, const GridScratch& scrat
   sums = reduce_block<kThreads>(sums);
   if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
-  if (!is_last_block(scratch.counter)) return false;
-  sums = Sums::identity();
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sums.merge(scratch.of_blocks[block]);
-  sums = reduce_block<kThreads>(sums);
+  if (!is_last_block(scratch.counter, gridDim.x)) return false;
+  sums = sum_of<kThreads>(scratch.of_blocks, gridDim.x);
   return true;
 }
 

@@ -5,17 +5,18 @@
 
 namespace torchce::cuda {
 
-// As doubles, of which one more than asked for is the place of the counter (device.h).
+// As doubles, and behind those asked for a place for the counters (device.h).
 struct Scratch {
   torch::stable::Tensor memory;
   double* data;
-  unsigned* counter;
+  unsigned* counters;  // each zero before the launch, and again after it
 
-  Scratch(const DeviceScope& device, const torch::stable::Tensor& like, int64_t bytes) {
-    const int64_t doubles = (bytes + int64_t(sizeof(double)) - 1) / int64_t(sizeof(double));
-    memory = host::empty({doubles + 1}, host::ScalarType::Double, like);
+  Scratch(const DeviceScope& device, const torch::stable::Tensor& like, int64_t bytes, unsigned count = 1) {
+    const auto doubles_of = [](int64_t size) { return (size + int64_t(sizeof(double)) - 1) / int64_t(sizeof(double)); };
+    memory = host::empty({doubles_of(bytes) + doubles_of(int64_t(count) * int64_t(sizeof(unsigned)))},
+                         host::ScalarType::Double, like);
     data = static_cast<double*>(memory.mutable_data_ptr());
-    counter = device.counter(data + doubles);
+    counters = device.counters(count, data + doubles_of(bytes));
   }
 };
 

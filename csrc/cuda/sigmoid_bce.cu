@@ -57,13 +57,13 @@ template <class T, class U, int V>
 void launch_forward(const DeviceScope& device, const Elements& problem, const Tensor& loss) {
   const int64_t blocks = blocks_for(device, problem.numel / V, kInFlight);
   const Scratch scratch(device, loss, blocks * int64_t(sizeof(Sums)));
-  launch(device, forward<T, U, V>, Grid{blocks, kThreads}, problem,
-         GridScratch{reinterpret_cast<Sums*>(scratch.data), scratch.counter});
+  launch(device, forward<T, U, V>, Grid{blocks, {kThreads}}, problem,
+         GridScratch{reinterpret_cast<Sums*>(scratch.data), scratch.counters});
 }
 
 template <class T, class U, Of of, int V>
 void launch_backward(const DeviceScope& device, const Elements& problem) {
-  launch(device, backward<T, U, of, V>, Grid{blocks_for(device, problem.numel / V, 1), kThreads}, problem);
+  launch(device, backward<T, U, of, V>, Grid{blocks_for(device, problem.numel / V, 1), {kThreads}}, problem);
 }
 
 template <Of of>

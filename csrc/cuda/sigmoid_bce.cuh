@@ -88,10 +88,7 @@ template <class A, int V>
 __device__ __forceinline__ void store_output(const Elements& problem, int64_t offset, const Pack<A, V>& values) {
   with_float_type(problem.dtypes[kOutput], [&](auto storage) {
     using S = decltype(storage);
-    Pack<S, V> pack;
-#pragma unroll
-    for (int v = 0; v < V; ++v) set(pack, v, values.elements[v]);
-    store_pack(static_cast<S*>(problem.output) + offset, pack, true);
+    store_pack(static_cast<S*>(problem.output) + offset, rounded<S>(values.elements), true);
   });
 }
 
@@ -157,14 +154,14 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward(const Element
         for (int v = 0; v < V; ++v) grad_output.elements[v] = get<A>(pack, v);
       });
     }
-    Pack<G, V> grad;
+    A grad[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const A x = get<A>(inputs.logits, v), w = inputs.weight.elements[v] * grad_output.elements[v];
       const A c = inputs.pos_weight.elements[v];
-      set(grad, v, of == Of::target ? target_gradient(x, w, c) : gradient(x, get<A>(inputs.target, v), w, c));
+      grad[v] = of == Of::target ? target_gradient(x, w, c) : gradient(x, get<A>(inputs.target, v), w, c);
     }
-    store_pack(static_cast<G*>(problem.output) + offsets.of[kOutput], grad, true);
+    store_pack(static_cast<G*>(problem.output) + offsets.of[kOutput], rounded<G>(grad), true);
   }
 }
 

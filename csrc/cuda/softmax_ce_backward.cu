@@ -13,9 +13,9 @@ using namespace softmax_ce;
 
 template <class T, class Target, Of of>
 void launch_along(const DeviceScope& device, const Backward& args) {
-  const BackwardPlan plan =
-      plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>, device.properties.multiprocessors);
-  launch(device, backward_along<T, Target, of>, Grid{plan.blocks, kBackwardThreads}, args, plan.team, plan.parts,
+  const int64_t slots = device.resident_blocks(backward_along<T, Target, of>, {kBackwardThreads});
+  const BackwardPlan plan = plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>, slots);
+  launch(device, backward_along<T, Target, of>, Grid{plan.blocks, {kBackwardThreads}}, args, plan.team, plan.parts,
          plan.part);
 }
 
@@ -23,7 +23,7 @@ template <class T, class Target, Of of, int V>
 void launch_across_packs(const DeviceScope& device, const Backward& args) {
   const BackwardPlan plan =
       plan_backward_across(args.rows.outer * args.rows.inner / V, args.rows.classes, device.properties.multiprocessors);
-  launch(device, backward_across<T, Target, of, V>, Grid{plan.blocks, kBackwardThreads}, args, plan.parts, plan.part);
+  launch(device, backward_across<T, Target, of, V>, Grid{plan.blocks, {kBackwardThreads}}, args, plan.parts, plan.part);
 }
 
 template <class T, class Target, Of of>

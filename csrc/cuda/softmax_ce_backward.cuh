@@ -9,32 +9,33 @@ namespace torchce::cuda::softmax_ce {
 constexpr int kBackwardThreads = 256;
 
 // Writes the gradient of classes [begin, end) of one row, those of thread `thread` out of `threads` that share them;
-// classes are adjacent in memory. `load(p, number)` is the thread's pack of that number, which lies at p.
-template <class T, class Target, Of of, class A, class Load>
-__device__ __forceinline__ void write_gradient(const Backward& call, int64_t r, int64_t begin, int64_t end, int thread,
-                                               int threads, const RowGradient<Target, A, of>& row, Load load) {
+// classes are adjacent in memory. `load(p, number)` is the thread's pack of that number, which lies at p. `get_row()`
+// is the row's gradient, asked for when the first logits are on their way: what it reads need not come before them.
+// kInPlace: the gradient lies where the logits do.
+template <class T, class Target, Of of, bool kInPlace, class GetRow, class Load>
+__device__ __forceinline__ void write_gradient(const Backward& call, RowPosition at, int64_t begin, int64_t end,
+                                               int thread, int threads, GetRow get_row, Load load) {
+  using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
   constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
   const Rows& rows = call.rows;
-  const RowPosition at(rows, r);
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
-  G* grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
+  G* grad;
+  if constexpr (kInPlace) {
+    grad = const_cast<G*>(x);
+  } else {
+    grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
+  }
   const Coefficients<Target, A> coefficients(rows);
   const PackedClasses<V> classes(x, begin, end);
   const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
-  const bool grad_aligned = is_aligned<V>(grad + classes.body);
+  const bool grad_aligned = kInPlace || is_aligned<V>(grad + classes.body);
 
-  const auto write_one = [&](int64_t k) {
-    const A probability = Target::kProbabilities ? load_one<A>(t + k) : A(0);
-    store_one(grad + k, row.at(k, load_one<A>(x + k), probability, coefficients));
-  };
-  classes.for_each_before(thread, threads, write_one);
-  int64_t number = 0;
-  for (int64_t first = thread; first < classes.packs; first += int64_t(kBatch) * threads, number += kBatch) {
-    Pack<T, V> logits[kBatch];
-    Pack<P, V> target[kBatch];
+  Pack<T, V> logits[kBatch];
+  Pack<P, V> target[kBatch];
+  const auto load_batch = [&](int64_t first, int number) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t p = first + int64_t(i) * threads;
@@ -43,38 +44,62 @@ __device__ __forceinline__ void write_gradient(const Backward& call, int64_t r, 
         if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + classes.body + p * V, target_aligned);
       }
     }
+  };
+  load_batch(thread, 0);
+  const RowGradient<T, Target, of> row = get_row();
+
+  const auto write_one = [&](int64_t k) {
+    A gradient[1] = {0};
+    if (!row.ignored) {
+      gradient[0] = row.at(k, load_one<A>(x + k), Target::kProbabilities ? load_one<A>(t + k) : A(0), coefficients);
+      row.subtract_hot(gradient, k);
+    }
+    store_one(grad + k, gradient[0]);
+  };
+  const auto write_batch = [&](int64_t first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int64_t p = first + int64_t(i) * threads;
-      if (p < classes.packs) {
-        Pack<G, V> gradient;
+      const int64_t p = first + int64_t(i) * threads, k = classes.body + p * V;
+      if (p >= classes.packs) break;
+      A gradient[V] = {};
+      if (!row.ignored) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const A probability = Target::kProbabilities ? get<A>(target[i], v) : A(0);
-          set(gradient, v, row.at(classes.body + p * V + v, get<A>(logits[i], v), probability, coefficients));
+          const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
+          gradient[v] = row.at(k + v, get<A>(logits[i], v), of_target, coefficients);
         }
-        store_pack(grad + classes.body + p * V, gradient, grad_aligned);
+        row.subtract_hot(gradient, k);
       }
+      store_pack(grad + k, rounded<G>(gradient), grad_aligned);
     }
-  }
+  };
+  classes.for_each_before(thread, threads, write_one);
   classes.for_each_after(thread, threads, write_one);
+  int64_t first = thread;
+  for (int number = kBatch; first < classes.packs; number += kBatch) {
+    write_batch(first);
+    first += int64_t(kBatch) * threads;
+    load_batch(first, number);
+  }
 }
 
 // Teams of `team` threads, a power of two, each take classes [i * part, (i + 1) * part) of one row after another.
 template <class T, class Target, Of of>
-__global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_along(const Backward call, const int team,
-                                                                                 const int64_t parts,
-                                                                                 const int64_t part) {
-  using A = Accumulate<T>;
+__global__ __launch_bounds__(kBackwardThreads,
+                             kBlocks<Target, T>) void backward_along(const Backward call, const int team,
+                                                                     const int64_t parts, const int64_t part) {
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner;
   const int thread = threadIdx.x % team, teams = kBackwardThreads / team;
   for (int64_t task = int64_t(blockIdx.x) * teams + threadIdx.x / team; task < count * parts;
        task += int64_t(gridDim.x) * teams) {
-    const int64_t r = task / parts, begin = task % parts * part;
+    const int64_t r = quotient(task, parts), begin = (task - r * parts) * part;
     const int64_t end = begin + part < rows.classes ? begin + part : rows.classes;
-    write_gradient<T>(call, r, begin, end, thread, team, RowGradient<Target, A, of>::of_row(call, r),
-                      [](const T* p, int64_t) { return load_pack<kPack<T>, Cache::stream>(p, true); });
+    const RowPosition at(rows, r);
+    write_gradient<T, Target, of, /*kInPlace=*/false>(
+        call, at, begin, end, thread, team,
+        [&] { return RowGradient<T, Target, of>(rows, RowInputs<Target, Accumulate<T>, of>(call, r, at)); },
+        [](const T* p, int) { return load_pack<kPack<T>, Cache::stream>(p, true); });
   }
 }
 
@@ -86,47 +111,64 @@ __global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_acros
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int kClasses = V > 4 ? 2 : kUnroll<Target, A>;  // in flight
+  constexpr int kClasses = kUnroll<Target, A>;  // in flight
   const Rows& rows = call.rows;
-  const int64_t packs = rows.outer * rows.inner / V;
+  const int64_t packs = quotient(rows.outer * rows.inner, V);
   const Coefficients<Target, A> coefficients(rows);
 
   for (int64_t task = int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x; task < packs * parts;
        task += int64_t(gridDim.x) * kBackwardThreads) {
-    const int64_t r = task % packs * V, begin = task / packs * part;
-    const int64_t end = begin + part < rows.classes ? begin + part : rows.classes;
+    const int64_t part_of_task = quotient(task, packs), r = (task - part_of_task * packs) * V;
+    const int64_t begin = part_of_task * part;
+    const int count = int((begin + part < rows.classes ? begin + part : rows.classes) - begin);
     const RowPosition at(rows, r);
-    const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
-    const P* t = at_row<P>(rows.target, rows.target_strides, at);
-    G* grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
-    RowGradient<Target, A, of> row[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) row[v] = RowGradient<Target, A, of>::of_row(call, r + v);
+    const T* x = at_row<T>(rows.logits, rows.logits_strides, at) + begin * rows.logits_strides.classes;
+    const P* t = at_row<P>(rows.target, rows.target_strides, at) + begin * rows.target_strides.classes;
+    G* grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides) + begin * call.grad_strides.classes;
 
-    for (int64_t first = begin; first < end; first += kClasses) {
-      Pack<T, V> logits[kClasses];
-      Pack<P, V> target[kClasses];
+    Pack<T, V> logits[kClasses];
+    Pack<P, V> target[kClasses];
+    const auto load_batch = [&](int first) {
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        if (first + i < end) {
+        if (first + i < count) {
           logits[i] = load_pack<V, Cache::stream>(x + (first + i) * rows.logits_strides.classes, true);
           if constexpr (Target::kProbabilities) {
             target[i] = load_pack<V>(t + (first + i) * rows.target_strides.classes, true);
           }
         }
       }
+    };
+    load_batch(0);
+    RowInputs<Target, A, of> inputs[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) inputs[v] = RowInputs<Target, A, of>(call, r + v, at.plus(v));
+    RowGradient<T, Target, of> row[V];
+    int hot[V];       // the target class within the part; another number where it lies elsewhere
+    Pack<G, V> kept;  // all bits of a row that is not ignored
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      row[v] = RowGradient<T, Target, of>(rows, inputs[v]);
+      const int64_t place = row[v].index - begin;
+      hot[v] = 0 <= place && place < part ? int(place) : -1;
+      std::memset(&kept.elements[v], row[v].ignored ? 0 : 0xff, sizeof(G));
+    }
+
+    for (int first = 0; first < count; first += kClasses) {
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        if (first + i < end) {
-          Pack<G, V> gradient;
+        if (first + i < count) {
+          A gradient[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A probability = Target::kProbabilities ? get<A>(target[i], v) : A(0);
-            set(gradient, v, row[v].at(first + i, get<A>(logits[i], v), probability, coefficients));
+            const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
+            gradient[v] = row[v].at(begin + first + i, get<A>(logits[i], v), of_target, coefficients);
+            if (!Target::kProbabilities && hot[v] == first + i) gradient[v] -= row[v].hot;
           }
-          store_pack(grad + (first + i) * call.grad_strides.classes, gradient, true);
+          store_pack(grad + (first + i) * call.grad_strides.classes, masked(rounded<G>(gradient), kept), true);
         }
       }
+      load_batch(first + kClasses);
     }
   }
 }

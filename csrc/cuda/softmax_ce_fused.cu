@@ -15,10 +15,20 @@ template <class T, class Target>
 void launch_along(const DeviceScope& device, const ForwardBackwardCall& call) {
   const Forward& forward = call.forward.args;
   const Backward& backward = call.backward.args;
-  const FusedPlan plan = plan_fused(call.forward.problem.count(), forward.rows.classes, kPack<T>, device.properties);
-  const Grid grid{plan.blocks, kThreads, plan.kept * kBytesOfKeptPack, plan.cluster};
-  const Scratch scratch(device, call.forward.loss, plan.blocks * int64_t(sizeof(Sums)));
-  const GridScratch shared{reinterpret_cast<Sums*>(scratch.data), scratch.counter};
+  const int64_t count = call.forward.problem.count(), classes = forward.rows.classes;
+  FusedPlan plan{};
+  BlockShape shape{};
+  int64_t slots = 0;
+  for (int largest = device.properties.largest_cluster; slots == 0; largest = plan.cluster / 2) {  // until one fits
+    plan = plan_fused(count, classes, kPack<T>, device.properties, largest);
+    shape = {kThreads, plan.kept * kBytesOfKeptPack, plan.cluster};
+    slots = plan.lanes > 0 ? device.resident_blocks(forward_backward_by_lanes<T, Target>, shape)
+                           : device.resident_blocks(forward_backward_by_cluster<T, Target>, shape);
+    host::check(slots > 0 || plan.cluster > 1, "softmax_ce_forward_backward_: no block fits on the device");
+  }
+  const Grid grid{std::clamp<int64_t>(plan.blocks, plan.cluster, slots), shape};
+  const Scratch scratch(device, call.forward.loss, grid.blocks * int64_t(sizeof(Sums)));
+  const GridScratch shared{reinterpret_cast<Sums*>(scratch.data), scratch.counters};
   if (plan.lanes > 0) {
     launch(device, forward_backward_by_lanes<T, Target>, grid, forward, backward, plan.lanes, plan.kept, shared);
   } else {

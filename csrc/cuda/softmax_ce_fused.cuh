@@ -24,13 +24,13 @@ struct KeptPacks {
   static constexpr int V = kPack<T>;
   int count;
 
-  __device__ __forceinline__ uint4& slot(int64_t number) const {
+  __device__ __forceinline__ uint4& slot(int number) const {
     return dynamic_shared_memory[number * kThreads + threadIdx.x];
   }
-  __device__ __forceinline__ void keep(const Pack<T, V>& pack, int64_t number) const {
+  __device__ __forceinline__ void keep(const Pack<T, V>& pack, int number) const {
     if (number < count) std::memcpy(&slot(number), &pack, sizeof pack);
   }
-  __device__ __forceinline__ Pack<T, V> load(const T* p, int64_t number) const {
+  __device__ __forceinline__ Pack<T, V> load(const T* p, int number) const {
     if (number >= count) return load_pack<V, Cache::stream>(p, true);
     Pack<T, V> pack;
     std::memcpy(&pack, &slot(number), sizeof pack);
@@ -38,12 +38,23 @@ struct KeptPacks {
   }
 };
 
-// The logit at the target of row r, where there is one: to be read before the gradient is written there.
+// Writes the gradient of a row whose sums are known, those classes of it that the thread has read.
 template <class T, class Target, class A>
-__device__ __forceinline__ A hot_logit_of(const Rows& rows, int64_t r) {
-  if constexpr (Target::kProbabilities) return 0;
-  const RowPosition at(rows, r);
-  return logit_at<T>(rows, at, TargetClass(rows, at).index);
+__device__ __forceinline__ void write_row(const Backward& call, RowPosition at, int thread, int threads,
+                                          const RowSums<A, Target::kSpread>& sums, int64_t target,
+                                          const KeptPacks<T>& packs) {
+  const auto row = [&] {
+    RowInputs<Target, A, Of::logits> inputs;
+    inputs.grad_output = row_grad_output<A>(call, at);
+    inputs.target_bits = uint64_t(target);
+    inputs.max = sums.max;
+    inputs.sum = sums.whole_exponentials();
+    inputs.coefficients = sums.coefficients;
+    return RowGradient<T, Target, Of::logits>(call.rows, inputs);
+  };
+  write_gradient<T, Target, Of::logits, /*kInPlace=*/true>(
+      call, at, 0, call.rows.classes, thread, threads, row,
+      [&](const T* p, int number) { return packs.load(p, number); });
 }
 
 // `lanes` neighbouring threads a row, a power of two up to a warp.
@@ -54,59 +65,66 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
                                                                                     const GridScratch scratch) {
   using A = Accumulate<T>;
   const Rows& rows = forward.rows;
-  const int64_t count = rows.outer * rows.inner, rows_of_block = kThreads / lanes;
+  const int64_t count = rows.outer * rows.inner, rows_of_block = kThreads / lanes, step = gridDim.x * rows_of_block;
   const int lane = threadIdx.x % lanes;
   const KeptPacks<T> packs{kept};
+  int64_t r = blockIdx.x * rows_of_block + threadIdx.x / lanes;
+  TargetAhead<Target> ahead(rows, r);
   Sums total = Sums::identity();
-  for (int64_t first = blockIdx.x * rows_of_block; first < count; first += gridDim.x * rows_of_block) {
-    const int64_t r = first + threadIdx.x / lanes;
+  for (int64_t first = blockIdx.x * rows_of_block; first < count; first += step, r += step) {
+    const int64_t target = ahead.get();
     auto sums = RowSums<A, Target::kSpread>::identity();
-    A hot_logit = 0;
-    if (r < count && !is_ignored<Target, A>(rows, r)) {
-      add_classes<T, Target>(rows, r, 0, rows.classes, lane, lanes, sums,
-                             [&](const auto& pack, int64_t number) { packs.keep(pack, number); });
-      if (lane == 0) hot_logit = hot_logit_of<T, Target, A>(rows, r);
+    T hot_logit{};
+    const RowPosition at(rows, r < count ? r : 0);
+    if (r < count && !is_ignored<Target>(rows, target)) {
+      if (lane == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
+      add_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes, sums,
+                             [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
+    ahead.ask_for(r + step);
     sums = reduce_lanes(sums, lanes).of_first_lane(lanes);
     __syncwarp();  // shuffles do not order the first lane's read before the others' writes
     if (r >= count) continue;
-    if (lane == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) { return hot_logit; });
-    const RowGradient<Target, A, Of::logits> row(backward, r, sums.max, sums.whole_exponentials(), sums.coefficients);
-    write_gradient<T>(backward, r, 0, rows.classes, lane, lanes, row,
-                      [&](const T* p, int64_t number) { return packs.load(p, number); });
+    if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);
+    write_row<T, Target>(backward, at, lane, lanes, sums, target, packs);
   }
   if (reduce_grid<kThreads>(total, scratch)) finish_launch<Target, A, kThreads>(forward, total);
 }
 
 // A cluster of `blocks_of_row` blocks a row.
 template <class T, class Target>
-__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_cluster(const Forward forward,
-                                                                                      const Backward backward,
-                                                                                      const int blocks_of_row,
-                                                                                      const int kept,
-                                                                                      const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_backward_by_cluster(const Forward forward,
+                                                                                            const Backward backward,
+                                                                                            const int blocks_of_row,
+                                                                                            const int kept,
+                                                                                            const GridScratch scratch) {
   using A = Accumulate<T>;
   const Rows& rows = forward.rows;
   const int64_t count = rows.outer * rows.inner, clusters = gridDim.x / unsigned(blocks_of_row);
   const Cluster cluster{blocks_of_row};
   const int thread = cluster.rank() * kThreads + int(threadIdx.x), threads = blocks_of_row * kThreads;
   const KeptPacks<T> packs{kept};
-  Sums total = Sums::identity();
-  for (int64_t r = blockIdx.x / unsigned(blocks_of_row); r < count; r += clusters) {
+  const int64_t first = blockIdx.x / unsigned(blocks_of_row);
+  TargetAhead<Target> ahead(rows, first);
+  __shared__ Sums total;  // thread 0's, kept out of the registers that a row's logits need
+  if (threadIdx.x == 0) total = Sums::identity();
+  for (int64_t r = first; r < count; r += clusters) {
+    const int64_t target = ahead.get();
     auto sums = RowSums<A, Target::kSpread>::identity();
-    A hot_logit = 0;
-    if (!is_ignored<Target, A>(rows, r)) {
-      add_classes<T, Target>(rows, r, 0, rows.classes, thread, threads, sums,
-                             [&](const auto& pack, int64_t number) { packs.keep(pack, number); });
-      if (thread == 0) hot_logit = hot_logit_of<T, Target, A>(rows, r);
+    T hot_logit{};
+    if (!is_ignored<Target>(rows, target)) {
+      const RowPosition at(rows, r);
+      if (thread == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
+      add_classes<T, Target>(rows, at, 0, rows.classes, thread, threads, sums,
+                             [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
+    ahead.ask_for(r + clusters);
     sums = reduce_cluster<kThreads>(sums, cluster);
-    if (thread == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) { return hot_logit; });
-    const RowGradient<Target, A, Of::logits> row(backward, r, sums.max, sums.whole_exponentials(), sums.coefficients);
-    write_gradient<T>(backward, r, 0, rows.classes, thread, threads, row,
-                      [&](const T* p, int64_t number) { return packs.load(p, number); });
+    if (thread == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);
+    write_row<T, Target>(backward, RowPosition(rows, r), thread, threads, sums, target, packs);
   }
-  if (reduce_grid<kThreads>(total, scratch)) finish_launch<Target, A, kThreads>(forward, total);
+  Sums sums_of_grid = threadIdx.x == 0 ? total : Sums::identity();
+  if (reduce_grid<kThreads>(sums_of_grid, scratch)) finish_launch<Target, A, kThreads>(forward, sums_of_grid);
 }
 
 }  // namespace torchce::cuda::softmax_ce

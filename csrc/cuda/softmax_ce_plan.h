@@ -1,4 +1,7 @@
 // How the softmax_ce kernels are laid over a problem: which regime, how many threads share a row, how many blocks.
+//
+// `slots` are the blocks of the kernel in question that the device runs at the same time: its multiprocessors times
+// what registers and shared memory leave room for (DeviceScope::resident_blocks).
 #pragma once
 
 #include <algorithm>
@@ -12,9 +15,8 @@ namespace torchce::cuda::softmax_ce {
 using namespace torchce::softmax_ce;
 
 constexpr int kMostLanes = 32;
-constexpr int kBlock = 256;             // threads, in every kernel
-constexpr int kBlocksPerProcessor = 8;  // of that many threads a multiprocessor holds at most 8
-constexpr int kPacksInFlight = 4;       // a thread's
+constexpr int kBlock = 256;        // threads, in every kernel
+constexpr int kPacksInFlight = 4;  // a thread's
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,12 +58,42 @@ struct ForwardPlan {
   int64_t blocks;
 };
 
-// Parts to cut each of a few long rows into, or 1. Two blocks for each multiprocessor are enough to hide what one waits
-// for; a part is so long that two warps of its block have a pack each.
-inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int multiprocessors) {
+// Whether lanes of a warp take a row: its packs are at most 16 for each of them.
+inline bool is_short_row(int64_t classes, int pack) {
+  constexpr int64_t kPacksOfLane = 16;
+  return ceil_div(classes, pack) <= kMostLanes * kPacksOfLane;
+}
+
+// Parts that each of a few long rows is cut into, so that there is a block for every slot. A part is so long that two
+// warps of its block have a pack each.
+inline int64_t parts_to_fill(int64_t rows, int64_t classes, int pack, int64_t slots) {
   constexpr int64_t kThreadsAtWork = 64;
-  if (rows == 0 || rows >= multiprocessors) return 1;
-  return std::clamp<int64_t>(classes / (kThreadsAtWork * pack), 1, ceil_div(2 * multiprocessors, rows));
+  return std::clamp<int64_t>(classes / (kThreadsAtWork * pack), 1,
+                             std::max<int64_t>(slots / std::max<int64_t>(rows, 1), 1));
+}
+
+// How long `blocks` blocks of equal length take, where a device full of them takes as long as there are slots. The last
+// of them run alone: half of the slots still keep the memory busy, fewer do not.
+inline int64_t duration_of(int64_t blocks, int64_t slots) {
+  const int64_t last = blocks % slots;
+  return blocks - last + (last == 0 ? 0 : std::max(last, slots / 2));
+}
+
+// Parts that rows are cut into because whole rows would leave the device half empty, at first or in the end; 1: none.
+// The fewest that come within a twentieth of the best.
+inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int64_t slots) {
+  constexpr int64_t kMostParts = 4, kMostWaves = 8;
+  constexpr double kGood = 1.05;
+  if (rows == 0) return 1;
+  if (rows <= slots / 2) return parts_to_fill(rows, classes, pack, slots);
+  const int64_t whole_batches = classes / (int64_t(kBlock) * kPacksInFlight * pack);
+  const int64_t most = std::clamp<int64_t>(std::min(kMostWaves * slots / rows, whole_batches), 1, kMostParts);
+  const auto duration = [&](int64_t parts) { return double(duration_of(rows * parts, slots)) / double(parts); };
+  double best = duration(1);
+  for (int64_t parts = 2; parts <= most; ++parts) best = std::min(best, duration(parts));
+  int64_t parts = 1;
+  while (duration(parts) > kGood * best) ++parts;
+  return parts;
 }
 
 // Classes of each of that many parts, in whole packs.
@@ -70,36 +102,36 @@ inline int64_t part_of_row(int64_t classes, int64_t parts, int pack) {
 }
 
 // Along the rows, `pack` classes in 16 bytes.
-inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
-  constexpr int64_t kPacksOfLane = 16;  // at most: then a block takes the row
-  const int64_t resident = int64_t(multiprocessors) * kBlocksPerProcessor;
-  const int64_t packs = ceil_div(classes, pack);
-  if (packs <= kMostLanes * kPacksOfLane) {
-    const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
-    return {Regime::lanes, lanes, 1, classes, std::min(resident, ceil_div(rows, kBlock / lanes))};
+inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int64_t slots) {
+  if (is_short_row(classes, pack)) {
+    const int lanes = power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
+    return {Regime::lanes, lanes, 1, classes, std::min(slots, ceil_div(rows, kBlock / lanes))};
   }
-  const int64_t parts = parts_of_row(rows, classes, pack, multiprocessors);
+  const int64_t parts = parts_of_row(rows, classes, pack, slots);
   if (parts > 1) {
     const int64_t part = part_of_row(classes, parts, pack);
     return {Regime::parts, 0, int(ceil_div(classes, part)), part, rows * ceil_div(classes, part)};
   }
-  return {Regime::block, kBlock, 1, classes, std::min(resident, rows)};
+  return {Regime::block, kBlock, 1, classes, std::min(slots, rows)};
 }
+
+// Threads for each multiprocessor that keep memory busy when they have four packs each in flight: 24 KiB.
+constexpr int64_t kBusyThreads = 384;
 
 struct AcrossPlan {
   int columns;  // packs of rows a block takes
   int64_t blocks;
 };
 
-// Across the rows, in `packs` packs of them: as few threads share a pack's classes as will fill the device, and at most
-// as leave 8 packs, a full line of memory, side by side.
-inline AcrossPlan plan_forward_across(int64_t packs, int64_t classes, int multiprocessors) {
+// Across the rows, in `packs` packs of them: as few threads share a pack's classes as keep the memory busy, and at most
+// as leave 8 packs, a full line of memory, side by side. Blocks are so many that the last of them hardly count.
+inline AcrossPlan plan_forward_across(int64_t packs, int64_t classes, int multiprocessors, int64_t slots) {
   constexpr int kFewestColumns = 8;
-  const int64_t wanted = int64_t(multiprocessors) * kBlocksPerProcessor * kBlock;  // threads
+  constexpr int64_t kWaves = 8;
+  const int64_t wanted = multiprocessors * kBusyThreads;
   int columns = kBlock;
   while (columns > kFewestColumns && packs * (kBlock / columns) < wanted && kBlock / columns < classes) columns /= 2;
-  const int64_t resident = int64_t(multiprocessors) * kBlocksPerProcessor;
-  return {columns, std::min(resident, ceil_div(packs, columns))};
+  return {columns, std::min(kWaves * slots, ceil_div(packs, columns))};
 }
 
 struct BackwardPlan {
@@ -111,14 +143,14 @@ struct BackwardPlan {
 
 // Along the rows. A short row gets enough threads that they write side by side, two packs each; a long one is cut into
 // parts of one batch of packs, or into more where there are few rows.
-inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int multiprocessors) {
+inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int64_t slots) {
   constexpr int64_t kSideBySide = 4;  // threads, for rows of less than two packs
   const int64_t packs = ceil_div(classes, pack);
   const bool is_short = packs <= kMostLanes * kPacksInFlight;
   int team = is_short ? power_of_two(std::max(ceil_div(packs, 2), std::min(classes, kSideBySide)), kMostLanes)
                       : power_of_two(ceil_div(packs, kPacksInFlight), kBlock);
   int64_t part = is_short ? classes : int64_t(team) * pack * kPacksInFlight;
-  const int64_t more_parts = parts_of_row(rows, classes, pack, multiprocessors);
+  const int64_t more_parts = parts_to_fill(rows, classes, pack, slots);
   if (!is_short && more_parts > ceil_div(classes, part)) {
     team = kBlock;
     part = part_of_row(classes, more_parts, pack);
@@ -127,20 +159,23 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int m
   return {team, parts, part, ceil_div(rows * parts, kBlock / team)};
 }
 
-// Across the rows, in `packs` packs of them: parts of the classes only where rows alone would not fill the device.
+// Across the rows, in `packs` packs of them: parts of the classes only where rows alone would not keep the memory busy.
+// A part's classes can be counted in 32 bits.
 inline BackwardPlan plan_backward_across(int64_t packs, int64_t classes, int multiprocessors) {
   constexpr int64_t kPart = 16;  // classes, at the least, to spread what a thread reads of its rows first
-  const int64_t wanted = int64_t(multiprocessors) * kBlocksPerProcessor * kBlock;
-  const int64_t parts = std::max<int64_t>(1, std::min(wanted / std::max<int64_t>(packs, 1), classes / kPart));
+  constexpr int64_t kMostClasses = int64_t(1) << 30;
+  const int64_t wanted = multiprocessors * kBusyThreads;
+  const int64_t parts = std::max(
+      {int64_t(1), std::min(wanted / std::max<int64_t>(packs, 1), classes / kPart), ceil_div(classes, kMostClasses)});
   const int64_t part = ceil_div(classes, parts);
   return {1, ceil_div(classes, part), part, ceil_div(packs * ceil_div(classes, part), kBlock)};
 }
 
 struct FusedPlan {
-  int lanes;    // that share a row; 0: a cluster takes it
-  int cluster;  // blocks
-  int kept;     // packs that each thread holds in shared memory; those beyond are read again
-  int64_t blocks;
+  int lanes;       // that share a row; 0: a cluster takes it
+  int cluster;     // blocks
+  int kept;        // packs that each thread holds in shared memory; those beyond are read again
+  int64_t blocks;  // for every row its own; a launch takes no more than the device runs at once
 };
 
 constexpr int kBytesOfKeptPack = kBlock * 16;   // of a block's shared memory
@@ -148,32 +183,27 @@ constexpr int kDeclaredSharedMemory = 2 << 10;  // bytes that the kernels declar
 
 // Whether one pass has enough blocks: clusters are few where the other kernels cut a row into many parts.
 inline bool one_pass_fills(int64_t rows, int64_t classes, int pack, const Properties& device) {
-  const bool is_cut = plan_forward(rows, classes, pack, device.multiprocessors).regime == Regime::parts;
-  return !is_cut || rows * device.largest_cluster >= device.multiprocessors;
+  return is_short_row(classes, pack) || rows * device.largest_cluster >= device.multiprocessors;
 }
 
-// Forward and backward in one, along the rows.
-inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device) {
-  // Packs a thread keeps: an H100's multiprocessor has shared memory for three such blocks, and registers for two at
-  // least, of which one writes while the other reads.
+// Forward and backward in one, along the rows, in clusters of at most `largest_cluster` blocks.
+inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device, int largest_cluster) {
+  // Packs a thread keeps: an H100's multiprocessor has shared memory and registers for three such blocks, so that some
+  // read while others write.
   constexpr int kWanted = 16;
   const int64_t packs = ceil_div(classes, pack);
   const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;
-  const auto resident = [&](int kept) {
-    const int fitting = device.shared_memory_of_multiprocessor / (kept * kBytesOfKeptPack + kDeclaredSharedMemory);
-    return int64_t(device.multiprocessors) * std::clamp(fitting, 1, kBlocksPerProcessor);
-  };
   if (packs <= kMostLanes * kPacksInFlight) {
     const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
     const int kept = int(std::min<int64_t>(ceil_div(packs, lanes), most_kept));
-    return {lanes, 1, kept, std::min(resident(kept), ceil_div(rows, kBlock / lanes))};
+    return {lanes, 1, kept, ceil_div(rows, kBlock / lanes)};
   }
   int cluster = 1;
   const auto packs_of_thread = [&] { return ceil_div(packs, int64_t(cluster) * kBlock); };
   const auto idle = [&] { return rows * cluster < device.multiprocessors && packs_of_thread() > kPacksInFlight; };
-  while (cluster < device.largest_cluster && (packs_of_thread() > kWanted || idle())) cluster *= 2;
+  while (cluster < largest_cluster && (packs_of_thread() > kWanted || idle())) cluster *= 2;
   const int kept = int(std::min<int64_t>(packs_of_thread(), most_kept));
-  return {0, cluster, kept, cluster * std::clamp<int64_t>(rows, 1, std::max<int64_t>(resident(kept) / cluster, 1))};
+  return {0, cluster, kept, cluster * rows};
 }
 
 }  // namespace torchce::cuda::softmax_ce

@@ -2,12 +2,18 @@
 #pragma once
 
 #include "../softmax_ce_row.h"
+#include "exp.cuh"
 #include "pack.cuh"
 #include "reduce.cuh"
 
 namespace torchce::cuda::softmax_ce {
 
 using namespace torchce::softmax_ce;
+
+// Blocks of a kernel that must fit on a multiprocessor at once. Three only where nothing else needs the registers: the
+// exponentials of float64, and the coefficients of every class.
+template <class Target, class T>
+constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
 
 // Packs of logits a thread has in flight. Half as many where something else needs the registers: the exponentials of
 // float64, and the coefficients of every class.
@@ -31,13 +37,13 @@ struct RowSums {
   // Makes the sums relative to another, larger maximum.
   __device__ __forceinline__ void rebase(A larger) {
     // 0 times the sum: it has no terms but zeros, or a NaN that must stay.
-    exponentials *= max == minus_infinity() ? A(0) : math::exp_in_sum(max - base(larger));
+    exponentials *= max == minus_infinity() ? A(0) : exp_in_sum(max - base(larger));
     if constexpr (kSpread) gaps += weighted_gap(coefficients, base(max), base(larger));
     max = larger;
   }
 
   __device__ __forceinline__ void merge(RowSums other) {
-    const A larger = other.max > max ? other.max : max;
+    const A larger = math::larger(max, other.max);
     rebase(larger);
     other.rebase(larger);
     exponentials += other.exponentials;
@@ -52,13 +58,13 @@ struct RowSums {
   __device__ __forceinline__ void add(Logit x, Coefficient u) {
     A larger = max;
 #pragma unroll
-    for (int i = 0; i < n; ++i) larger = x(i) > larger ? x(i) : larger;
+    for (int i = 0; i < n; ++i) larger = math::larger(larger, x(i));
     if (larger != max) rebase(larger);
     const A from = base(max);
     A sum = 0;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      sum += math::exp_in_sum(x(i) - from);
+      sum += exp_in_sum(x(i) - from);
       if constexpr (kSpread) {
         coefficients += u(i);
         gaps += weighted_gap(u(i), x(i), from);
@@ -114,10 +120,12 @@ struct PackedClasses {
   // Calls f(class) for the single classes of thread `thread` out of `threads`, of those before the packs or after them.
   template <class F>
   __device__ __forceinline__ void for_each_before(int thread, int threads, F f) const {
+#pragma unroll 1
     for (int64_t k = begin + thread; k < body; k += threads) f(k);
   }
   template <class F>
   __device__ __forceinline__ void for_each_after(int thread, int threads, F f) const {
+#pragma unroll 1
     for (int64_t k = body + packs * V + thread; k < end; k += threads) f(k);
   }
 };
@@ -161,19 +169,65 @@ __device__ __forceinline__ const T* at_row(const void* data, const RowStrides& s
   return static_cast<const T*>(data) + at.offset(strides);
 }
 
-// The logit at class `index` of a row.
-template <class T>
-__device__ __forceinline__ Accumulate<T> logit_at(const Rows& rows, RowPosition at, int64_t index) {
-  return load_one<Accumulate<T>>(at_row<T>(rows.logits, rows.logits_strides, at) + index * rows.logits_strides.classes);
+// A row's target as its bits, so that nothing waits for their load before target_of makes a number of them.
+template <class Target>
+__device__ __forceinline__ uint64_t load_target_bits(const Rows& rows, RowPosition at) {
+  if constexpr (Target::kProbabilities) return 0;
+  const int64_t i = at.offset(rows.target_strides);
+  switch (rows.target_dtype) {
+    case DType::int64:
+      return static_cast<const uint64_t*>(rows.target)[i];
+    case DType::int32:
+      return static_cast<const uint32_t*>(rows.target)[i];
+    default:
+      return static_cast<const uint8_t*>(rows.target)[i];
+  }
+}
+__device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
+  return rows.target_dtype == DType::int32 ? int64_t(int32_t(uint32_t(bits))) : int64_t(bits);
+}
+
+// Rows that need no pass over their classes.
+template <class Target>
+__device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
+  return !Target::kProbabilities && target == rows.ignore_index;
+}
+
+// The target of the row whose turn it is, of the rows that a thread goes through. It is asked for while the row before
+// is worked on: whether a row is ignored must be known before its logits are asked for, which would wait for it
+// otherwise.
+template <class Target>
+class TargetAhead {
+  const Rows& rows_;
+  const int64_t count_;
+  uint64_t bits_;
+
+ public:
+  __device__ __forceinline__ TargetAhead(const Rows& rows, int64_t first)
+      : rows_(rows), count_(rows.outer * rows.inner) {
+    ask_for(first);
+  }
+  __device__ __forceinline__ void ask_for(int64_t r) {
+    bits_ = r < count_ ? load_target_bits<Target>(rows_, RowPosition(rows_, r)) : 0;
+  }
+  __device__ __forceinline__ int64_t get() const { return target_of(rows_, bits_); }
+};
+
+// The logit at a row's target, asked for before the row's sums and looked at after them, and before a gradient is
+// written there. Class 0's where the target is no class.
+template <class T, class Target>
+__device__ __forceinline__ T load_hot_logit(const Rows& rows, RowPosition at, int64_t target) {
+  if constexpr (Target::kProbabilities) return T{};
+  const int64_t index = TargetClass(rows, target).index;
+  return at_row<T>(rows.logits, rows.logits_strides, at)[index * rows.logits_strides.classes];
 }
 
 // A row's end: writes its statistics and its unreduced loss, and adds to what the thread has of the reduced one. A row
-// whose index is no class has a NaN loss. `hot_logit(at, index)` is the logit at the row's target.
-template <class Target, class A, class HotLogit>
-__device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSums<A, Target::kSpread> sums,
-                                           Sums& total, HotLogit hot_logit) {
+// whose index is no class has a NaN loss.
+template <class T, class Target, class A>
+__device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const RowSums<A, Target::kSpread>& sums,
+                                           int64_t target, T hot_logit, Sums& total) {
   const Rows& rows = call.rows;
-  const RowPosition at(rows, r);
   const Statistics<A> statistics(rows, call.statistics);
   const A sum = sums.whole_exponentials(), log_sum = math::log(sum);
   A loss = 0;
@@ -181,11 +235,11 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSu
     loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum);
     statistics.spread[r] = sums.coefficients;
   } else {
-    const IndexedRow<A> row(rows, at);
+    const IndexedRow<A> row(rows, target);
     if (row.kind == RowKind::bad) {
       loss = A(__builtin_nan(""));
     } else if (row.kind == RowKind::kept) {
-      loss = hot_loss(row.hot, hot_logit(at, row.index), sums.max, log_sum);
+      loss = hot_loss(row.hot, load_one<A>(&hot_logit), sums.max, log_sum);
       if constexpr (Target::kSpread) loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum);
       total.weight += row.weight;
     }
@@ -194,13 +248,6 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSu
   statistics.sum[r] = sum;
   total.loss += loss;
   if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
-}
-
-template <class T, class Target, class A>
-__device__ __forceinline__ void finish_row(const Forward& call, int64_t r, RowSums<A, Target::kSpread> sums,
-                                           Sums& total) {
-  finish_row<Target>(call, r, sums, total,
-                     [&](RowPosition at, int64_t index) { return logit_at<T>(call.rows, at, index); });
 }
 
 // The launch's end: the reduced loss and the totals, from the sums that thread 0 of one block has.
@@ -227,73 +274,6 @@ __device__ __forceinline__ void finish_launch(const Forward& call, const Sums& t
 // Which gradient a backward computes.
 enum class Of { logits, target };
 
-// What a row's gradient needs besides its logits.
-template <class Target, class A, Of of>
-struct RowGradient {
-  A max;
-  A scale;        // of the target's gradient: the upstream gradient
-  A spread;       // of the target's gradient: log sum
-  A hot;          // subtracted at the target class
-  int64_t index;  // the target class, or -1
-  bool ignored;
-
-  __device__ __forceinline__ RowGradient() {}
-
-  // `coefficients` is sum_k u_k, where the target has any.
-  __device__ __forceinline__ RowGradient(const Backward& call, int64_t r, A max, A sum, A coefficients)
-      : max(max), spread(0), hot(0), index(-1), ignored(false) {
-    const Rows& rows = call.rows;
-    const RowPosition at(rows, r);
-    A g = row_grad_output<A>(call, at);
-    if constexpr (of == Of::target) {
-      scale = g;
-      spread = math::log(sum);
-    } else if constexpr (Target::kProbabilities) {
-      scale = g * coefficients / sum;
-      spread = g;
-    } else {
-      const IndexedRow<A> row(rows, at);
-      ignored = row.kind == RowKind::ignored;
-      index = row.index;
-      if (row.kind == RowKind::bad) g = A(__builtin_nan(""));
-      hot = g * row.hot;
-      scale = hot;
-      if constexpr (Target::kSpread) {
-        spread = g * row.uniform;
-        scale += spread * coefficients;
-      }
-      scale /= sum;
-    }
-  }
-
-  // From what the forward left.
-  __device__ __forceinline__ static RowGradient of_row(const Backward& call, int64_t r) {
-    const Statistics<A> statistics(call.rows, call.statistics);
-    A coefficients = 0;
-    if constexpr (Target::kProbabilities && of == Of::logits) {
-      coefficients = statistics.spread[r];
-    } else if constexpr (Target::kSpread && of == Of::logits) {
-      coefficients = sum_of_class_weights<A>(call);
-    }
-    return RowGradient(call, r, statistics.max[r], statistics.sum[r], coefficients);
-  }
-
-  // Of class k.
-  __device__ __forceinline__ A at(int64_t k, A x, A probability, const Coefficients<Target, A>& coefficients) const {
-    if constexpr (of == Of::target) {
-      return scale * target_gradient(x, coefficients.weight_of(k), max, spread, coefficients.label_smoothing);
-    } else {
-      A g = scaled_probability(x, max, scale);
-      if constexpr (Target::kSpread) g -= spread * coefficients.at(k, probability);
-      if constexpr (!Target::kProbabilities) {
-        if (k == index) g -= hot;
-        if (ignored) g = 0;
-      }
-      return g;
-    }
-  }
-};
-
 // Of a gradient: the logits' type, or the target's for the gradient of the target.
 template <class Target, class T, Of of>
 struct GradientType {
@@ -302,6 +282,91 @@ struct GradientType {
 template <class P, class T>
 struct GradientType<Probabilities<P>, T, Of::target> {
   using type = P;
+};
+
+// What the upstream gradient, the forward's statistics and the target say of a row: all that is read of it beside its
+// logits, in loads of which none waits for another.
+template <class Target, class A, Of of>
+struct RowInputs {
+  A grad_output;
+  uint64_t target_bits;
+  A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
+
+  __device__ __forceinline__ RowInputs() {}
+  __device__ __forceinline__ RowInputs(const Backward& call, int64_t r, RowPosition at)
+      : grad_output(row_grad_output<A>(call, at)),
+        target_bits(load_target_bits<Target>(call.rows, at)),
+        coefficients(0) {
+    const Statistics<A> statistics(call.rows, call.statistics);
+    max = statistics.max[r];
+    sum = statistics.sum[r];
+    if constexpr (Target::kProbabilities && of == Of::logits) {
+      coefficients = statistics.spread[r];
+    } else if constexpr (Target::kSpread && of == Of::logits) {
+      coefficients = sum_of_class_weights<A>(call);
+    }
+  }
+};
+
+// A row's gradient, given its logits. T: their type.
+template <class T, class Target, Of of>
+struct RowGradient {
+  using A = Accumulate<T>;
+  static constexpr bool kShort = kSixteenBits<typename GradientType<Target, T, of>::type>;
+  ScaledExp<A, kShort> probability;
+  A max;
+  A scale;        // of the target's gradient: the upstream gradient
+  A spread;       // of the target's gradient: log sum
+  A hot;          // subtracted at the target class
+  int64_t index;  // the target class, or -1
+  bool ignored;
+
+  __device__ __forceinline__ RowGradient() {}
+  __device__ __forceinline__ RowGradient(const Rows& rows, const RowInputs<Target, A, of>& in)
+      : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
+    const A g = in.grad_output;
+    if constexpr (of == Of::target) {
+      scale = g;
+      spread = math::log(in.sum);
+    } else if constexpr (Target::kProbabilities) {
+      probability = ScaledExp<A, kShort>(g * in.coefficients / in.sum);
+      spread = g;
+    } else {
+      const IndexedRow<A> row(rows, target_of(rows, in.target_bits));
+      ignored = row.kind == RowKind::ignored;
+      index = row.index;
+      const A kept = row.kind == RowKind::bad ? A(__builtin_nan("")) : g;
+      hot = kept * row.hot;
+      A sum_of_coefficients = hot;
+      if constexpr (Target::kSpread) {
+        spread = kept * row.uniform;
+        sum_of_coefficients += spread * in.coefficients;
+      }
+      probability = ScaledExp<A, kShort>(sum_of_coefficients / in.sum);
+    }
+  }
+
+  // Of class k, all but the part that only the target class has.
+  __device__ __forceinline__ A at(int64_t k, A x, A target, const Coefficients<Target, A>& coefficients) const {
+    if constexpr (of == Of::target) {
+      return scale * target_gradient(x, coefficients.weight_of(k), max, spread, coefficients.label_smoothing);
+    } else {
+      A g = probability(x - max);
+      if constexpr (Target::kSpread) g -= spread * coefficients.at(k, target);
+      return g;
+    }
+  }
+
+  // The target class's own part, where it is one of the V classes from k on: asked once for all of them.
+  template <int V>
+  __device__ __forceinline__ void subtract_hot(A (&gradient)[V], int64_t k) const {
+    if constexpr (!Target::kProbabilities) {
+      const uint64_t place = uint64_t(index - k);
+      if (place >= uint64_t(V)) return;
+#pragma unroll
+      for (int v = 0; v < V; ++v) gradient[v] -= v == int(place) ? hot : A(0);
+    }
+  }
 };
 
 }  // namespace torchce::cuda::softmax_ce

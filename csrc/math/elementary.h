@@ -52,18 +52,8 @@ TORCHCE_HD F two_atanh(F u) {
 
 TORCHCE_HD float exp_of_negative(float x) { return ::expf(x); }
 TORCHCE_HD double exp_of_negative(double x) { return ::exp(x); }
-// Subnormal results may become 0, which no sum with a term of 1 in it can tell. Two instructions where expf takes
-// eight.
-TORCHCE_HD float exp_in_sum(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
-#else
-  return ::expf(x);
-#endif
-}
-TORCHCE_HD double exp_in_sum(double x) { return ::exp(x); }
+TORCHCE_HD float larger(float a, float b) { return ::fmaxf(a, b); }
+TORCHCE_HD double larger(double a, double b) { return ::fmax(a, b); }
 TORCHCE_HD float log(float x) { return ::logf(x); }
 TORCHCE_HD double log(double x) { return ::log(x); }
 TORCHCE_HD double divide(double a, double b) { return a / b; }
@@ -84,6 +74,12 @@ TORCHCE_HD double log1p_unit(double x) { return ::log1p(x); }
 template <class V>
 TORCHCE_HD V divide(V a, V b) {
   return a / b;
+}
+
+// The larger of a, which is no NaN, and b; a beside a NaN.
+template <class V>
+TORCHCE_HD V larger(V a, V b) {
+  return select(b > a, b, a);
 }
 
 // The bits of a float, or of every lane of a vector of floats, and back.
@@ -306,12 +302,6 @@ struct ExpInSum {
     }
   }
 };
-
-// For CUDA's kernels where an emulation runs them.
-template <class F>
-TORCHCE_HD F exp_in_sum(F x) {
-  return ExpInSum<F>{}(x);
-}
 
 // The larger of x <= 0 and of y < 0; a NaN may count as -infinity. As integers without a sign negative floats go the
 // other way, and a minimum of integers keeps out of the way of the additions, where one of floats does not.

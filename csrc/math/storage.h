@@ -35,10 +35,21 @@ using Accumulate = typename AccumulateOf<T>::A;
 
 #if defined(__CUDACC__)
 
+template <class Two>
+TORCHCE_HD uint32_t bits_of(Two two) {
+  uint32_t word;
+  std::memcpy(&word, &two, sizeof word);
+  return word;
+}
 TORCHCE_HD float widen(BFloat16 x) { return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{x.bits})); }
 TORCHCE_HD float widen(Half x) { return __half2float(__half(__half_raw{x.bits})); }
 TORCHCE_HD BFloat16 narrow(BFloat16, float x) { return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x}; }
 TORCHCE_HD Half narrow(Half, float x) { return {static_cast<__half_raw>(__float2half_rn(x)).x}; }
+// Two of them in a word, the first in its lower half: one instruction.
+TORCHCE_HD uint32_t narrow_two(BFloat16, float first, float second) {
+  return bits_of(__floats2bfloat162_rn(first, second));
+}
+TORCHCE_HD uint32_t narrow_two(Half, float first, float second) { return bits_of(__floats2half2_rn(first, second)); }
 
 #else
 
@@ -101,6 +112,10 @@ TORCHCE_HD float widen(T x) {
 template <class T>
 TORCHCE_HD T narrow(T, float x) {
   return {uint16_t(narrow_bits(T{}, math::to_bits(x)))};
+}
+template <class T>
+TORCHCE_HD uint32_t narrow_two(T, float first, float second) {
+  return narrow(T{}, first).bits | uint32_t(narrow(T{}, second).bits) << 16;
 }
 
 #endif

@@ -2,6 +2,7 @@
 // host code use of CUDA, and nothing else, so that whatever else they come to use must be looked at here first.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
@@ -38,6 +39,21 @@ struct alignas(16) uint4 {
 
 extern cuda_emulation::Index threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
+
+namespace cuda_emulation {
+
+// As the special function unit may compute it: 2^-22 off at most, subnormal numbers are 0 on both sides.
+inline float exp2_approx(float y) {
+  const double exact = std::exp2(double(std::fabs(y) < 0x1p-126f ? 0.0f : y));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &exact, sizeof bits);
+  bits = (bits + (uint64_t(1) << 30)) >> 31 << 31;  // 21 bits of the mantissa, but for a NaN
+  double rounded = 0;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return std::isnan(exact) ? y : rounded < 0x1p-126 ? 0.0f : float(rounded);
+}
+
+}  // namespace cuda_emulation
 
 // --- barriers, shuffles, votes, atomics -----------------------------------------------------------------------------
 
@@ -167,7 +183,8 @@ namespace cuda_emulation {
 
 inline cudaError_t last_error = cudaSuccess;
 
-constexpr unsigned kLargestCluster = 8;  // that every device with clusters can run
+inline unsigned placeable_cluster =
+    16;  // blocks; larger ones are refused, as where multiprocessors stand in small groups
 
 inline unsigned cluster_of(const cudaLaunchConfig_t& config) {  // 0: of no kind that is known here
   if (config.numAttrs == 0) return 1;
@@ -181,7 +198,7 @@ inline bool can_be_launched(const cudaLaunchConfig_t& config) {
   return 0 < grid.x && grid.x <= 0x7fffffff && grid.y == 1 && grid.z == 1 &&       //
          0 < block.x && block.x <= kMaxThreads && block.y == 1 && block.z == 1 &&  //
          config.dynamicSmemBytes <= dynamic_shared_memory().size && config.numAttrs <= 1 && 0 < cluster_of(config) &&
-         cluster_of(config) <= kLargestCluster && grid.x % cluster_of(config) == 0;
+         cluster_of(config) <= placeable_cluster && grid.x % cluster_of(config) == 0;
 }
 
 }  // namespace cuda_emulation

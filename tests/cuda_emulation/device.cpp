@@ -1,6 +1,8 @@
 // The emulation's device: DeviceScope of csrc/cuda/device.h, and what the tests set and ask of it through ctypes.
 #include "cuda/device.h"
 
+#include <cstring>
+
 #include "cuda/softmax_ce_plan.h"
 
 namespace torchce::cuda {
@@ -17,22 +19,29 @@ namespace {
 Properties properties_of_device = {
     .multiprocessors = 3,  // few, so that a small grid already strides over its rows more than once
     .shared_memory_of_block = softmax_ce::kKept * softmax_ce::kBytesOfKeptPack + softmax_ce::kDeclaredSharedMemory,
-    .shared_memory_of_multiprocessor = 64 << 10,
 };
-unsigned counter_of_device = 0;
+constexpr int kBlocksOfMultiprocessor = 2;
+unsigned counters_of_device[kMostCounters] = {};
 
 }  // namespace
 
 DeviceScope::DeviceScope(const torch::stable::Tensor&) { properties = properties_of_device; }
 
-void DeviceScope::allow_shared_memory(const void*) const {}
+void DeviceScope::lift_limits(const void*) const {}
 
-// Now the device's own, which kernels must leave as they find it, now as in a capture the one that the graph keeps.
-unsigned* DeviceScope::counter(void* spare) const {
+int64_t DeviceScope::resident_blocks(const void*, const BlockShape& shape) const {
+  if (unsigned(shape.cluster) > cuda_emulation::placeable_cluster) return 0;
+  const int64_t blocks = properties.multiprocessors * kBlocksOfMultiprocessor;
+  return std::max<int64_t>(blocks / shape.cluster, 1) * shape.cluster;
+}
+
+// Now the device's own, which kernels must leave as they find them, now as in a capture those that the graph keeps.
+unsigned* DeviceScope::counters(unsigned count, void* spare) const {
+  host::check(count <= kMostCounters, "more counters than there are");
   static bool capturing = false;
   capturing = !capturing;
-  if (!capturing) return &counter_of_device;
-  *static_cast<unsigned*>(spare) = 0;
+  if (!capturing) return counters_of_device;
+  std::memset(spare, 0, count * sizeof(unsigned));
   return static_cast<unsigned*>(spare);
 }
 
@@ -46,6 +55,14 @@ cuda_emulation::DynamicSharedMemory cuda_emulation::dynamic_shared_memory() {
 extern "C" {
 void cuda_emulation_set_multiprocessors(int count) { torchce::cuda::properties_of_device.multiprocessors = count; }
 void cuda_emulation_set_largest_cluster(int blocks) { torchce::cuda::properties_of_device.largest_cluster = blocks; }
-// What it was: 0, or spoiled.
-unsigned cuda_emulation_reset_counter() { return std::exchange(torchce::cuda::counter_of_device, 0); }
+void cuda_emulation_set_placeable_cluster(int blocks) { cuda_emulation::placeable_cluster = unsigned(blocks); }
+// The first that is not 0, because a kernel spoiled it; all are 0 again then.
+unsigned cuda_emulation_reset_counters() {
+  unsigned spoiled = 0;
+  for (unsigned& counter : torchce::cuda::counters_of_device) {
+    const unsigned left = std::exchange(counter, 0);
+    if (spoiled == 0) spoiled = left;
+  }
+  return spoiled;
+}
 }

@@ -34,11 +34,13 @@ class Fault:
     says: str = "elements are wrong"  # part of what the failed test says
 
 
-REDUCE, CLUSTER, ROW, FORWARD, BACKWARD, FUSED, BCE = (
+FUSED_HOST = "cuda/softmax_ce_fused.cu"
+REDUCE, CLUSTER, EXP, ROW, FORWARD, BACKWARD, FUSED, BCE = (
     f"cuda/{name}.cuh"
     for name in (
         "reduce",
         "cluster",
+        "exp",
         "softmax_ce_row",
         "softmax_ce_forward",
         "softmax_ce_backward",
@@ -76,10 +78,10 @@ FAULTS = {
         "deadlock: thread",
     ),
     "the last block is taken for the one before": Fault(
-        REDUCE, "== gridDim.x - 1;", "== gridDim.x - 1 - PLANTED;", MANY_ROWS
+        REDUCE, "== blocks - 1;", "== blocks - 1 - PLANTED;", MANY_ROWS
     ),
     "the counter of blocks is not left at zero": Fault(
-        REDUCE, "atomicInc(counter, gridDim.x - 1)", "atomicInc(counter, gridDim.x - 1 + PLANTED)", MANY_ROWS, "counter"
+        REDUCE, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks - 1 + PLANTED)", MANY_ROWS, "counter"
     ),
     "half of a warp's lanes are not added": Fault(REDUCE, "width / 2;", "width / (2 + 2 * PLANTED);", PLANS),
     "the tail ends one class early": Fault(ROW, "k < end;", "k < end - PLANTED;", PLANS),
@@ -99,9 +101,9 @@ FAULTS = {
     ),
     "the gradient overwrites the target's logit before it is read": Fault(
         FUSED,
-        "if (lane == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) { return hot_logit;",
-        "if (lane == 0) finish_row<Target>(forward, r, sums, total, [&](RowPosition, int64_t) {"
-        " return PLANTED ? hot_logit_of<T, Target, A>(rows, r) : hot_logit;",
+        "if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);",
+        "if (PLANTED) hot_logit = load_hot_logit<T, Target>(rows, at, target);\n"
+        "if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);",
         FUSED_PLANS,
     ),
     "a barrier is missing before a cluster's sums are read": Fault(
@@ -138,12 +140,47 @@ FAULTS = {
     ),
     "the gradient is written as if its classes were adjacent": Fault(
         BACKWARD,
-        "* call.grad_strides.classes",
-        "* (PLANTED ? 1 : call.grad_strides.classes)",
+        "(first + i) * call.grad_strides.classes",
+        "(first + i) * (PLANTED ? 1 : call.grad_strides.classes)",
         "test_softmax_ce.py::test_logits_layouts",
     ),
     "rows beyond the grid are left out": Fault(
         FORWARD, "r < count; r += gridDim.x", "r < count; r += PLANTED ? count : gridDim.x", MANY_ROWS
+    ),
+    "a row is given the target of the row before": Fault(
+        FORWARD, "ahead.ask_for(r + gridDim.x);", "if (!PLANTED) ahead.ask_for(r + gridDim.x);", MANY_ROWS
+    ),
+    "a class that is not there counts as a logit of 0": Fault(
+        FORWARD,
+        "store_one(&x, -math::kInfinity<Accumulate<T>>);",
+        "store_one(&x, PLANTED ? 0 : -math::kInfinity<Accumulate<T>>);",
+        PLANS,
+    ),
+    "the target class is looked for one class late": Fault(
+        ROW, "uint64_t(index - k);", "uint64_t(index - k - PLANTED);", PLANS
+    ),
+    "an ignored row across the rows keeps its gradient": Fault(
+        BACKWARD, "row[v].ignored ? 0 : 0xff", "row[v].ignored && !PLANTED ? 0 : 0xff", INNER
+    ),
+    "a small probability is 0 before a large gradient multiplies it": Fault(
+        EXP,
+        "excess_ = small ? 0.0f : 64.0f;",
+        "excess_ = small ? 0.0f : 64.0f;\n    if (PLANTED) scale_ = scale, excess_ = 0;",
+        "test_softmax_ce.py::test_probabilities_below_the_least_normal_number",
+    ),
+    "a row is finished before its last part is in": Fault(
+        FORWARD,
+        "is_last_block(scratch.counters_of_rows + r, unsigned(parts))",
+        "is_last_block(scratch.counters_of_rows + r, unsigned(parts) - (PLANTED && parts > 2))",
+        "test_cuda_regimes.py::test_rows_shared_by_blocks",
+        "",
+    ),
+    "a cluster is launched that the device cannot place": Fault(
+        FUSED_HOST,
+        "slots == 0; largest",
+        "slots == 0 && !PLANTED; largest",
+        "test_softmax_ce_fused.py::test_a_cluster_that_cannot_be_placed",
+        "invalid configuration",
     ),
     "a repeated weight is read as if it lay side by side": Fault(
         BCE,

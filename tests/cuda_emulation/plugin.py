@@ -64,9 +64,10 @@ class Emulation:
         self.library.cuda_emulation_seed(self.initial_seed)
         self.set_device(self.multiprocessors)
 
-    def set_device(self, multiprocessors: int, largest_cluster: int = 1) -> None:
+    def set_device(self, multiprocessors: int, largest_cluster: int = 1, placeable_cluster: int = 16) -> None:
         self.library.cuda_emulation_set_multiprocessors(multiprocessors)
         self.library.cuda_emulation_set_largest_cluster(largest_cluster)
+        self.library.cuda_emulation_set_placeable_cluster(placeable_cluster)
 
 
 emulation: Emulation | None = None
@@ -114,8 +115,8 @@ def _emulation_starts_afresh() -> Iterator[None]:
         return
     emulation.start_afresh()
     yield
-    left = emulation.library.cuda_emulation_reset_counter()
-    assert left == 0, f"a kernel left the counter of its blocks at {left}: later launches would go wrong"
+    left = emulation.library.cuda_emulation_reset_counters()
+    assert left == 0, f"a kernel left a counter of its blocks at {left}: later launches would go wrong"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -154,12 +155,18 @@ def multiprocessors(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def with_clusters() -> Callable[[int, int], None]:
-    """``with_clusters(multiprocessors, largest_cluster)``: the emulated device from here on. A GPU stays as it is."""
+def resident_blocks(multiprocessors: int, emulated: bool) -> int:
+    """How many of a kernel run at the same time: the emulation's two a multiprocessor, a plain kernel's three."""
+    return multiprocessors * (2 if emulated else 3)
 
-    def set_device(multiprocessors: int, largest_cluster: int) -> None:
+
+@pytest.fixture
+def with_clusters() -> Callable[..., None]:
+    """The emulated device from here on: multiprocessors, the cluster it claims, the one it places. A GPU stays as it is."""
+
+    def set_device(multiprocessors: int, largest_cluster: int, placeable_cluster: int = 16) -> None:
         if emulation is not None:
-            emulation.set_device(multiprocessors, largest_cluster)
+            emulation.set_device(multiprocessors, largest_cluster, placeable_cluster)
 
     return set_device
 
