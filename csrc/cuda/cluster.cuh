@@ -47,8 +47,7 @@ __device__ __forceinline__ Value reduce_cluster(Value value, const Cluster& clus
   value = reduce_block<kThreads>(value);
   if (threadIdx.x == 0) of_this_block = value;
   cluster.sync();
-  value = *cluster.of_block(&of_this_block, 0);
-  for (int rank = 1; rank < cluster.size; ++rank) value.merge(*cluster.of_block(&of_this_block, rank));
+  value = Value::of_each(cluster.size, [&](int rank) { return *cluster.of_block(&of_this_block, rank); });
   cluster.sync();  // the next call writes again, and a block that ends takes its memory with it
   return value;
 }

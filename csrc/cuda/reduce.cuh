@@ -1,7 +1,8 @@
 // Reductions over lanes, blocks and the grid, all in an order that only the launch's shape decides.
 //
-// A value that is reduced has identity(), merge(other) and shuffled(step), its copy in the lane whose number differs by
-// the bit `step`. It has no constructor, so that it can lie in shared memory.
+// A value that is reduced has identity(), of_lanes(width), what `width` neighbouring lanes have together, and
+// of_each(count, at), what at(0) to at(count - 1) are together. It has no constructor, so that it can lie in shared
+// memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,11 +14,11 @@ namespace torchce::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Combines the values of `width` neighbouring lanes, a power of two up to a warp.
-// Assumes: all lanes of the warp call it. Result: in the first lane of each group.
-template <class Value>
-__device__ __forceinline__ Value reduce_lanes(Value value, int width) {
-  for (int step = width / 2; step > 0; step /= 2) value.merge(value.shuffled(step));
+// The sum over `width` neighbouring lanes, a power of two up to a warp, with the same bits in each of them.
+// Assumes: all lanes of the warp call it.
+template <class Number>
+__device__ __forceinline__ Number sum_of_lanes(Number value, int width) {
+  for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
 }
 
@@ -25,16 +26,17 @@ __device__ __forceinline__ Value reduce_lanes(Value value, int width) {
 // Assumes: all threads call it. Result: in thread 0.
 template <int kThreads, class Value>
 __device__ __forceinline__ Value reduce_block(Value value) {
-  static_assert(kThreads % kWarp == 0 && kThreads / kWarp <= kWarp);
-  __shared__ Value of_warps[kThreads / kWarp];
-  value = reduce_lanes(value, kWarp);
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0);
+  __shared__ Value of_warps[kWarps];
+  value = value.of_lanes(kWarp);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   __syncthreads();  // an earlier call may still be reading
   if (lane == 0) of_warps[warp] = value;
   __syncthreads();
   if (warp == 0) {
-    value = lane < kThreads / kWarp ? of_warps[lane] : Value::identity();
-    value = reduce_lanes(value, kWarp);
+    value = lane < kWarps ? of_warps[lane] : Value::identity();
+    value = value.of_lanes(kWarps);
   }
   return value;
 }
@@ -45,15 +47,12 @@ struct Sums {
   double weight;
 
   __device__ __forceinline__ static Sums identity() { return {0, 0}; }
-  __device__ __forceinline__ void merge(const Sums& other) {
+  __device__ __forceinline__ void add(const Sums& other) {
     loss += other.loss;
     weight += other.weight;
   }
-  __device__ __forceinline__ Sums shuffled(int step) const {
-    Sums other;
-    other.loss = __shfl_xor_sync(kAllLanes, loss, step);
-    other.weight = __shfl_xor_sync(kAllLanes, weight, step);
-    return other;
+  __device__ __forceinline__ Sums of_lanes(int width) const {
+    return {sum_of_lanes(loss, width), sum_of_lanes(weight, width)};
   }
 };
 
@@ -82,7 +81,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks
 template <int kThreads>
 __device__ __forceinline__ Sums sum_of(const Sums* sums, int64_t count) {
   Sums sum = Sums::identity();
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.merge(sums[i]);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.add(sums[i]);
   return reduce_block<kThreads>(sum);
 }
 

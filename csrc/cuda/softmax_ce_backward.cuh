@@ -98,7 +98,11 @@ __global__ __launch_bounds__(kBackwardThreads,
     const RowPosition at(rows, r);
     write_gradient<T, Target, of, /*kInPlace=*/false>(
         call, at, begin, end, thread, team,
-        [&] { return RowGradient<T, Target, of>(rows, RowInputs<Target, Accumulate<T>, of>(call, r, at)); },
+        [&] {
+          RowInputs<Accumulate<T>> inputs[1];
+          load_row_inputs<Target, of>(call, r, at, inputs);
+          return RowGradient<T, Target, of>(rows, inputs[0]);
+        },
         [](const T* p, int) { return load_pack<kPack<T>, Cache::stream>(p, true); });
   }
 }
@@ -140,9 +144,8 @@ __global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_acros
       }
     };
     load_batch(0);
-    RowInputs<Target, A, of> inputs[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) inputs[v] = RowInputs<Target, A, of>(call, r + v, at.plus(v));
+    RowInputs<A> inputs[V];
+    load_row_inputs<Target, of>(call, r, at, inputs);
     RowGradient<T, Target, of> row[V];
     int hot[V];       // the target class within the part; another number where it lies elsewhere
     Pack<G, V> kept;  // all bits of a row that is not ignored

@@ -106,7 +106,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_lanes
       if (lane == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
       add_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes, sums);
     }
-    sums = reduce_lanes(sums, lanes);
+    sums = sums.of_lanes(lanes);
     if (r < count && lane == 0) finish_row<T, Target>(call, r, sums, target, hot_logit, total);
   }
   if (reduce_grid<kThreads>(total, scratch)) finish_launch<Target, A, kThreads>(call, total);
@@ -171,10 +171,9 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_parts
   if (!is_last_block(scratch.counters_of_rows + r, unsigned(parts))) return;
   if (threadIdx.x < kWarp) {
     Sums total = Sums::identity();
-    sums = Part::identity();
-    const Part* of_parts = static_cast<const Part*>(scratch.of_parts) + r * parts;
-    for (int p = threadIdx.x; p < parts; p += kWarp) sums.merge(of_parts[p]);
-    sums = reduce_lanes(sums, kWarp);
+    const Part* of_lane = static_cast<const Part*>(scratch.of_parts) + r * parts + threadIdx.x;
+    const int of_this_lane = (parts - int(threadIdx.x) + kWarp - 1) / kWarp;
+    sums = Part::of_each(of_this_lane, [&](int i) { return of_lane[i * kWarp]; }).of_lanes(kWarp);
     if (threadIdx.x == 0) {
       finish_row<T, Target>(call, r, sums, target, hot_logit, total);
       scratch.of_rows[r] = total;
@@ -184,12 +183,12 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_parts
   finish_launch<Target, A, kThreads>(call, sum_of<kThreads>(scratch.of_rows, count));
 }
 
-// Adds classes share, share + shares, ... of V rows that are adjacent in memory, from row r on, to their sums.
+// Sums over classes share, share + shares, ... of V rows that are adjacent in memory, from row r on.
 //
 // Bulk and remainder: for 19 classes and one thread, 4 batches of 4 classes and one of 3, in which the fourth counts as
 // minus infinity.
 template <int V, class T, class Target, class A>
-__device__ __forceinline__ void add_across(const Rows& rows, int64_t r, int share, int shares,
+__device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int share, int shares,
                                            RowSums<A, Target::kSpread> (&sums)[V]) {
   using P = typename ProbabilityType<Target, T>::type;
   constexpr int kBatch = kUnroll<Target, A>;
@@ -197,6 +196,7 @@ __device__ __forceinline__ void add_across(const Rows& rows, int64_t r, int shar
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
   const Coefficients<Target, A> coefficients(rows);
+  LongRowSums<A, Target::kSpread> of_rows[V];
 
   const auto add_batch = [&](auto whole, int64_t k) {
     const auto class_of = [&](int i) { return k + int64_t(i) * shares; };
@@ -217,17 +217,19 @@ __device__ __forceinline__ void add_across(const Rows& rows, int64_t r, int shar
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      sums[v].template add<kBatch>([&](int i) { return get<A>(logits[i], v); },
-                                   [&](int i) {
-                                     if (!is_there(i)) return A(0);
-                                     return coefficients.at(class_of(i),
-                                                            Target::kProbabilities ? get<A>(target[i], v) : A(0));
-                                   });
+      of_rows[v].template add<kBatch>([&](int i) { return get<A>(logits[i], v); },
+                                      [&](int i) {
+                                        if (!is_there(i)) return A(0);
+                                        return coefficients.at(class_of(i),
+                                                               Target::kProbabilities ? get<A>(target[i], v) : A(0));
+                                      });
     }
   };
   int64_t k = share;
   for (; k + int64_t(kBatch - 1) * shares < rows.classes; k += int64_t(kBatch) * shares) add_batch(std::true_type{}, k);
   if (k < rows.classes) add_batch(std::false_type{}, k);
+#pragma unroll
+  for (int v = 0; v < V; ++v) sums[v] = of_rows[v].rebased();
 }
 
 // The ends of n rows of one n that are adjacent in memory, from row r on: what they wait for is asked for at once.
@@ -237,8 +239,7 @@ __device__ __forceinline__ void finish_rows(const Forward& call, int64_t r,
   const Rows& rows = call.rows;
   const RowPosition at(rows, r);
   uint64_t target_bits[n];
-#pragma unroll
-  for (int v = 0; v < n; ++v) target_bits[v] = load_target_bits<Target>(rows, at.plus(v));
+  load_target_bits<Target>(rows, at, target_bits);
   T hot_logits[n];
 #pragma unroll
   for (int v = 0; v < n; ++v) {
@@ -253,8 +254,8 @@ __device__ __forceinline__ void finish_rows(const Forward& call, int64_t r,
 // Packs of V rows that are adjacent in memory: `columns` packs a block, a power of two, and kThreads / columns threads
 // a pack, which share its classes. A thread that has a pack to itself finishes its rows from registers.
 template <class T, class Target, int V>
-__global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_across(const Forward call, const int columns,
-                                                                               const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_across(const Forward call, const int columns,
+                                                                         const GridScratch scratch) {
   using A = Accumulate<T>;
   using Share = RowSums<A, Target::kSpread>;
   __shared__ Share of_threads[kThreads * V];  // [class shares, columns, V]
@@ -268,7 +269,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_across(c
     Share sums[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) sums[v] = Share::identity();
-    if (has_pack) add_across<V, T, Target>(rows, (first + column) * V, share, shares, sums);
+    if (has_pack) sum_across<V, T, Target>(rows, (first + column) * V, share, shares, sums);
     if (shares == 1) {
       if (has_pack) finish_rows<V, T, Target>(call, (first + column) * V, sums, total);
       continue;
@@ -280,8 +281,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_across(c
     for (int row = threadIdx.x; row < columns * V; row += kThreads) {
       const int64_t r = first * V + row;
       if (r >= count) break;
-      Share whole[1] = {of_threads[row]};
-      for (int s = 1; s < shares; ++s) whole[0].merge(of_threads[s * columns * V + row]);
+      const Share whole[1] = {Share::of_each(shares, [&](int s) { return of_threads[s * columns * V + row]; })};
       finish_rows<1, T, Target>(call, r, whole, total);
     }
   }

@@ -18,6 +18,16 @@ static_assert(kThreads == kBackwardThreads);
 
 extern __shared__ uint4 dynamic_shared_memory[];  // [kept, kThreads]
 
+// Blocks of a cluster's kernel that must fit on a multiprocessor at once. Three where its shared memory holds as many
+// and 80 registers are enough, so that some read while others write: those of Half's conversions are not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class Target, class T>
+constexpr int kBlocksOfClusters = std::is_same_v<T, Half> ? kBlocksToFit : kBlocks<Target, T>;
+#else
+template <class Target, class T>
+constexpr int kBlocksOfClusters = kBlocksToFit;
+#endif
+
 // Where a thread keeps the first `count` packs that it reads of a row.
 template <class T>
 struct KeptPacks {
@@ -44,12 +54,8 @@ __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, 
                                           const RowSums<A, Target::kSpread>& sums, int64_t target,
                                           const KeptPacks<T>& packs) {
   const auto row = [&] {
-    RowInputs<Target, A, Of::logits> inputs;
-    inputs.grad_output = row_grad_output<A>(call, at);
-    inputs.target_bits = uint64_t(target);
-    inputs.max = sums.max;
-    inputs.sum = sums.whole_exponentials();
-    inputs.coefficients = sums.coefficients;
+    const RowInputs<A> inputs{row_grad_output<A>(call, at), uint64_t(target), sums.max, sums.whole_exponentials(),
+                              sums.coefficients};
     return RowGradient<T, Target, Of::logits>(call.rows, inputs);
   };
   write_gradient<T, Target, Of::logits, /*kInPlace=*/true>(
@@ -82,7 +88,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
                              [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
     ahead.ask_for(r + step);
-    sums = reduce_lanes(sums, lanes).of_first_lane(lanes);
+    sums = sums.of_lanes(lanes);
     __syncwarp();  // shuffles do not order the first lane's read before the others' writes
     if (r >= count) continue;
     if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);
@@ -93,11 +99,9 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
 
 // A cluster of `blocks_of_row` blocks a row.
 template <class T, class Target>
-__global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_backward_by_cluster(const Forward forward,
-                                                                                            const Backward backward,
-                                                                                            const int blocks_of_row,
-                                                                                            const int kept,
-                                                                                            const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksOfClusters<Target, T>) void forward_backward_by_cluster(
+    const Forward forward, const Backward backward, const int blocks_of_row, const int kept,
+    const GridScratch scratch) {
   using A = Accumulate<T>;
   const Rows& rows = forward.rows;
   const int64_t count = rows.outer * rows.inner, clusters = gridDim.x / unsigned(blocks_of_row);

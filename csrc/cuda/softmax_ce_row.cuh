@@ -20,9 +20,16 @@ constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocks
 template <class Target, class A>
 constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
 
-// The sums of some of a row's classes relative to their own maximum, so that any two can be merged and the logits are
-// read once (the online softmax of Milakov and Gimelshein, arXiv:1805.02867). While there is no maximum but -inf, sums
-// are relative to 0, where exp(-inf) is 0 as it should be.
+template <int n, class A, class Logit>
+__device__ __forceinline__ A largest(A max, Logit x) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) max = math::larger(max, x(i));
+  return max;
+}
+
+// The sums of some of a row's classes relative to their own maximum, so that those of others can be added and the
+// logits are read once (the online softmax of Milakov and Gimelshein, arXiv:1805.02867). While there is no maximum but
+// -inf, sums are relative to 0, where exp(-inf) is 0 as it should be.
 template <class A, bool kSpread>
 struct RowSums {
   A max;
@@ -34,32 +41,25 @@ struct RowSums {
   __device__ __forceinline__ static RowSums identity() { return {minus_infinity(), 0, 0, 0}; }
   __device__ __forceinline__ static A base(A max) { return max == minus_infinity() ? A(0) : max; }
 
-  // Makes the sums relative to another, larger maximum.
-  __device__ __forceinline__ void rebase(A larger) {
-    // 0 times the sum: it has no terms but zeros, or a NaN that must stay.
-    exponentials *= max == minus_infinity() ? A(0) : exp_in_sum(max - base(larger));
+  // Makes the sums relative to another maximum that is not less. One of minus infinity makes the sum 0 times itself: it
+  // has no terms but zeros, or a NaN that must stay.
+  __device__ __forceinline__ void rebase(A larger) { rebase(larger, exp_in_sum(max - base(larger))); }
+  __device__ __forceinline__ void rebase(A larger, A factor) {
+    exponentials *= factor;
     if constexpr (kSpread) gaps += weighted_gap(coefficients, base(max), base(larger));
     max = larger;
-  }
-
-  __device__ __forceinline__ void merge(RowSums other) {
-    const A larger = math::larger(max, other.max);
-    rebase(larger);
-    other.rebase(larger);
-    exponentials += other.exponentials;
-    if constexpr (kSpread) {
-      coefficients += other.coefficients;
-      gaps += other.gaps;
-    }
   }
 
   // Adds n classes: x(i) are the logits, u(i) the coefficients.
   template <int n, class Logit, class Coefficient>
   __device__ __forceinline__ void add(Logit x, Coefficient u) {
-    A larger = max;
-#pragma unroll
-    for (int i = 0; i < n; ++i) larger = math::larger(larger, x(i));
-    if (larger != max) rebase(larger);
+    rebase(largest<n>(max, x));  // without asking whether it is larger: that takes as long, and rows are not in step
+    add_terms<n>(x, u);
+  }
+
+  // The same for classes that are none of them far above max, which stays as it is.
+  template <int n, class Logit, class Coefficient>
+  __device__ __forceinline__ void add_terms(Logit x, Coefficient u) {
     const A from = base(max);
     A sum = 0;
 #pragma unroll
@@ -78,24 +78,63 @@ struct RowSums {
     return max == minus_infinity() ? A(__builtin_nan("")) : exponentials;
   }
 
-  __device__ __forceinline__ RowSums shuffled(int step) const {
-    return exchanged([step](A value) { return __shfl_xor_sync(kAllLanes, value, step); });
+  // What several have together is made relative to the largest maximum first: one factor for each of them, where
+  // merging them pair by pair would take one a step and gather their errors.
+
+  // The same bits in each of the `width` lanes.
+  __device__ __forceinline__ RowSums of_lanes(int width) const {
+    A larger = max;
+    for (int step = width / 2; step > 0; step /= 2) {
+      larger = math::larger(larger, __shfl_xor_sync(kAllLanes, larger, step));
+    }
+    RowSums all = *this;
+    all.rebase(larger);
+    all.exponentials = sum_of_lanes(all.exponentials, width);
+    if constexpr (kSpread) {
+      all.coefficients = sum_of_lanes(all.coefficients, width);
+      all.gaps = sum_of_lanes(all.gaps, width);
+    }
+    return all;
   }
 
-  // Those of the first of `width` neighbouring lanes.
-  __device__ __forceinline__ RowSums of_first_lane(int width) const {
-    return exchanged([width](A value) { return __shfl_sync(kAllLanes, value, 0, width); });
+  template <class At>
+  __device__ __forceinline__ static RowSums of_each(int count, At at) {
+    RowSums all = identity();
+    for (int i = 0; i < count; ++i) all.max = math::larger(all.max, at(i).max);
+    for (int i = 0; i < count; ++i) {
+      RowSums each = at(i);
+      each.rebase(all.max);
+      all.exponentials += each.exponentials;
+      if constexpr (kSpread) {
+        all.coefficients += each.coefficients;
+        all.gaps += each.gaps;
+      }
+    }
+    return all;
+  }
+};
+
+// The sums of a row that a thread goes through in many small batches. They stay relative to an earlier maximum until a
+// logit is far above it: rescaled at each new one, a row that rises slowly would gather the errors of a thousand
+// factors. Beyond e^4 the differences from the earlier maximum, and so the terms, would lose digits.
+template <class A, bool kSpread>
+struct LongRowSums {
+  static constexpr int kFar = 4;
+  RowSums<A, kSpread> sums = RowSums<A, kSpread>::identity();
+  A max = RowSums<A, kSpread>::minus_infinity();
+
+  template <int n, class Logit, class Coefficient>
+  __device__ __forceinline__ void add(Logit x, Coefficient u) {
+    max = largest<n>(max, x);
+    if (max > sums.max + A(kFar)) sums = rebased();
+    sums.template add_terms<n>(x, u);
   }
 
- private:
-  template <class Exchange>
-  __device__ __forceinline__ RowSums exchanged(Exchange exchange) const {
-    RowSums other;
-    other.max = exchange(max);
-    other.exponentials = exchange(exponentials);
-    other.coefficients = kSpread ? exchange(coefficients) : A(0);
-    other.gaps = kSpread ? exchange(gaps) : A(0);
-    return other;
+  // Relative to the maximum, by one exact factor.
+  __device__ __forceinline__ RowSums<A, kSpread> rebased() const {
+    RowSums<A, kSpread> result = sums;
+    result.rebase(max, math::exp_of_negative(sums.max - result.base(max)));
+    return result;
   }
 };
 
@@ -169,19 +208,31 @@ __device__ __forceinline__ const T* at_row(const void* data, const RowStrides& s
   return static_cast<const T*>(data) + at.offset(strides);
 }
 
-// A row's target as its bits, so that nothing waits for their load before target_of makes a number of them.
+// The targets of n neighbouring rows as their bits, so that nothing waits for a load before target_of makes a number of
+// it. The dtype is asked once for all: loads on both sides of a branch would wait for each other.
+template <class Target, int n>
+__device__ __forceinline__ void load_target_bits(const Rows& rows, RowPosition at, uint64_t (&bits)[n]) {
+  const int64_t first = at.offset(rows.target_strides), step = rows.target_strides.inner;
+  const auto load = [&](auto storage) {
+#pragma unroll
+    for (int v = 0; v < n; ++v) bits[v] = static_cast<const decltype(storage)*>(rows.target)[first + v * step];
+  };
+  if constexpr (Target::kProbabilities) {
+#pragma unroll
+    for (int v = 0; v < n; ++v) bits[v] = 0;
+  } else if (rows.target_dtype == DType::int64) {
+    load(uint64_t{});
+  } else if (rows.target_dtype == DType::int32) {
+    load(uint32_t{});
+  } else {
+    load(uint8_t{});
+  }
+}
 template <class Target>
 __device__ __forceinline__ uint64_t load_target_bits(const Rows& rows, RowPosition at) {
-  if constexpr (Target::kProbabilities) return 0;
-  const int64_t i = at.offset(rows.target_strides);
-  switch (rows.target_dtype) {
-    case DType::int64:
-      return static_cast<const uint64_t*>(rows.target)[i];
-    case DType::int32:
-      return static_cast<const uint32_t*>(rows.target)[i];
-    default:
-      return static_cast<const uint8_t*>(rows.target)[i];
-  }
+  uint64_t bits[1];
+  load_target_bits<Target>(rows, at, bits);
+  return bits[0];
 }
 __device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
   return rows.target_dtype == DType::int32 ? int64_t(int32_t(uint32_t(bits))) : int64_t(bits);
@@ -285,28 +336,32 @@ struct GradientType<Probabilities<P>, T, Of::target> {
 };
 
 // What the upstream gradient, the forward's statistics and the target say of a row: all that is read of it beside its
-// logits, in loads of which none waits for another.
-template <class Target, class A, Of of>
+// logits.
+template <class A>
 struct RowInputs {
   A grad_output;
   uint64_t target_bits;
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
-
-  __device__ __forceinline__ RowInputs() {}
-  __device__ __forceinline__ RowInputs(const Backward& call, int64_t r, RowPosition at)
-      : grad_output(row_grad_output<A>(call, at)),
-        target_bits(load_target_bits<Target>(call.rows, at)),
-        coefficients(0) {
-    const Statistics<A> statistics(call.rows, call.statistics);
-    max = statistics.max[r];
-    sum = statistics.sum[r];
-    if constexpr (Target::kProbabilities && of == Of::logits) {
-      coefficients = statistics.spread[r];
-    } else if constexpr (Target::kSpread && of == Of::logits) {
-      coefficients = sum_of_class_weights<A>(call);
-    }
-  }
 };
+
+// Those of n neighbouring rows from row r on, in loads of which none waits for another.
+template <class Target, Of of, int n, class A>
+__device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r, RowPosition at,
+                                                RowInputs<A> (&inputs)[n]) {
+  const Rows& rows = call.rows;
+  const Statistics<A> statistics(rows, call.statistics);
+  uint64_t bits[n];
+  load_target_bits<Target>(rows, at, bits);
+  A grad_outputs[n];
+  row_grad_outputs(call, at, grad_outputs);
+  A coefficients_of_all = 0;
+  if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_class_weights<A>(call);
+#pragma unroll
+  for (int v = 0; v < n; ++v) {
+    inputs[v] = {grad_outputs[v], bits[v], statistics.max[r + v], statistics.sum[r + v], coefficients_of_all};
+    if constexpr (Target::kProbabilities && of == Of::logits) inputs[v].coefficients = statistics.spread[r + v];
+  }
+}
 
 // A row's gradient, given its logits. T: their type.
 template <class T, class Target, Of of>
@@ -322,7 +377,7 @@ struct RowGradient {
   bool ignored;
 
   __device__ __forceinline__ RowGradient() {}
-  __device__ __forceinline__ RowGradient(const Rows& rows, const RowInputs<Target, A, of>& in)
+  __device__ __forceinline__ RowGradient(const Rows& rows, const RowInputs<A>& in)
       : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
     const A g = in.grad_output;
     if constexpr (of == Of::target) {

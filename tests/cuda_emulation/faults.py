@@ -119,7 +119,9 @@ FAULTS = {
         CLUSTERS,
         "has ended",
     ),
-    "a cluster's second block is left out": Fault(CLUSTER, "int rank = 1;", "int rank = 1 + PLANTED;", CLUSTERS),
+    "a cluster's second block is left out": Fault(
+        CLUSTER, "of_each(cluster.size,", "of_each(cluster.size - PLANTED,", CLUSTERS
+    ),
     "blocks of a cluster take the same classes": Fault(
         FUSED, "thread = cluster.rank() * kThreads", "thread = (PLANTED ? 0 : cluster.rank()) * kThreads", CLUSTERS
     ),

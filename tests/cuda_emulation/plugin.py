@@ -162,7 +162,7 @@ def resident_blocks(multiprocessors: int, emulated: bool) -> int:
 
 @pytest.fixture
 def with_clusters() -> Callable[..., None]:
-    """The emulated device from here on: multiprocessors, the cluster it claims, the one it places. A GPU stays as it is."""
+    """The emulated device from here on; a GPU stays as it is. A cluster it claims may be one it cannot place."""
 
     def set_device(multiprocessors: int, largest_cluster: int, placeable_cluster: int = 16) -> None:
         if emulation is not None:
