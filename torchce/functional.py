@@ -5,6 +5,7 @@ what torch raises, with a message that names the argument, or answers where only
 
 - devices other than CPU, CUDA and meta, layouts other than strided, nested tensors, and tensor subclasses without
   ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
+- CUDA, where no CUDA kernels are loaded: one warning says why;
 - complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
 - a ``weight`` or ``pos_weight`` that requires grad (torch differentiates the former for probability targets only);
 - :mod:`torch.func` transforms and forward-mode AD;
@@ -71,6 +72,7 @@ def _have_kernels(input: Tensor, *others: Tensor | None) -> bool:
         ):
             return False
     if input.is_cuda and not ops.has_cuda():
+        ops.warn_without_cuda()
         return False
     return not (in_forward_ad() or in_functorch() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 

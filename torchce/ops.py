@@ -7,35 +7,42 @@ float64 logits, else float32. Schemas are in ``csrc/schemas.h``; the ops check w
 
 from __future__ import annotations
 
-from importlib import import_module, util
-from types import ModuleType
+import warnings
 
 import torch
 from torch import Tensor
 
-from torchce import _C  # noqa: F401  (importing it registers the ops)
+from torchce import _C, _cuda_library  # noqa: F401  (importing _C registers the ops)
 
 _ops = torch.ops.torchce
 
 
-def _load_cuda() -> tuple[ModuleType | None, str]:
-    """The CUDA kernels' module where this torch can use it, and a line that says why or why not."""
-    if util.find_spec("torchce._cuda") is None:
-        return None, "not built"
-    if torch.version.cuda is None:
-        return None, f"built, but torch {torch.__version__} has no CUDA"
-    try:
-        return import_module("torchce._cuda"), "loaded"
-    except ImportError as error:  # another major version of CUDA, say: the CPU kernels still serve
-        return None, f"built, but not loadable: {error}"
-
-
-cuda_module, cuda_status = _load_cuda()
+cuda_module, cuda_status = _cuda_library.load()
 
 
 def has_cuda() -> bool:
     """Whether CUDA kernels were built and loaded."""
     return cuda_module is not None
+
+
+_has_warned = False
+
+
+def warn_without_cuda() -> None:
+    """Says, once in a process, why a loss of CUDA logits does not run on torchce's kernels."""
+    global _has_warned
+    if _has_warned:
+        return
+    _has_warned = True
+    warnings.warn(
+        f"torchce's CUDA kernels: {cuda_status}. Losses of CUDA logits are torch's own. To have the kernels, install "
+        "torchce beside this torch: TORCHCE_CUDA=1 pip install --no-build-isolation . says what is missing",
+        stacklevel=2,
+    )
+
+
+# Dynamo would break its graph at a warning; told so, it runs this function while tracing.
+warn_without_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
