@@ -24,6 +24,7 @@ from threading import Thread
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+PTX_ARCHS = {"9.0"}  # besides the newest: for the capabilities in between, as 11.0, which has no binary
 DEVELOPMENT_ARCH = "9.0"
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
 # No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
@@ -129,7 +130,8 @@ def choose_archs(machine: Machine, toolkit: Toolkit, environ: Mapping[str, str])
         if not machine.gpu_archs:
             return DEVELOPMENT_ARCH, "a development build, no visible GPU"
     known = [arch for arch in ARCHS if arch in toolkit.archs]
-    return ";".join(known) + "+PTX", "every supported architecture that this CUDA knows"
+    archs = ";".join(f"{arch}+PTX" if arch in PTX_ARCHS | {known[-1]} else arch for arch in known)
+    return archs, "every supported architecture that this CUDA knows"
 
 
 def find_toolkit(environ: Mapping[str, str], conventional: str = "/usr/local/cuda") -> Toolkit | None:

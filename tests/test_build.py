@@ -100,11 +100,11 @@ def test_unknown_value_of_the_switch(setup: ModuleType, machine: Callable[..., A
 @pytest.mark.parametrize(
     ("changes", "environ", "archs"),
     [
-        ({}, {}, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ({"gpu_archs": ("9.0",)}, {}, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ({}, {}, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ({"gpu_archs": ("9.0",)}, {}, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
         ({"development": True}, {}, "9.0"),
         ({"development": True, "gpu_archs": ("8.6", "8.9")}, {}, "8.6;8.9"),
-        ({"development": True, "gpu_archs": ("11.0",)}, {}, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ({"development": True, "gpu_archs": ("11.0",)}, {}, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
         ({"development": True}, {"TORCH_CUDA_ARCH_LIST": "7.5"}, "7.5"),
     ],
     ids=["wheel", "wheel_ignores_the_gpu", "development", "development_for_the_gpus", "unknown_gpu", "given"],
@@ -115,6 +115,15 @@ def test_architectures(
     plan = setup.make_plan(machine(**changes), environ)
     assert plan.archs == archs
     assert archs in plan.lines[1]
+
+
+@pytest.mark.parametrize("device", ["8.0", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1", "13.0"])
+def test_every_device_finds_an_image(setup: ModuleType, machine: Callable[..., Any], device: str) -> None:
+    """A binary of its major capability that is no newer, or PTX, which every newer device's driver compiles."""
+    images = setup.make_plan(machine(), {}).archs.split(";")
+    wanted = setup.version_tuple(device)
+    older = [image for image in images if setup.version_tuple(image) <= wanted]
+    assert any(setup.version_tuple(image)[0] == wanted[0] or image.endswith("+PTX") for image in older)
 
 
 def test_architectures_that_this_toolkit_does_not_know_are_left_out(
