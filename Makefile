@@ -1,6 +1,6 @@
 # make demo | test | check | bench | gpu. Each sets up what it needs, once: a virtual environment, its packages, the build.
 PYTHON ?= python3
-# The newest torch the project is tested with; for example `make test TORCH=torch==2.13.0`.
+# The torch that development is done with; for example `make test TORCH=torch==2.13.0`.
 TORCH ?= torch==2.14.1
 
 # What `make bench` measures; for example `make bench BENCH=--quick`, `make bench BENCH="--device cuda"`.
