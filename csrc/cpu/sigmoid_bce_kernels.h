@@ -119,18 +119,15 @@ struct FewWeighted {
   TORCHCE_SIMD V sum() const { return losses; }
 };
 
-// And without any. Their log1p(e) add up to the logarithm of (1 + e)(1 + e')..., less 1 all the way, so that small odds
-// are not lost beside it: two operations a term instead of a logarithm.
+// And without any.
 template <class A>
 struct FewUnweighted {
   using V = Lanes<A>;
-  V linear{}, odds{};
+  UnweightedSum<V> few;
   TORCHCE_SIMD void add(V x, V target, int count = kLanes<A>) {
-    const V e = first_lanes<A>(count, smaller_odds(x));
-    linear += first_lanes<A>(count, linear_part(x, target, One{}));
-    odds = (odds * e + odds) + e;
+    few.add(first_lanes<A>(count, linear_part(x, target, One{})), first_lanes<A>(count, smaller_odds(x)));
   }
-  TORCHCE_SIMD V sum() const { return linear + math::log1p(odds); }
+  TORCHCE_SIMD V sum() const { return few.value(); }
 };
 
 // Vectors that are added up before the sum goes on in double. Equal terms round the same way each time: 512 of them in
@@ -248,11 +245,11 @@ void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, i
           const auto w = broadcast(load_one<A>(weight.data) * grad_output.of_all);
           if (problem.data[kPosWeight] == nullptr) {
             done = write_dense<T, U>(logits.data, target.data, output.data, length,
-                                     [&](auto x, auto t) { return gradient(x, t, w, One{}); });
+                                     [&](auto x, auto t) { return gradient(x, t, w, One{}, smaller_odds(x)); });
           } else if (pos_weight.stride == 0) {
             const auto c = broadcast(load_one<A>(pos_weight.data));
             done = write_dense<T, U>(logits.data, target.data, output.data, length,
-                                     [&](auto x, auto t) { return gradient(x, t, w, c); });
+                                     [&](auto x, auto t) { return gradient(x, t, w, c, smaller_odds(x)); });
           }
         }
       }
@@ -263,7 +260,7 @@ void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, i
         if constexpr (kOfTarget) {
           output.put(i, count, target_gradient(x, w, c));
         } else {
-          output.put(i, count, gradient(x, target.template at<A>(i, count), w, c));
+          output.put(i, count, gradient(x, target.template at<A>(i, count), w, c, smaller_odds(x)));
         }
       });
     });

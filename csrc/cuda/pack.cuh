@@ -25,6 +25,15 @@ struct Pack {
   T elements[V];
 };
 
+// The same element V times.
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> repeat(T element) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pack.elements[v] = element;
+  return pack;
+}
+
 // What a load says of the memory it reads.
 enum class Cache {
   keep,    // it will be read again: the logits of a forward

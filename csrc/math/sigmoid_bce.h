@@ -34,32 +34,65 @@ TORCHCE_HD V smaller_odds(V x) {
   return math::exp_of_negative(-math::abs(x));
 }
 
+// The sum of losses without weights. Their log1p(e) add up to the logarithm of (1 + e)(1 + e')..., of which `odds` is
+// all but the 1, so that small odds are not lost beside it: two operations a term instead of a logarithm.
 template <class V>
-TORCHCE_HD V loss(V x, V target, V weight, V pos_weight) {
+struct UnweightedSum {
+  V linear{}, odds{};
+
+  TORCHCE_HD void add(V linear_part, V smaller_odds) {
+    linear += linear_part;
+    odds = (odds * smaller_odds + odds) + smaller_odds;
+  }
+  // For up to 100 terms, whose odds are less than 2^100.
+  TORCHCE_HD V value() const { return linear + math::log1p(odds); }
+};
+
+// 1 + (c - 1) t, the factor of log1p(exp(-|x|)).
+template <class V>
+TORCHCE_HD V curvature(V target, V pos_weight) {
   const V one = V{} + 1;
-  return weight *
-         (linear_part(x, target, pos_weight) + (one + (pos_weight - one) * target) * math::log1p_unit(smaller_odds(x)));
+  return one + (pos_weight - one) * target;
+}
+template <class V>
+TORCHCE_HD One curvature(V, One one) {
+  return one;
 }
 
 template <class V, class Weight, class PosWeight>
-TORCHCE_HD V gradient(V x, V target, Weight weight, PosWeight pos_weight) {
+TORCHCE_HD V loss(V x, V target, Weight weight, PosWeight pos_weight) {
+  return weight *
+         (linear_part(x, target, pos_weight) + curvature(target, pos_weight) * math::log1p_unit(smaller_odds(x)));
+}
+
+// `odds` are smaller_odds(x), as exact as the result must be.
+template <class V, class Weight, class PosWeight>
+TORCHCE_HD V gradient(V x, V target, Weight weight, PosWeight pos_weight, V odds) {
   const V one = V{} + 1;
-  const V e = smaller_odds(x);
-  const V larger = math::divide(one, one + e);
-  const V smaller = e * larger;
+  const V larger = math::divide(one, one + odds);
+  const V smaller = odds * larger;
   const V p = math::select(x < V{}, smaller, larger);
   const V q = math::select(x < V{}, larger, smaller);
   return weight * ((one - target) * p - (pos_weight * target) * q);
 }
 
+// (c - 1) softplus(-x)
 template <class V>
-TORCHCE_HD V target_gradient(V x, V weight, V pos_weight) {
+TORCHCE_HD V curved_part(V x, V pos_weight) {
   const V one = V{} + 1;
   const V negative_part = math::select(x < V{}, -x, V{});
   const V softplus = negative_part + math::log1p_unit(smaller_odds(x));
   // Without pos_weight the softplus has no part in it, whatever its value (0 * inf would be NaN).
-  const V curved = math::select(pos_weight == one, V{}, (pos_weight - one) * softplus);
-  return weight * (curved - x);
+  return math::select(pos_weight == one, V{}, (pos_weight - one) * softplus);
+}
+template <class V>
+TORCHCE_HD V curved_part(V, One) {
+  return V{};
+}
+
+template <class V, class Weight, class PosWeight>
+TORCHCE_HD V target_gradient(V x, Weight weight, PosWeight pos_weight) {
+  return weight * (curved_part(x, pos_weight) - x);
 }
 
 }  // namespace torchce::sigmoid_bce

@@ -35,7 +35,7 @@ class Fault:
 
 
 FUSED_HOST = "cuda/softmax_ce_fused.cu"
-REDUCE, CLUSTER, EXP, ROW, FORWARD, BACKWARD, FUSED, BCE = (
+REDUCE, CLUSTER, EXP, ROW, FORWARD, BACKWARD, FUSED, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
     for name in (
         "reduce",
@@ -46,6 +46,7 @@ REDUCE, CLUSTER, EXP, ROW, FORWARD, BACKWARD, FUSED, BCE = (
         "softmax_ce_backward",
         "softmax_ce_fused",
         "sigmoid_bce",
+        "sigmoid_bce_operands",
     )
 )
 PLANS = "test_cuda_regimes.py::test_every_change_of_plan"
@@ -53,6 +54,7 @@ MANY_ROWS = "test_cuda_regimes.py::test_more_rows_than_resident_blocks_take_at_o
 FUSED_PLANS = "test_softmax_ce_fused.py::test_every_change_of_plan"
 CLUSTERS = "test_softmax_ce_fused.py::test_rows_spread_over_a_cluster"
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
+COLUMNS = "test_cuda_regimes.py::test_bce_weights_of_columns"
 
 FAULTS = {
     "a barrier is missing before shared memory is read": Fault(
@@ -185,10 +187,31 @@ FAULTS = {
         "invalid configuration",
     ),
     "a repeated weight is read as if it lay side by side": Fault(
-        BCE,
-        "if (inner_stride == 0) {",
-        "if (inner_stride == 0 && !PLANTED) {",
+        BCE_OPERANDS,
+        "[problem.dims - 1] == 0) return repeat<V>(*p);",
+        "[problem.dims - 1] == 0 && !PLANTED) return repeat<V>(*p);",
         "test_cuda_regimes.py::test_bce_packs_of_unequal_width",
+    ),
+    "elements beyond the packs end one early": Fault(
+        BCE_OPERANDS,
+        "if (end + thread < problem.numel) {",
+        "if (end + thread < problem.numel - PLANTED) {",
+        "test_sigmoid_bce.py::test_every_remainder",
+    ),
+    "the columns of the next packs are the first ones'": Fault(
+        BCE_OPERANDS, "column_ += column_step_;", "column_ += PLANTED ? 0 : column_step_;", COLUMNS
+    ),
+    "a pack that ends in the next row stays in its last column": Fault(
+        BCE_OPERANDS,
+        "if (++column == columns) column = 0;",
+        "if (++column == columns) column = PLANTED ? columns - 1 : 0;",
+        COLUMNS,
+    ),
+    "a pack that stands in for one beyond the end counts": Fault(
+        BCE,
+        "if (!batch.is_there[i]) continue;",
+        "if (!batch.is_there[i] && !PLANTED) continue;",
+        "test_cuda_regimes.py::test_bce_elements_around_a_block",
     ),
 }
 
