@@ -32,6 +32,7 @@ PROBLEMS = {
     "transposed": Problem("smoothed", (304, 1001), layout="transposed"),
     "bce": Problem("bce", (70001,)),
     "bce_packs": Problem("bce", (512, 1024), torch.bfloat16),
+    "bce_columns": Problem("bce", (513, 300), torch.bfloat16, weighted=True),
     "bce_pos_weight": Problem("bce", (64, 80, 7, 7), weighted=True),
 }
 

@@ -20,7 +20,7 @@ MOST_REGISTERS = 128
 # What the plan of forward_backward leaves to the kernels' own variables (kDeclaredSharedMemory in softmax_ce_plan.h).
 MOST_SHARED_MEMORY = 2048
 # Gradients of float32 targets beside float64 logits come two at a time, as these do: 8 bytes.
-NARROW = "8backwardIdfLNS1_2OfE1ELi2E"
+NARROW = "8backwardIdfLNS1_2OfE1E"
 KERNELS = {
     "forward_by_lanes",
     "forward_by_block",

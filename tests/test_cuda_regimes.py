@@ -1,10 +1,11 @@
-"""The shapes at which csrc/cuda/softmax_ce_plan.h changes its plan, and those that a plan was made for.
+"""The shapes at which csrc/cuda changes its plan, and those that a plan was made for.
 
 On a GPU, or with ``--emulate-cuda`` on a device of one multiprocessor and on one of five.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import cases
@@ -176,9 +177,9 @@ def test_transposed_rows(cuda_device: str, multiprocessors: int, kind: str, dtyp
 def test_bce_elements_around_a_block(
     cuda_device: str, multiprocessors: int, dtype: torch.dtype, layout: str | None
 ) -> None:
-    """One element a thread, one pack, two packs."""
+    """One element a thread, one pack, several packs and single elements beyond them."""
     pack = 16 // dtype.itemsize
-    for elements in {BLOCK, BLOCK * pack, 2 * BLOCK * pack}:
+    for elements in {BLOCK, BLOCK * pack, 2 * BLOCK * pack, 4 * BLOCK * pack}:
         for difference in (-1, 0, 1, pack):
             logits = cases.arranged(layout, (elements + difference,), dtype, cuda_device)
             target = cases.uniform(logits.shape, dtype, cuda_device)
@@ -191,21 +192,92 @@ def test_bce_elements_around_what_the_grid_takes_at_once(
     cuda_device: str, resident_blocks: int, dtype: torch.dtype, difference: int
 ) -> None:
     threads = resident_blocks * BLOCK
-    for elements in (threads, 2 * threads * (16 // dtype.itemsize)):
+    for elements in (threads, 4 * threads * (16 // dtype.itemsize)):
         shape = (elements + difference,)
         check_sigmoid_bce(cases.normal(shape, dtype, cuda_device, scale=3), cases.uniform(shape, dtype, cuda_device))
 
 
+# Logits, what the weights broadcast as, and the layout that csrc/cuda/sigmoid_bce_layout.h finds; 0: single elements.
+DENSE, COLUMNS, STRIDED = range(3)
+BCE_LAYOUTS = {
+    "plain": ((33, 31), None, {}, (DENSE, 4)),
+    "one element": ((1,), None, {}, (DENSE, 4)),
+    "transposed": ((33, 31), "transposed", {}, (DENSE, 4)),
+    "channels last": ((2, 5, 7, 3), "channels_last", {}, (DENSE, 4)),
+    "misaligned": ((33, 32), "offset", {}, (STRIDED, 1)),
+    "sliced": ((33, 31), "sliced", {}, (STRIDED, 1)),
+    "one logit for a row": ((33, 32), "expanded_classes", {}, (STRIDED, 1)),
+    "weight": ((33, 31), None, {"weight": (31,)}, (COLUMNS, 4)),
+    "scalar pos_weight": ((33, 31), None, {"pos_weight": ()}, (COLUMNS, 4)),
+    "weight, scalar pos_weight": ((33, 31), None, {"weight": (31,), "pos_weight": ()}, (COLUMNS, 4)),
+    "weight of each element": ((33, 31), None, {"weight": (33, 31)}, (COLUMNS, 4)),
+    "weight of each, pos_weight of columns": (
+        (33, 32),
+        None,
+        {"weight": (33, 32), "pos_weight": (32,)},
+        (STRIDED, 4),
+    ),
+    "weight of rows": ((33, 32), None, {"weight": (33, 1)}, (STRIDED, 4)),
+    "weight of odd rows": ((33, 31), None, {"weight": (33, 1)}, (STRIDED, 1)),
+    "pos_weight of channels": ((2, 5, 8, 4), None, {"pos_weight": (5, 1, 1)}, (STRIDED, 4)),
+    "pos_weight of channels last": ((2, 5, 7, 3), "channels_last", {"pos_weight": (5, 1, 1)}, (COLUMNS, 4)),
+}
+
+
+@pytest.mark.parametrize("grad_output", ["dense", "sum"])
+@pytest.mark.parametrize("name", BCE_LAYOUTS)
+def test_bce_layout(cuda_device: str, last_kernel: Callable[[], str], name: str, grad_output: str) -> None:
+    """A plain problem takes no kernel with offsets, nor does one with weights of columns."""
+    shape, layout, weights, expected = BCE_LAYOUTS[name]
+    logits = cases.arranged(layout, shape, torch.float32, cuda_device).requires_grad_()
+    target = cases.laid_out(layout, lambda sizes: cases.uniform(sizes, torch.float32, cuda_device), shape)
+    options = {which: cases.uniform(each, torch.float32, cuda_device, seed=6) for which, each in weights.items()}
+    loss = torchce.functional.binary_cross_entropy_with_logits(logits, target, reduction="none", **options)
+    assert kernel_layout(last_kernel()) == expected
+    loss.sum().backward() if grad_output == "sum" else loss.backward(torch.ones_like(loss))
+    if name != "one logit for a row":  # its gradient is that of the whole
+        assert kernel_layout(last_kernel()) == expected
+
+
+def kernel_layout(name: str) -> tuple[int, int]:
+    """(layout, elements of a pack) of ``... forward<float, float, (torchce::cuda::sigmoid_bce::Layout)0, 4>(...)``."""
+    found = re.search(r"sigmoid_bce::(?:for|back)ward<.*::Layout\)(\d), (\d+)>", name)
+    assert found is not None, name
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5, 7, 8, 9, 31, 64, 1037, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_bce_weights_of_columns(cuda_device: str, multiprocessors: int, dtype: torch.dtype, columns: int) -> None:
+    """Rows shorter than a pack, of whole packs and of others, with more packs than the grid takes at once.
+
+    20011 columns are one row: a weight for each element.
+    """
+    shape = (-(-20011 // columns), columns)
+    column_weight = cases.uniform((columns + 1,), torch.float32, cuda_device, seed=6)
+    one_weight = torch.tensor(0.625, device=cuda_device)
+    for weights, reduction in (
+        ({"weight": column_weight[:-1]}, "none"),
+        ({"pos_weight": column_weight[1:]}, "mean"),  # misaligned
+        ({"weight": one_weight, "pos_weight": column_weight[:-1] * 3}, "sum"),
+        ({"weight": column_weight[:-1], "pos_weight": column_weight[1:] * 3}, "mean"),
+    ):
+        logits = cases.normal(shape, dtype, cuda_device, scale=3)
+        target = cases.uniform(shape, dtype, cuda_device)
+        check_sigmoid_bce(logits, target, target_grad=reduction == "mean", reduction=reduction, **weights)
+
+
 @pytest.mark.parametrize("inner", [64, 63], ids=["packs", "single"])
-@pytest.mark.parametrize("target_dtype", [torch.float32, torch.uint8, torch.bool, torch.int64], ids=dtype_id)
+@pytest.mark.parametrize("target_dtype", [None, torch.float32, torch.uint8, torch.bool, torch.int64], ids=dtype_id)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 def test_bce_packs_of_unequal_width(
-    cuda_device: str, dtype: torch.dtype, target_dtype: torch.dtype, inner: int
+    cuda_device: str, dtype: torch.dtype, target_dtype: torch.dtype | None, inner: int
 ) -> None:
     """Targets of another dtype, and weights that repeat along a pack, across packs, or not at all."""
     shape = (3, 5, inner)
+    target_dtype = dtype if target_dtype is None else target_dtype
     target = cases.uniform(shape, torch.float32, cuda_device)
-    target = target if target_dtype.is_floating_point else (target > 0.5).to(target_dtype)
+    target = (target if target_dtype.is_floating_point else target > 0.5).to(target_dtype)
     for weight_shape in ((inner,), (5, 1), shape):
         check_sigmoid_bce(
             cases.normal(shape, dtype, cuda_device, scale=3),

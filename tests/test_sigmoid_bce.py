@@ -78,6 +78,25 @@ def test_every_remainder(device: str, dtype: torch.dtype, offset: int) -> None:
         check_sigmoid_bce(logits, target, reduction="none", target_grad=True)
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bool, torch.int64], ids=dtype_id)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_every_remainder_of_weighted_columns(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype, columns: int
+) -> None:
+    """Rows shorter than a register or as long, which then end anywhere within one."""
+    for rows in (1, 2, 3, 5, 8, 11, 16, 33):
+        target = cases.uniform((rows, columns), torch.float32, device)
+        check_sigmoid_bce(
+            cases.normal((rows, columns), dtype, device, scale=3),
+            target if target_dtype.is_floating_point else (target > 0.6).to(target_dtype),
+            target_grad=target_dtype.is_floating_point,
+            reduction="none",
+            weight=cases.uniform([columns], torch.float32, device, seed=6),
+            pos_weight=cases.uniform([columns], torch.float32, device, seed=7) * 3,
+        )
+
+
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("scale", cases.SCALES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -368,6 +387,19 @@ def test_tail_keeps_relative_precision(device: str, dtype: torch.dtype) -> None:
     assert_accurate("loss", loss, truth.loss)
     assert_accurate("grad_logits", grad, truth.grad_logits)
     assert bool((loss > 0).all())
+
+
+@pytest.mark.parametrize("grad_output", [1.0, -(2.0**15)])
+@pytest.mark.parametrize("target", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_odds_down_to_the_smallest(device: str, dtype: torch.dtype, target: float, grad_output: float) -> None:
+    """Up to |x| = 104, beyond which exp(-|x|) is 0 in float32; from 87 on it is subnormal, which bfloat16 can hold."""
+    logits = torch.linspace(-104, 104, 2081, device=device, dtype=torch.float64).to(dtype)
+    targets, upstream = torch.full_like(logits, target), torch.full_like(logits, grad_output)
+    loss, grad, _ = run(bce, logits, targets, {"reduction": "none"}, upstream, False)
+    truth = reference.sigmoid_bce(logits, targets, reduction="none", grad_output=upstream)
+    assert_accurate("loss", loss, truth.loss)
+    assert_accurate("grad_logits", grad, truth.grad_logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)

@@ -108,6 +108,7 @@ class Machine {
 
   uint64_t launches = 0, switches = 0;
   std::set<const void*> kernels;  // launched so far
+  const void* last_kernel = nullptr;
 
  private:
   static void fiber_main();
@@ -206,6 +207,7 @@ void Machine::launch(const Launch& launch) {
   const std::lock_guard lock(mutex_);
   ++launches;
   kernels.insert(launch.kernel);
+  last_kernel = launch.kernel;
   launch_ = launch;
   gridDim = dim3(launch.blocks);
   blockDim = dim3(launch.threads);
@@ -510,4 +512,10 @@ const char* cuda_emulation_kernels() {
   names.clear();
   for (const void* kernel : cuda_emulation::machine().kernels) names += cuda_emulation::name_of_kernel(kernel) + "\n";
   return names.c_str();
+}
+
+const char* cuda_emulation_last_kernel() {
+  static std::string name;
+  name = cuda_emulation::name_of_kernel(cuda_emulation::machine().last_kernel);
+  return name.c_str();
 }

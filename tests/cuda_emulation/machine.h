@@ -75,4 +75,5 @@ void cuda_emulation_seed(uint64_t seed);  // of all launches from here on
 uint64_t cuda_emulation_launches();       // so far
 uint64_t cuda_emulation_switches();       // between fibers, so far
 const char* cuda_emulation_kernels();     // the names of those launched so far, one a line
+const char* cuda_emulation_last_kernel();
 }

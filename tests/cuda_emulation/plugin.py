@@ -49,6 +49,7 @@ class Emulation:
         self.library.cuda_emulation_launches.restype = ctypes.c_uint64
         self.library.cuda_emulation_switches.restype = ctypes.c_uint64
         self.library.cuda_emulation_kernels.restype = ctypes.c_char_p
+        self.library.cuda_emulation_last_kernel.restype = ctypes.c_char_p
         self.initial_seed = int(os.environ.get("TORCHCE_EMULATION_SEED", "0"))
         self.multiprocessors = int(os.environ.get("TORCHCE_EMULATED_SMS", "3"))
 
@@ -137,6 +138,15 @@ def count_launches() -> Callable[[], int]:
     if emulation is None:
         pytest.skip("counted under --emulate-cuda")
     return emulation.library.cuda_emulation_launches
+
+
+@pytest.fixture
+def last_kernel() -> Callable[[], str]:
+    """The name of the kernel that was launched last, template arguments included; only the emulation can tell."""
+    if emulation is None:
+        pytest.skip("asked under --emulate-cuda")
+    library = emulation.library
+    return lambda: library.cuda_emulation_last_kernel().decode()
 
 
 @pytest.fixture

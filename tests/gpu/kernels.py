@@ -61,15 +61,25 @@ SOFTMAX = {
     "across, channels last": Softmax((2, 21, 5, 7), F32, "index", "channels_last", SUM),
     "across, float64": Softmax((3, 33, 50), F64, "probability"),
 }
+# By layout (csrc/cuda/sigmoid_bce_layout.h). Two dimensions: pos_weight is of columns; more: of channels.
 BCE = {
-    "packs": Bce((4096,), BF16),
-    "packs, float64": Bce((64, 32), F64, weighted=True),
-    "single elements": Bce((33, 31), F32, reduction=SUM),
-    "sliced": Bce((33, 31), F16, layout="sliced", reduction=NONE, weighted=True),
-    "transposed": Bce((40, 24), F32, layout="transposed", reduction=NONE),
-    "bool targets": Bce((2, 8, 8, 8), BF16, torch.bool, weighted=True),
-    "integer targets": Bce((16, 16), F32, torch.int64, reduction=NONE),
-    "float32 targets": Bce((16, 16), BF16, torch.float32, reduction=NONE),
+    "dense": Bce((4096,), BF16),
+    "dense, remainder": Bce((33, 31), BF16),
+    "dense, every loss": Bce((33, 31), F32, reduction=NONE),
+    "dense, float64": Bce((64, 33), F64, reduction=SUM),
+    "dense, transposed": Bce((40, 24), F32, layout="transposed", reduction=NONE),
+    "dense, integer targets": Bce((16, 17), F32, torch.int64, reduction=NONE),
+    "dense, bool targets": Bce((16, 17), BF16, torch.bool),
+    "dense, float32 targets": Bce((16, 16), BF16, torch.float32, reduction=NONE),
+    "dense, fills the device": Bce((2048, 2049), BF16),
+    "columns": Bce((64, 32), BF16, weighted=True),
+    "columns, odd": Bce((33, 31), F32, reduction=SUM, weighted=True),
+    "columns, fewer than a pack": Bce((1000, 3), F16, reduction=NONE, weighted=True),
+    "columns, float64": Bce((64, 32), F64, weighted=True),
+    "columns, integer targets": Bce((33, 31), BF16, torch.int64, weighted=True),
+    "strided, packs": Bce((2, 8, 8, 8), BF16, torch.bool, weighted=True),
+    "strided, single elements": Bce((33, 31), F16, layout="sliced", reduction=NONE, weighted=True),
+    "strided, misaligned": Bce((33, 32), BF16, layout="offset"),
 }
 # One rounding apart, for sums of another order; 16-bit gradients may round to a neighbour.
 TOLERANCES = {F64: 1e-12, F32: 2e-5, BF16: 1e-2, F16: 2e-3}
