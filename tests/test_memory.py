@@ -35,14 +35,14 @@ SHAPES = {
 
 def peak_bytes(function: Callable[[], Any], device: str) -> int:
     """The most that `function` had allocated at once, beyond what there was before."""
-    if device == "cuda":
+    if device == "cuda":  # what was asked for: the allocator rounds each block up to 512 bytes
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         result = function()
         torch.cuda.synchronize()
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result
@@ -50,6 +50,15 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda change: change[0])
     return max(itertools.accumulate((bytes_ for _, bytes_ in changes), initial=0))
+
+
+def slack(device: str) -> int:
+    """On CUDA with the scratch of one launch (csrc/cuda/scratch.h), which is gone after it: 16 bytes a block and 8."""
+    if device != "cuda":
+        return SLACK
+    card = torch.cuda.get_device_properties(0)
+    blocks = card.multi_processor_count * card.max_threads_per_multi_processor // 256
+    return SLACK + 16 * blocks + 8
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -110,7 +119,7 @@ def assert_peaks(problem: Problem, device: str, reduction: str, context: Callabl
     with context():
         loss = function(logits, target, reduction=reduction, **options)
     grad_output = grad_output_for(loss)
-    allowed = row_numbers + loss_bytes(problem, reduction, loss.dtype) + weight_bytes(problem) + copied + SLACK
+    allowed = row_numbers + loss_bytes(problem, reduction, loss.dtype) + weight_bytes(problem) + copied + slack(device)
 
     def forward() -> Tensor:
         with context():
@@ -208,7 +217,7 @@ def test_peak_in_place(device: str, dtype: torch.dtype, kind: str) -> None:
         loss.backward()
         x.grad = None
 
-    assert peak_bytes(both_ways, device) <= row_numbers + SLACK
+    assert peak_bytes(both_ways, device) <= row_numbers + slack(device)
 
 
 @pytest.mark.parametrize("target_dtype", cases.INDEX_DTYPES, ids=dtype_id)
@@ -282,4 +291,4 @@ def test_nothing_is_kept_without_grad(device: str) -> None:
             with torch.no_grad():
                 return [problem.function(problem.logits, problem.target) for _ in range(10)]
 
-        assert peak_bytes(scores, device) <= problem.row_numbers + 10 * SLACK
+        assert peak_bytes(scores, device) <= problem.row_numbers + 10 * SLACK + slack(device)
