@@ -7,12 +7,14 @@ One way through the files::
     timing.py      how a call is timed and its peak memory taken, on CPU and CUDA
     traffic.py     the bytes a call must move
     measure.py     a problem, all contenders, interleaved -> rows
+    revision.py    which revision of torchce it is
     ledger.py      rows and the machine they come from, as JSON
     cases.py       rows of one problem together -> ratios
     goals.py       what is wanted of which problem
     report.py      rows -> tables on the terminal and in Markdown
     plots.py       rows -> PNG
-    readme.py      rows -> the speed section of README.md
+    readme.py      rows -> the speed section of README.md, the measured one of docs/cuda.md
+    variants.py    two or more builds of torchce beside each other
 """
 
 import logging as _logging

@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -36,10 +37,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=list(GRIDS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer problems and samples; kept apart from the ledger")
+    parser.add_argument("--key", action="store_true", help="only the problems that README's table shows")
     parser.add_argument("--op", action="append", default=[], metavar="OP", help="ce, bce or the name in torch")
     parser.add_argument("--dtype", action="append", default=[], choices=list(DTYPES))
     parser.add_argument("--size", action="append", default=[], metavar="PATTERN", help="such as 512x32000, '4096x*'")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument(
+        "--contender", action="append", default=[], metavar="PATTERN", help="such as QuACK, 'torchce*' (default: all)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seconds", type=float, help="for each pass of a problem, shared by all contenders")
     parser.add_argument(
@@ -62,7 +67,9 @@ def _run(options: argparse.Namespace, environment: dict, path: Path, console: Co
     grid = [
         (problem, dtype)
         for problem in GRIDS[device]
-        if problem.matches(options.op, options.size) and (problem.quick or not options.quick)
+        if problem.matches(options.op, options.size)
+        and (problem.quick or not options.quick)
+        and (problem.key or not options.key)
         for dtype in options.dtype or DTYPES
         if dtype in problem.dtypes
     ]
@@ -76,6 +83,10 @@ def _run(options: argparse.Namespace, environment: dict, path: Path, console: Co
     if options.seconds is not None:
         budget = replace(budget, seconds=options.seconds)
     present = [c for c in CONTENDERS if device in c.devices and not (options.no_compile and c.name == COMPILE)]
+    if options.contender:
+        present = [c for c in present if any(fnmatch(c.name, pattern) for pattern in options.contender)]
+    if not present:
+        raise SystemExit("no contender of that name for this device")
     for contender in present:
         if reason := contender.missing():
             console.print(f"[yellow]{contender.name}: {reason}[/]")

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import torchce
+from benchmarks import revision
 from benchmarks.contenders import CONTENDERS
+from benchmarks.revision import ROOT
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 FILE = "ledger.json"
 
@@ -57,14 +58,6 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return "unknown"
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "torchce", "csrc", "setup.py")
-    return f"{commit}-changed" if changed else commit
-
-
 def _cpu_name() -> str:
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -93,7 +86,7 @@ def environment(device: str, quick: bool) -> dict[str, Any]:
         "cpu_level": info["cpu_level"],
         "compiler": info["compiler"],
         "peers": {c.distribution: c.version() for c in CONTENDERS if cuda and c.version()},
-        "commit": _commit(),
+        "commit": revision.commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": quick,
     }

@@ -44,6 +44,7 @@ class Problem:
     reason: str
     variant: str = ""  # soft, smoothing, weight, ignored; pos_weight
     quick: bool = False  # part of --quick
+    key: bool = False  # part of --key, and of README's table: what a reader decides by
     launch_bound: bool = False  # so small that launching it is what takes the time
     hidden: int = 0  # width before the linear layer of linear_cross_entropy
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -122,20 +123,27 @@ def _bce(*shape: int, reason: str, **options: Any) -> Problem:
 
 
 CPU = [
-    _ce(32, 10, reason="digits: the cost of a call, not of its arithmetic", launch_bound=True, quick=True),
+    _ce(32, 10, reason="digits: the cost of a call, not of its arithmetic", launch_bound=True, quick=True, key=True),
     _ce(256, 1000, reason="an ImageNet batch: logits fit the L2 cache"),
-    _ce(4096, 1000, reason="a large ImageNet batch: logits fit the L3 cache at most", quick=True),
+    _ce(4096, 1000, reason="a large ImageNet batch: logits fit the L3 cache at most", quick=True, key=True),
     _ce(65536, 32, reason="tagging: many short rows, shorter than a cache line or two"),
-    _ce(512, 32000, reason="Llama 2's vocabulary: memory bound", quick=True),
-    _ce(256, 128256, reason="Llama 3's vocabulary: the longest rows"),
-    _ce(8, 19, 256, 256, reason="Cityscapes segmentation: classes are strided", quick=True),
-    _ce(1024, 1000, reason="mixup or distillation: the target is as large as the logits", variant="soft", quick=True),
+    _ce(512, 32000, reason="Llama 2's vocabulary: memory bound", quick=True, key=True),
+    _ce(256, 128256, reason="Llama 3's vocabulary: the longest rows", key=True),
+    _ce(8, 19, 256, 256, reason="Cityscapes segmentation: classes are strided", quick=True, key=True),
+    _ce(
+        1024,
+        1000,
+        reason="mixup or distillation: the target is as large as the logits",
+        variant="soft",
+        quick=True,
+        key=True,
+    ),
     _ce(4096, 1000, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
     _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
     _bce(32, 10, reason="the cost of a call, not of its arithmetic", launch_bound=True),
-    _bce(4096, 1000, reason="multi-label tagging: fits the L3 cache at most", quick=True),
-    _bce(512, 32000, reason="extreme multi-label: memory bound", quick=True),
+    _bce(4096, 1000, reason="multi-label tagging: fits the L3 cache at most", quick=True, key=True),
+    _bce(512, 32000, reason="extreme multi-label: memory bound", quick=True, key=True),
     _bce(8, 1, 512, 512, reason="binary segmentation"),
     _bce(8, 19, 256, 256, reason="multi-label segmentation: one weight [C, 1, 1] a class", variant="pos_weight"),
 ]
@@ -143,24 +151,24 @@ CPU = [
 _QUACK = "QuACK's published grid: "
 
 CUDA = [
-    _ce(32, 10, reason="digits: launches are the cost", launch_bound=True, quick=True),
+    _ce(32, 10, reason="digits: launches are the cost", launch_bound=True, quick=True, key=True),
     _ce(4096, 10, reason="a larger batch of them: still launches", launch_bound=True),
     _ce(32768, 256, reason=_QUACK + "a row in a warp's registers"),
     _ce(32768, 512, reason=_QUACK + "a row in a warp's registers"),
-    _ce(32768, 1024, reason=_QUACK + "about ImageNet's class count"),
+    _ce(32768, 1024, reason=_QUACK + "about ImageNet's class count", key=True),
     _ce(32768, 2048, reason=_QUACK + "between a warp and a block per row"),
     _ce(32768, 4096, reason=_QUACK + "a block per row", quick=True),
     _ce(32768, 8192, reason=_QUACK + "a block per row"),
     _ce(32768, 16384, reason=_QUACK + "a block per row"),
-    _ce(32768, 32768, reason=_QUACK + "about Llama 2's vocabulary", quick=True),
+    _ce(32768, 32768, reason=_QUACK + "about Llama 2's vocabulary", quick=True, key=True),
     _ce(32768, 65536, reason=_QUACK + "2^31 logits"),
-    _ce(16384, 131072, reason=_QUACK + "about Llama 3's vocabulary"),
+    _ce(16384, 131072, reason=_QUACK + "about Llama 3's vocabulary", key=True),
     _ce(8192, 262144, reason=_QUACK + "Gemma's vocabulary"),
     _ce(1, 128256, reason="decoding: one row must fill the card", quick=True),
     _ce(8, 128256, reason="few rows: each over several blocks"),
     _ce(32, 128256, reason="few rows: each over several blocks"),
     _ce(128, 128256, reason="about as many rows as multiprocessors"),
-    _ce(8, 19, 512, 1024, reason="Cityscapes segmentation: classes are strided", quick=True),
+    _ce(8, 19, 512, 1024, reason="Cityscapes segmentation: classes are strided", quick=True, key=True),
     _ce(16, 150, 512, 512, reason="ADE20K segmentation: more strided classes"),
     _ce(4, 1000, 64, 64, reason="dense features: many classes, few positions"),
     _ce(4096, 32768, reason="distillation: the target is as large as the logits", variant="soft"),
@@ -169,14 +177,15 @@ CUDA = [
     _ce(8192, 32768, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
     _bce(1024, 1024, reason="2^20 elements: fits the L2 cache"),
     _bce(8, 1, 512, 512, reason="binary segmentation, 2^21 elements"),
-    _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True),
-    _bce(16384, 16384, reason="2^28 elements: long enough to hide every launch"),
+    _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True, key=True),
+    _bce(16384, 16384, reason="2^28 elements: long enough to hide every launch", key=True),
     _bce(8, 80, 256, 256, reason="detection maps: one weight [C, 1, 1] a class", variant="pos_weight"),
     Problem(
         LINEAR_CROSS_ENTROPY,
         (8192, 128256),
         "a language model's head: the peers' fused linear + CE",
         hidden=4096,
+        key=True,
         dtypes=("bfloat16",),
     ),
 ]

@@ -1,9 +1,11 @@
-"""The speed section of README.md, from the ledgers: ``python -m benchmarks.readme``.
+"""What pages say of speed, from the ledgers: ``python -m benchmarks.readme``.
 
-It replaces what lies between two marker lines::
+It replaces what lies between two marker lines, in README.md::
 
     <!-- benchmarks:begin -->
     <!-- benchmarks:end -->
+
+and in docs/cuda.md, ``measured`` for ``benchmarks``.
 """
 
 from __future__ import annotations
@@ -14,35 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COMPILE, EAGER, IN_PLACE, LIGER, QUACK, TORCHCE
-from benchmarks.goals import TRAINING
+from benchmarks.contenders import COMPILE, EAGER, IN_PLACE, LIGER, ONE_PASS, QUACK, TORCHCE
+from benchmarks.goals import BACKWARD, FORWARD, TRAINING
 from benchmarks.ledger import RESULTS, ROOT, Row, folder, latest
-from benchmarks.problems import BCE, CROSS_ENTROPY, DTYPES, LABELS
-from benchmarks.report import describe, environments, seconds, size
+from benchmarks.problems import DTYPES, GRIDS, LABELS, LINEAR_CROSS_ENTROPY
+from benchmarks.report import describe, environments, ratio, seconds, size
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOT_MEASURED = "not yet measured"
 
 # What a reader decides by: the size at which calls cost most, the common ones, and both losses.
 HEADLINES = {
-    "cpu": [
-        (CROSS_ENTROPY, "32x10", ""),
-        (CROSS_ENTROPY, "4096x1000", ""),
-        (CROSS_ENTROPY, "512x32000", ""),
-        (CROSS_ENTROPY, "256x128256", ""),
-        (CROSS_ENTROPY, "8x19x256x256", ""),
-        (CROSS_ENTROPY, "1024x1000", "soft"),
-        (BCE, "4096x1000", ""),
-        (BCE, "512x32000", ""),
-    ],
-    "cuda": [
-        (CROSS_ENTROPY, "32768x1024", ""),
-        (CROSS_ENTROPY, "32768x32768", ""),
-        (CROSS_ENTROPY, "16384x131072", ""),
-        (CROSS_ENTROPY, "8x19x512x1024", ""),
-        (BCE, "4096x4096", ""),
-        (BCE, "16384x16384", ""),
-    ],
+    device: [(p.op, p.size, p.variant) for p in grid if p.key and p.op != LINEAR_CROSS_ENTROPY]
+    for device, grid in GRIDS.items()
 }
 PEERS = {"cpu": (EAGER, COMPILE), "cuda": (EAGER, COMPILE, LIGER, QUACK)}
 TITLES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -94,29 +79,75 @@ def section(results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def update(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> bool:
-    """Rewrites the section; returns whether anything changed.
+def measured(results: Path = RESULTS) -> str:
+    """Every problem of the CUDA ledger in a line: times with their share of a copy's speed, and against the others."""
+    rows = latest("cuda", results)
+    if not rows:
+        return f"{NOT_MEASURED.capitalize()}: `python -m benchmarks --device cuda` fills this in."
+    passes: dict[tuple[str, str], dict[str, Case]] = {}
+    for case in cases(rows):
+        if case.op != LINEAR_CROSS_ENTROPY:
+            passes.setdefault((case.name, case.dtype), {})[case.phase] = case
+    header = ["problem", "dtype", FORWARD, BACKWARD, "one pass", *(f"vs {peer}" for peer in PEERS["cuda"])]
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (name, dtype), found in passes.items():
+        training = found.get(TRAINING)
+        lines.append(
+            [
+                *(name, dtype),
+                *(_speed(found.get(phase), TORCHCE) for phase in (FORWARD, BACKWARD)),
+                _speed(training, ONE_PASS),
+                *(ratio(training.speedup(TORCHCE, peer) if training else None) for peer in PEERS["cuda"]),
+            ]
+        )
+    return "\n\n".join(
+        [
+            "Medians, each with its share of the speed of a copy that moves as many bytes; *vs*: forward and backward "
+            "together, times faster than the other.",
+            "\n".join(f"- {describe(each)}" for each in environments(rows)),
+            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        ]
+    )
+
+
+def _speed(case: Case | None, contender: str) -> str:
+    if case is None or case.time(contender) is None:
+        return "-"
+    share = case.copy_share(contender)
+    return seconds(case.time(contender)) + ("" if share is None else f" ({share:.0%})")
+
+
+SECTIONS = {"README.md": ("benchmarks", section), "docs/cuda.md": ("measured", measured)}
+"""By page: the markers' name, and what lies between them."""
+
+
+def update(page: Path, results: Path = RESULTS) -> bool:
+    """Rewrites the page's section; returns whether anything changed.
 
     Raises:
         ValueError: the file has no markers, or they are out of order.
     """
-    text = readme.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    name, written = next(value for key, value in SECTIONS.items() if page.name == Path(key).name)
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text()
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{readme.name} has no section to fill: add the lines {BEGIN} and {END}")
-    new = pattern.sub(lambda _: f"{BEGIN}\n\n{section(results)}\n\n{END}", text, count=1)
+        raise ValueError(f"{page.name} has no section to fill: add the lines {begin} and {end}")
+    new = pattern.sub(lambda _: f"{begin}\n\n{written(results)}\n\n{end}", text, count=1)
     if new != text:
-        readme.write_text(new)
+        page.write_text(new)
     return new != text
 
 
 def main() -> int:
-    try:
-        print("README.md updated" if update() else "README.md is up to date")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    status = 0
+    for name in SECTIONS:
+        try:
+            print(f"{name} updated" if update(ROOT / name) else f"{name} is up to date")
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The benchmark tool itself: its byte counts, ledger, goals, comparison and README section, and a tiny grid run."""
+"""The benchmark tool itself: its byte counts, ledger, goals and comparison, and a tiny grid run."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,16 +12,12 @@ import torch
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 
+from benchmark_rows import ENVIRONMENT, ROWS, row
+
 from benchmarks import __main__ as command
-from benchmarks import contenders, goals, ledger, measure, plots, problems, readme, report, timing, traffic
+from benchmarks import contenders, goals, ledger, measure, plots, problems, report, timing, traffic
 from benchmarks.cases import cases
 from benchmarks.problems import BCE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, Problem
-
-ENVIRONMENT = {
-    **{"device": "cpu", "name": "Some CPU, 2 threads", "threads": 2, "load": 0.1, "cpu_level": "x86-64-v3"},
-    **{"torch": "2.14.1", "torchce": "0.1.0", "commit": "0123456789ab", "date": "2026-01-02 03:04 UTC", "quick": False},
-}
-MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -30,24 +25,6 @@ def one_thread(restore_threads: None) -> None:
     """Nothing here is large enough to gain from more, and waiting for them takes long on a busy machine."""
     torch.set_num_threads(1)
 
-
-def row(contender: str, median: float | None, **changes: Any) -> ledger.Row:
-    """A measured row of CE 512x32000 float32."""
-    values: dict[str, Any] = {
-        **{"op": CROSS_ENTROPY, "size": "512x32000", "variant": "", "dtype": "float32", "phase": "forward+backward"},
-        **{"iqr": 1e-4, "minimum": median, "samples": 9, "calls_per_sample": 1, "environment": ENVIRONMENT},
-        **{"peak_bytes": 62 * MIB, "traffic_bytes": 196_616_192},
-    }
-    return ledger.Row(contender=contender, median=median, **{**values, **changes})
-
-
-ROWS = [
-    row("torchce", 0.020),
-    row("torchce in place", 0.010, peak_bytes=4096),
-    row("eager", 0.080),
-    row("compile", 0.050),
-    row("copy", 0.008, peak_bytes=None),
-]
 
 L = 4 * 6 * 4  # float32 logits of shape [4, 6]
 TRAFFIC = [
@@ -86,12 +63,6 @@ def test_every_goal_names_problems_of_the_grid(device: str) -> None:
     named = {size for goal in goals.GOALS if goal.device == device for size in goal.sizes or ()}
     assert named
     assert named <= known
-
-
-@pytest.mark.parametrize("device", readme.HEADLINES)
-def test_every_headline_is_in_the_grid(device: str) -> None:
-    known = {(problem.op, problem.size, problem.variant) for problem in problems.GRIDS[device]}
-    assert set(readme.HEADLINES[device]) <= known
 
 
 def test_filters() -> None:
@@ -177,37 +148,6 @@ def test_a_busy_machine_is_named() -> None:
 )
 def test_seconds(value: float | None, expected: str) -> None:
     assert report.seconds(value) == expected
-
-
-def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    page = tmp_path / "README.md"
-    page.write_text(f"# Title\n\n{readme.BEGIN}\ntyped by hand\n{readme.END}\n\nThe end.\n")
-
-    assert readme.update(page, results)
-    empty = page.read_text()
-    assert empty.count(readme.NOT_MEASURED.capitalize()) == 2
-    assert "| CE" not in empty
-    assert not readme.update(page, results)
-
-    ledger.save(results / "some-cpu" / ledger.FILE, ROWS)
-    assert readme.update(page, results)
-    text = page.read_text()
-    assert "| CE 512x32000 | float32 | 20 ms | 10 ms | 80 ms | 50 ms | 2.5x | 5.0x | 62 MiB | 4 KiB |" in text
-    assert f"| CE 512x32000 | bfloat16 | {readme.NOT_MEASURED} |" in text
-    assert text.count(readme.NOT_MEASURED.capitalize()) == 1  # CUDA
-    assert ENVIRONMENT["commit"] in text
-    assert "typed by hand" not in text
-    assert text.startswith("# Title\n")
-    assert text.endswith("The end.\n")
-
-
-def test_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("# Title\n")
-    with pytest.raises(ValueError, match="benchmarks:begin"):
-        readme.update(page, tmp_path)
-    assert page.read_text() == "# Title\n"
 
 
 def test_quick_results_stay_apart() -> None:
@@ -361,6 +301,24 @@ def test_time_limit_measures_the_quick_ones_first_and_names_the_rest(
     assert command.main([*limits, "--no-compile", "--dtype", "float32", "--out", str(tmp_path)]) == 0
     assert {r.size for r in ledger.load(tmp_path / ledger.FILE)} == {"8x7"}
     assert "not measured within 0 s: CE 8x5 float32, CE 8x6 float32" in capsys.readouterr().out
+
+
+def test_key_problems_and_contenders_are_chosen_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(problems.GRIDS, "cpu", [Problem(CROSS_ENTROPY, (8, c), "", key=c == 7) for c in (5, 7)])
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+    options = ["--key", "--dtype", "float32", "--seconds", "0", "--out", str(tmp_path)]
+    assert command.main([*options, "--contender", "torchce*", "--contender", "eager"]) == 0
+    rows = ledger.load(tmp_path / ledger.FILE)
+    assert {r.size for r in rows} == {"8x7"}
+    assert {r.contender for r in rows} == {"torchce", "torchce in place", "torchce one pass", "eager", "copy", "read"}
+    with pytest.raises(SystemExit, match="no contender"):
+        command.main([*options, "--contender", "nobody"])
+
+
+def test_eight_key_problems_for_the_peers() -> None:
+    assert len([problem for problem in problems.GRIDS["cuda"] if problem.key]) == 8
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
