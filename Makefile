@@ -6,17 +6,21 @@ TORCH ?= torch==2.14.1
 # What `make bench` measures; for example `make bench BENCH=--quick`, `make bench BENCH="--device cuda"`.
 BENCH ?= --device cpu
 
-# Options of `make gpu`, see tests/gpu; for example `make gpu GPU="--only 'sanitizer*'"`, `make gpu GPU="--limit 3600"`.
+# Options of `make gpu`, see tests/gpu; for example `make gpu GPU="--only 'sanitizer*'"`, `make gpu GPU=--rehearse`.
 GPU ?=
+GPU_OPTIONS = $(if $(VARIANTS),--variants "$(VARIANTS)") $(GPU)
+GPU_PYTHON ?= $(PYTHON)
+GPU_ARCH ?= 9.0
 
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built
+SEARCH := PYTHONPATH="tests:.$(if $(PYTHONPATH),:$(PYTHONPATH))"
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-large fuzz sanitize check bench gpu format lint types build info clean
+.PHONY: demo test test-large fuzz sanitize check bench gpu gpu-carry variant format lint types build info clean
 
 demo: build
 	$(BIN)/python -m examples
@@ -52,15 +56,25 @@ check: lint types test
 bench: build
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# Builds for the visible GPU, proves and measures there. With PYTHON given, as in `make gpu PYTHON=python3`, that
-# interpreter is taken as it is: nothing is installed, so no network is needed.
+# Everything that needs a GPU, within ten minutes; the table comes last. With PYTHON given, as in `make gpu PYTHON=python3`,
+# that interpreter is taken as it is: nothing is installed, so no network is needed. `make gpu GPU=--rehearse` needs no GPU.
 ifeq ($(origin PYTHON),file)
 gpu: $(PACKAGES)
-	cd tests && ../$(BIN)/python -m gpu $(GPU)
+	$(SEARCH) $(BIN)/python -m gpu $(GPU_OPTIONS)
 else
 gpu:
-	cd tests && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m gpu $(GPU)
+	$(SEARCH) $(PYTHON) -m gpu $(GPU_OPTIONS)
 endif
+
+# What a GPU machine without a network needs, collected in .gpu/; `make gpu` there takes it. GPU_PYTHON is an interpreter of
+# the same version as that machine's, with the same torch, ninja, pybind11 and setuptools; GPU_ARCH its compute capability.
+gpu-carry:
+	$(SEARCH) $(PYTHON) -m gpu.carry --python $(GPU_PYTHON) --arch $(GPU_ARCH)
+
+# One build of `make gpu VARIANTS="baseline tuned"`: `make variant NAME=baseline REV=HEAD~3`; without REV the files as they are.
+variant:
+	$(SEARCH) $(PYTHON) -m gpu.carry --python $(GPU_PYTHON) --arch $(GPU_ARCH) \
+	  --variant $(or $(NAME),$(error NAME=... is missing)) $(if $(REV),--revision $(REV))
 
 build: $(BUILT)
 

@@ -1,18 +1,21 @@
-"""The runner behind ``make gpu``, on a machine without a GPU: time limits, verdicts, the table, the exit status."""
+"""``make gpu`` on a machine without a GPU: time limits, verdicts, and dry runs with pretended durations."""
 
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu import __main__ as command
-from gpu import steps
-from gpu.steps import Outcome, Runner, Step
+from gpu import carry, counters, plan, steps, table
+from gpu.plan import Setting
+from gpu.steps import Group, Outcome, Runner, Step
 
 MACHINE = {"gpu": "NVIDIA Test 9000", "capability": "9.0", "torch": "2.14"}
 
@@ -23,7 +26,7 @@ def python(code: str) -> list[str]:
 
 def run(tmp_path: Path, step: Step, limit: float = 60) -> Outcome:
     runner = Runner(time.monotonic() + limit, tmp_path / "gpu.log")
-    runner.run(step)
+    runner.run_group(Group("alone", [step], limit))
     return runner.outcomes[0]
 
 
@@ -88,70 +91,229 @@ def test_what_cannot_be_started_fails(tmp_path: Path) -> None:
             "not measured within 9 s: CE 1x2\n3 of 4 measured goals met, 8 s\na.png",
             ("ok", "3 of 4 measured goals met, 8 s; not measured within 9 s: CE 1x2"),
         ),
+        (steps.judge_trial, 0, "QuACK: failed: X: y (CE 1x2)\n0 of 0 measured goals", ("ok", "failed: X: y (CE 1x2)")),
+        (steps.judge_trial, 0, "0 of 0 measured goals met", ("ok", "ran")),
+        (steps.judge_trial, -11, "Segmentation fault", ("FAILED", "Segmentation fault")),
+        (steps.judge_variants, 0, "b / a, CE 1x2: forward 1.2x\nmeasured", ("ok", "measured")),
     ],
 )
 def test_verdicts(judge: Callable[[int, str], Any], code: int, output: str, expected: Any) -> None:
-    assert judge(code, output) == expected
+    verdict = judge(code, output)
+    assert (verdict and verdict[:2]) == expected
 
 
-def test_sanitizers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "find_sanitizer", lambda: None)
-    for step in command.sanitizers():
+def test_a_group_shares_its_seconds(tmp_path: Path) -> None:
+    runner = Runner(time.monotonic() + 60, tmp_path / "gpu.log")
+    slow = [Step(str(number), python("import time; time.sleep(60)"), 60) for number in range(2)]
+    runner.run_group(Group("both", slow, 1.5))
+    assert [outcome.result for outcome in runner.outcomes] == ["TIMED OUT", "NOT RUN"]
+
+
+def setting(tmp_path: Path, **changes: Any) -> Setting:
+    values = {"device": "cuda", "capability": "9.0", "cores": 16, "results": tmp_path, "scratch": tmp_path / "scratch"}
+    return Setting(**{**values, **changes})
+
+
+def test_tools_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plan, "find_tool", lambda *_: None)
+    for step in [*plan.sanitizers(setting(tmp_path)), *plan.profile(setting(tmp_path)).steps]:
         outcome = run(tmp_path, step)
         assert outcome.result == "MISSING"
-        assert outcome.words.startswith("compute-sanitizer is not on the PATH")
+        assert "is not on the PATH" in outcome.words
 
 
-def test_sanitizer_is_found_in_the_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tool_is_found_in_the_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "compute-sanitizer" / "compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert command.find_sanitizer() == str(tool)
+    assert plan.find_tool("compute-sanitizer") == str(tool)
 
 
-def test_every_file_of_tests_is_a_step() -> None:
-    names = {step.name for step in command.tests(4)}
+def test_every_file_of_tests_is_a_step(tmp_path: Path) -> None:
+    names = {step.name for step in plan.tests(setting(tmp_path))}
     assert {"test_softmax_ce.py", "test_cuda_graphs.py", "test_cuda_device.py", "test_cuda_regimes.py"} <= names
     assert "test_cuda_large.py" not in names
-    (large,) = command.large()
+    (large,) = plan.large(setting(tmp_path)).steps
     assert "tests/test_cuda_large.py" in large.command
 
 
+# --- dry runs: a machine, a clock and a pool of workers that only pretend ---------------------------------------------
+
+
+class Pretended:
+    """Time passes only while a step runs, each of the given duration; workers take steps in turn, as a real pool's."""
+
+    def __init__(self, duration: Callable[[Step], float], crashing: Sequence[str] = ()) -> None:
+        self.duration, self.crashing = duration, crashing
+        self.now = 0.0
+        self.began: dict[str, float] = {}
+        self.commands: dict[str, list[str]] = {}
+        self.watch: Callable[[], None] = lambda: None
+        self.ends: list[float] = []
+
+    def run(self, step: Step, command: Sequence[str], seconds: float) -> tuple[int | None, str]:
+        self.watch()
+        self.began[step.name], self.commands[step.name] = self.now, list(command)
+        wanted = self.duration(step)
+        self.now += min(wanted, seconds)
+        if wanted > seconds:
+            return None, ""
+        return (-11 if step.name in self.crashing else 0), "========= ERROR SUMMARY: 0 errors\n5 passed in 1s"
+
+    def stop(self) -> None:
+        raise AssertionError("nothing interrupts a dry run")
+
+    def pool(self, workers: int) -> Pretended:
+        self.ends = [self.now] * workers
+        return self
+
+    def __enter__(self) -> Pretended:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.now = max(self.ends)
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> Pretended:
+        worker = self.ends.index(min(self.ends))
+        self.now = self.ends[worker]
+        function(*arguments)
+        self.ends[worker] = self.now
+        return self
+
+    def result(self) -> None:
+        """Of a future: there at once."""
+
+    def main(self, *argv: str) -> int:
+        return command.main(list(argv), clock=lambda: self.now, machine=self, pool=self.pool)
+
+
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Step]]:
-    """make gpu with other steps."""
-    chosen: dict[str, list[Step]] = {"build": [], "tests": [], "sanitizers": [], "large": [], "benchmark": []}
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU, every tool, and everything that travels; returns the folder for the results."""
     monkeypatch.setattr(command, "look", lambda: MACHINE)
-    for name in chosen:
-        monkeypatch.setattr(command, name, lambda *_, name=name: chosen[name])
-    return chosen
+    monkeypatch.setattr(command, "cores", lambda: 16)
+    monkeypatch.setattr(plan, "find_tool", lambda name, *_: f"/toolkit/{name}")
+    monkeypatch.setattr(carry, "VARIANTS", tmp_path / "variants")
+    monkeypatch.setattr(carry, "PACKAGES", tmp_path / "packages.tar.xz")
+    carry.PACKAGES.touch()
+    carry.VARIANTS.mkdir()
+    for name in ("baseline", "tuned"):
+        (carry.VARIANTS / f"{name}.tar.xz").touch()
+    results = tmp_path / "results"
+    results.mkdir()
+    return results
 
 
-def test_goes_on_after_a_failure_and_says_so_last(
-    small: dict[str, list[Step]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+OWN, PEERS, LARGE = "benchmark: torchce, eager, copy", "benchmark: peers", "2^31 and 2^32 elements"
+ORDER = ["libraries", "every kernel once", OWN, "variants side by side", "counters", "test_softmax_ce.py", PEERS, LARGE]
+
+
+def test_the_most_valuable_comes_first(elsewhere: Path) -> None:
+    machine = Pretended(lambda step: min(step.seconds, 12))
+    assert machine.main("--out", str(elsewhere), "--variants", "baseline tuned") == 0
+    assert [name for name in machine.began if name in ORDER] == ORDER
+    assert machine.began["sanitizer: synccheck"] == machine.began["test_softmax_ce.py"]  # side by side
+    assert machine.began["trial: QuACK"] < machine.began[PEERS]
+    ran = [step.name for step in plan.tests(setting(elsewhere))]
+    assert set(ran) <= set(machine.began)
+
+
+@pytest.mark.parametrize("share", [1.0, math.inf], ids=["all_of_its_time", "hangs"])
+@pytest.mark.parametrize("variants", ["", "baseline tuned"])
+def test_ten_minutes_whatever_the_steps_take(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], variants: str, share: float
 ) -> None:
-    small["build"] = [Step("build", python("raise SystemExit('no compiler')"), 60)]
-    small["sanitizers"] = [Step("sanitizer: memcheck", [], 60, missing="not here")]
-    small["tests"] = [Step(f"test_{number}.py", python("print('5 passed in 1s')"), 60) for number in range(3)]
-    small["benchmark"] = [Step("benchmark", python("print('done')"), 60)]
-    assert command.main(["--out", str(tmp_path)]) == 1
+    machine = Pretended(lambda step: step.seconds * share)
+    machine.main("--out", str(elsewhere), "--variants", variants)
+    assert machine.now <= command.LIMIT - command.ENDING
+    assert max(machine.began.values()) <= command.LIMIT - command.ENDING - steps.SHORTEST
+    assert {"libraries", "every kernel once", OWN, "counters"} <= set(machine.began)  # whatever is cut off
+    steps_written = json.loads((elsewhere / "gpu.json").read_text())["steps"]
+    assert {step["name"] for step in steps_written if step["result"] == "NOT RUN"} >= {LARGE}
+    assert {path.name for path in elsewhere.iterdir()} == {"gpu.json", "gpu.log", "gpu.md"}
+    shown = capsys.readouterr().out.rstrip().splitlines()
+    (start,) = (number for number, line in enumerate(shown) if line.startswith("step "))
+    assert len(shown) - start == 1 + len(steps_written)  # one table, and nothing after it
+
+
+def test_as_long_as_estimated_everything_is_reached(elsewhere: Path) -> None:
+    """Seconds on 16 cores, guessed: no step has run on a GPU yet."""
+    guessed = {"libraries": 15, "every kernel once": 20, OWN: 100, "counters": 50, PEERS: 110, LARGE: 60}
+    machine = Pretended(lambda step: min(step.seconds, guessed.get(step.name, 100 if ":" in step.name else 20)))
+    assert machine.main("--out", str(elsewhere)) == 0
+    results = {step["result"] for step in json.loads((elsewhere / "gpu.json").read_text())["steps"]}
+    assert results <= {"ok", "MISSING"}
+
+
+def test_what_was_found_is_written_after_every_step(elsewhere: Path) -> None:
+    machine, seen = Pretended(lambda step: 1.0), []
+
+    def watch() -> None:
+        if (elsewhere / "gpu.json").exists():
+            seen.append(len(json.loads((elsewhere / "gpu.json").read_text())["steps"]))
+
+    machine.watch = watch
+    machine.main("--out", str(elsewhere))
+    assert seen == list(range(1, len(machine.began)))
+
+
+def test_a_benchmark_ends_before_it_is_cut_off(elsewhere: Path) -> None:
+    machine = Pretended(lambda step: step.seconds)
+    machine.main("--out", str(elsewhere), "--limit", "300")
+    options = machine.commands[OWN]
+    assert float(options[options.index("--time-limit") + 1]) <= 300 - machine.began[OWN] - 15
+    assert options[options.index("--out") + 1] == str(elsewhere)
+
+
+def test_a_peer_that_crashed_is_left_out_and_the_rest_goes_on(elsewhere: Path) -> None:
+    machine = Pretended(lambda step: 1.0, crashing=["trial: QuACK"])
+    assert machine.main("--out", str(elsewhere)) == 1
+    measured = machine.commands[PEERS]
+    assert "QuACK" not in measured
+    assert {"compile", "Liger", "Apple CCE"} <= set(measured)
+
+
+def test_chosen_steps(elsewhere: Path) -> None:
+    machine = Pretended(lambda step: 1.0)
+    assert machine.main("--out", str(elsewhere), "--only", "sanitizer*") == 0
+    assert len(machine.began) == 4
+    assert machine.main("--out", str(elsewhere), "--only", "nothing of that name") == 1
+
+
+def test_a_failure_is_shown_and_named(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = Pretended(lambda step: 1.0, crashing=["libraries"])
+    carry.PACKAGES.unlink()
+    assert machine.main("--out", str(elsewhere), "--only", "libraries", "--only", "packages") == 1
     shown = capsys.readouterr().out
-    *_, last = shown.strip().splitlines()
-    assert last == "4 of 6 steps held; failed: build; not checked: sanitizer: memcheck (missing)"
-    assert "no compiler" in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
-    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert "0 of 2 steps held; failed: libraries; not checked: packages (missing)" in shown
+    written = json.loads((elsewhere / "gpu.json").read_text())
     assert written["machine"] == MACHINE
-    assert {step["name"]: step["result"] for step in written["steps"]}["build"] == "FAILED"
+    assert {step["name"]: step["result"] for step in written["steps"]}["libraries"] == "FAILED"
 
 
-def test_chosen_steps(small: dict[str, list[Step]], tmp_path: Path) -> None:
-    small["tests"] = [Step("test_a.py", python("pass"), 60), Step("test_b.py", python("raise SystemExit(1)"), 60)]
-    assert command.main(["--out", str(tmp_path), "--only", "*_a.py"]) == 0
-    assert command.main(["--out", str(tmp_path), "--only", "nothing of that name"]) == 1
+def test_a_rehearsal_leaves_no_step_out(tmp_path: Path) -> None:
+    """The same groups; the tests are in one step, and of the peers only one is tried."""
+    rehearsed, real = (
+        list(command.groups(setting(tmp_path, device=device), Runner(0, tmp_path / "gpu.log")))
+        for device in ("cpu", "cuda")
+    )
+    assert [group.name for group in rehearsed] == [group.name for group in real]
+    assert all(group.steps for group in rehearsed)
+
+
+def test_without_expecttest_every_file_is_collected() -> None:
+    """A package that torch.testing._internal imports, and machines lack."""
+    files = [str(file) for file in plan.TESTS.glob("test_*.py") if "torch.testing._internal" in file.read_text()]
+    code = "import sys, pytest; sys.modules['expecttest'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *options, *files], cwd=steps.ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "test_dtensor" in result.stdout
 
 
 @pytest.mark.parametrize("out", [None, "elsewhere"])
@@ -163,7 +325,79 @@ def test_where_results_go(monkeypatch: pytest.MonkeyPatch, out: str | None) -> N
     assert command.results_folder("NVIDIA H200") == expected
 
 
-def test_table_in_markdown() -> None:
-    outcomes = [Outcome("build", "ok", 12.34, "built a|b")]
-    assert command.table(outcomes, markdown=True).splitlines()[-1] == "| build | ok | 12.3 | built a/b |"
-    assert command.table(outcomes).splitlines()[-1] == "build  ok         12.3  built a|b"
+def test_table() -> None:
+    rows = table.lines([Outcome("build", "ok", 12.34, "built a|b", (("kernel", "3 ms"),))], [("CE 1x2", "fast")])
+    assert table.markdown(rows).splitlines()[2:] == [
+        "| build | ok | 12.3 | built a/b |",
+        "| kernel |  |  | 3 ms |",
+        "| CE 1x2 | measured |  | fast |",
+    ]
+    *_, build, kernel, _ = table.plain(rows).splitlines()
+    assert build == "build     ok           12.3  built a|b"
+    assert kernel.split() == ["kernel", "3", "ms"]
+
+
+def test_figures_come_from_the_ledger_as_far_as_it_got(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the benchmarks print with rich")
+    from benchmark_rows import row
+
+    from benchmarks import ledger
+
+    assert table.figures(tmp_path) == []
+    problem = {"size": "32768x1024", "dtype": "bfloat16"}
+    rows = [
+        row("torchce", 0.002, phase="forward+backward", **problem),
+        row("eager", 0.008, phase="forward+backward", **problem),
+        row("QuACK", None, phase="forward", note="failed: ImportError: no cutlass", **problem),
+        row("torchce", 0.001, phase="forward", **problem),
+        row("copy", 0.0009, phase="forward", **problem),
+        row("torchce", 0.1, size="3x4"),
+    ]
+    ledger.save(tmp_path / ledger.FILE, rows)
+    assert table.figures(tmp_path) == [
+        ("CE 32768x1024 bfloat16", "fwd 1 ms 90% of copy; fwd+bwd 2 ms, 4.00x eager"),
+        ("QuACK", "failed: ImportError: no cutlass (CE 32768x1024 bfloat16)"),
+    ]
+
+
+# --- the profiler's counters ------------------------------------------------------------------------------------------
+
+NCU = """==PROF== Connected to process 7 (/usr/bin/python3.12)
+problem: CE forward 2x3
+==PROF== Profiling "forward_by_block" - 0: 0%....50%....100% - 8 passes
+problem: BCE forward
+==PROF== Profiling "forward" - 1: 0%....50%....100% - 8 passes
+==PROF== Disconnected from process 7
+"ID","Process ID","Kernel Name","dram__bytes.sum","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","byte","ns","register/thread"
+"0","7","void forward_by_block<float, Index>(Forward, GridScratch)","300,000,000","100,000","72"
+"1","7","void forward<float>(Elements)","n/a","2,000,000","40"
+"""
+
+
+def test_counters_are_read() -> None:
+    verdict = counters.judge(0, NCU)
+    assert verdict.result == "ok"
+    assert verdict.details == (
+        ("CE forward 2x3", "0.1 ms, 300 MB at 3 TB/s, 72 registers"),
+        ("BCE forward", "2 ms, 40 registers"),
+    )
+
+
+def test_counters_of_a_problem_with_several_kernels_go_by_the_kernels_names() -> None:
+    verdict = counters.judge(0, NCU.replace("problem: BCE forward\n", ""))
+    assert [name for name, _ in verdict.details] == ["void forward_by_block<float, Index>", "void forward<float>"]
+
+
+def test_counters_that_may_not_be_read_are_missing_with_the_profilers_words() -> None:
+    words = "ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+    assert counters.judge(1, f"==PROF== Connected\nproblem: CE\n==ERROR== {words}\n")[:2] == ("MISSING", words)
+    assert counters.judge(1, "LibraryNotLoaded")[:2] == ("MISSING", "no counters: LibraryNotLoaded")
+
+
+def test_the_problems_of_the_counters_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names = []
+    for name, call in counters.problems("cpu"):
+        call()
+        names.append(name)
+    assert len(set(names)) == 7

@@ -6,6 +6,7 @@ hardly any kernel but torchce's runs.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -150,8 +151,8 @@ def bce(problem: Bce, device: str) -> Results:
         yield "gradient in place", overwritten
 
 
-def differences(name: str, run: Callable[[str], Results], dtype: torch.dtype) -> Iterator[str]:
-    for (what, result), (_, expected) in zip(run("cuda"), run("cpu"), strict=True):
+def differences(name: str, run: Callable[[str], Results], dtype: torch.dtype, device: str) -> Iterator[str]:
+    for (what, result), (_, expected) in zip(run(device), run("cpu"), strict=True):
         tolerance = TOLERANCES[dtype]
         try:
             torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=tolerance / 20, equal_nan=True)
@@ -175,21 +176,26 @@ def bad_targets() -> Iterator[str]:
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
-        print("no CUDA device is visible to torch")
-        return 1
-    info = torchce.build_info()
-    if not info["cuda_loaded"]:
-        print(f"torchce._cuda: {info['cuda_status']}")
-        return 1
-    print(f"{torch.cuda.get_device_name()}, kernels for {info['cuda_archs']}", flush=True)
+    parser = argparse.ArgumentParser(prog="python -m gpu.kernels", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: a rehearsal of this script")
+    device = parser.parse_args().device
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            print("no CUDA device is visible to torch")
+            return 1
+        info = torchce.build_info()
+        if not info["cuda_loaded"]:
+            print(f"torchce._cuda: {info['cuda_status']}")
+            return 1
+        print(f"{torch.cuda.get_device_name()}, kernels for {info['cuda_archs']}", flush=True)
     wrong: list[str] = []
     for name, problem in SOFTMAX.items():
-        wrong += differences(name, lambda device, p=problem: softmax(p, device), problem.dtype)
+        wrong += differences(name, lambda device, p=problem: softmax(p, device), problem.dtype, device)
     for name, problem in BCE.items():
-        wrong += differences(f"BCE, {name}", lambda device, p=problem: bce(p, device), problem.dtype)
-    wrong += bad_targets()
-    torch.cuda.synchronize()
+        wrong += differences(f"BCE, {name}", lambda device, p=problem: bce(p, device), problem.dtype, device)
+    if device == "cuda":
+        wrong += bad_targets()
+        torch.cuda.synchronize()
     print("\n".join(wrong) or f"{len(SOFTMAX) + len(BCE)} problems, as on the CPU")
     return 1 if wrong else 0
 
