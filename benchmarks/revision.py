@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CARRIED = ".gpu/revision.json"  # {"commit": its name, "sources": their digest}; `make gpu-carry` writes it
-SOURCES = ("torchce", "csrc", "setup.py")
+CARRIED = ".gpu/revision.json"  # {"commit": its name, "sources" and "compiled": digests}; `make gpu-carry` writes it
+COMPILED = ("csrc", "setup.py")
+SOURCES = ("torchce", *COMPILED)
 SUFFIXES = {".py", ".pyi", ".typed", ".h", ".inc", ".cpp", ".cu", ".cuh"}
 
 
@@ -20,11 +22,9 @@ def _git(root: Path, *arguments: str) -> str | None:
         return None
 
 
-def digest(root: Path = ROOT) -> str:
-    """Of all that decides what the built package computes."""
-    files = [
-        path for name in SOURCES for path in ((root / name).rglob("*") if (root / name).is_dir() else [root / name])
-    ]
+def digest(root: Path = ROOT, names: Sequence[str] = SOURCES) -> str:
+    """Of all that decides what the built package computes, or with COMPILED what its libraries do."""
+    files = [path for name in names for path in ((root / name).rglob("*") if (root / name).is_dir() else [root / name])]
     found = hashlib.sha256()
     for path in sorted(path for path in files if path.suffix in SUFFIXES and path.is_file()):
         content = path.read_bytes()

@@ -146,7 +146,7 @@ def travelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     carry.pack(archive, [("torchce/_C.so", library)])
     monkeypatch.setattr(libraries, "LIBRARIES", archive)
     monkeypatch.setattr(libraries, "ROOT", root)
-    monkeypatch.setattr(libraries, "carried", lambda: {"sources": revision.digest()})
+    monkeypatch.setattr(libraries, "carried", lambda: {"compiled": revision.digest(names=revision.COMPILED)})
     return root
 
 
@@ -159,7 +159,7 @@ def test_libraries_that_travelled_are_taken_if_they_run(travelled: Path, monkeyp
 
 
 def test_libraries_of_other_sources_are_not_unpacked(travelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "carried", lambda: {"sources": "of another day"})
+    monkeypatch.setattr(libraries, "carried", lambda: {"compiled": "of another day"})
     assert "other sources" in (libraries.why_not_carried("cuda") or "")
     assert not travelled.exists()
     monkeypatch.setattr(libraries, "LIBRARIES", travelled / "nowhere.tar.xz")

@@ -219,6 +219,7 @@ def test_the_most_valuable_comes_first(elsewhere: Path) -> None:
     assert machine.began["trial: QuACK"] < machine.began[PEERS]
     ran = [step.name for step in plan.tests(setting(elsewhere))]
     assert set(ran) <= set(machine.began)
+    assert len(machine.began) * steps.LOGGED_BYTES < 16 << 20  # gpu.log, with what every step may say
 
 
 @pytest.mark.parametrize("share", [1.0, math.inf], ids=["all_of_its_time", "hangs"])

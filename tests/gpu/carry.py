@@ -1,6 +1,6 @@
 """``make gpu-carry``, ``make variant``: all that a GPU machine without a network needs, in one folder.
 
-    .gpu/revision.json        the commit, and the digest of the sources it stands for
+    .gpu/revision.json        the commit, and digests of the sources that it stands for
     .gpu/libraries.tar.xz     torchce's libraries, built with a Python and a torch like the machine's
     .gpu/packages.tar.xz      the packages of benchmarks/peers.txt, unpacked as on an import path
     .gpu/variants/NAME.tar.xz another revision's package with its libraries
@@ -144,7 +144,8 @@ def package(source: Path) -> list[tuple[str, Path]]:
 def carry_libraries(python: str, arch: str) -> None:
     built = build(python, arch, ROOT, WORK / "libraries")
     pack(LIBRARIES, [(f"torchce/{path.name}", path) for path in built])
-    REVISION.write_text(json.dumps({"commit": revision.commit(), "sources": revision.digest()}) + "\n")
+    said = {"sources": revision.digest(), "compiled": revision.digest(names=revision.COMPILED)}
+    REVISION.write_text(json.dumps({"commit": revision.commit(), **said}) + "\n")
 
 
 def carry_variant(python: str, arch: str, name: str, wanted: str | None) -> None:

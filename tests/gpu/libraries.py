@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.revision import carried, digest
+from benchmarks.revision import COMPILED, carried, digest
 from gpu.carry import LIBRARIES, unpack
 from gpu.steps import ROOT
 
@@ -40,7 +40,7 @@ def build() -> int:
 def why_not_carried(device: str) -> str | None:
     if not LIBRARIES.exists():
         return "none came along"
-    if carried().get("sources") != digest():
+    if carried().get("compiled") != digest(names=COMPILED):
         return "those that came along were built from other sources"
     unpack(LIBRARIES, ROOT)
     return run(device)
