@@ -15,7 +15,7 @@ SOURCES = ("torchce", *COMPILED)
 SUFFIXES = {".py", ".pyi", ".typed", ".h", ".inc", ".cpp", ".cu", ".cuh"}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git(root: Path, *arguments: str) -> str | None:
     try:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -43,9 +43,9 @@ def carried(root: Path = ROOT) -> dict[str, str]:
 
 def commit(root: Path = ROOT) -> str:
     """Such as ``0123456789ab``, ``0123456789ab-changed``, or ``unknown``."""
-    name = _git(root, "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
+    name = git(root, "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
     if name is not None:
-        changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", *SOURCES))
+        changed = bool(git(root, "status", "--porcelain", "--untracked-files=no", "--", *SOURCES))
     else:
         said = carried(root)
         name, changed = said.get("commit"), said.get("sources") != digest(root)

@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 2
+COMMIT = "commit.txt"  # beside the package, if it is known; `make variant` writes it
 ANSWER = "torchce.variants "  # before a worker's answers: libraries print too
 
 
@@ -125,6 +126,13 @@ def compare(
         yield f"not measured in time: {', '.join(left_out)}"
 
 
+def describe(variant: tuple[str, str, str]) -> str:
+    """Its name, and its commit if known."""
+    name, _, folder = variant
+    file = Path(folder) / COMMIT
+    return f"{name} at {file.read_text().strip()}" if file.exists() else name
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.variants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
-    print(f"{' and '.join(worker.name for worker in workers)} measured in turn, {TURNS} turns a problem")
+    described = " and ".join(map(describe, named))
+    print(f"{described} measured in turn, {TURNS} turns a problem")
     return 0
 
 

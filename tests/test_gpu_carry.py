@@ -87,6 +87,29 @@ def test_sizes_are_printed_and_judged(
     assert carry.main(["--variant", "tuned"]) == 1
 
 
+@pytest.mark.skipif(not (carry.ROOT / ".git").exists(), reason="not a git repository")
+def test_a_variant_is_another_revisions_package(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(python: str, arch: str, source: Path, work: Path) -> list[Path]:
+        assert (source / "csrc" / "schemas.h").is_file()
+        library = work / "_C.so"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.write_bytes(str(source).encode())
+        return [library]
+
+    monkeypatch.setattr(carry, "build", build)
+    carry.carry_variant(sys.executable, "9.0", "baseline", "HEAD")
+    carry.carry_variant(sys.executable, "9.0", "tuned", None)
+    for name, source in {"baseline": place / "work/variants/baseline/source", "tuned": carry.ROOT}.items():
+        carry.unpack(carry.VARIANTS / f"{name}.tar.xz", place / name)
+        assert (place / name / "torchce" / "_C.so").read_text() == str(source)
+        assert (place / name / "torchce" / "ops.py").is_file()
+        assert (place / name / "commit.txt").read_text().strip().removesuffix("-changed") == revision.git(
+            carry.ROOT, "rev-parse", "--short=12", "HEAD"
+        )
+    with pytest.raises(carry.CannotCarry, match="no-such-revision"):
+        carry.carry_variant(sys.executable, "9.0", "third", "no-such-revision")
+
+
 # --- which revision it is ---------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import revision
+from benchmarks.variants import COMMIT
 from gpu.steps import ROOT
 
 FOLDER = ROOT / ".gpu"
@@ -151,7 +152,7 @@ def carry_libraries(python: str, arch: str) -> None:
 def carry_variant(python: str, arch: str, name: str, wanted: str | None) -> None:
     """The revision of that name; without one, the files as they are."""
     work = WORK / "variants" / name
-    source = ROOT
+    source, commit = ROOT, revision.commit()
     if wanted is not None:
         source = work / "source"
         shutil.rmtree(source, ignore_errors=True)
@@ -161,8 +162,12 @@ def carry_variant(python: str, arch: str, name: str, wanted: str | None) -> None
             raise CannotCarry(f"{wanted}: {archive.stderr.decode().strip()}")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(source)
+        commit = revision.git(ROOT, "rev-parse", "--short=12", wanted) or wanted
     built = build(python, arch, source, work)
-    pack(VARIANTS / f"{name}.tar.xz", [*package(source), *((f"torchce/{path.name}", path) for path in built)])
+    said = work / COMMIT
+    said.write_text(f"{commit}\n")
+    files = [*package(source), *((f"torchce/{path.name}", path) for path in built), (COMMIT, said)]
+    pack(VARIANTS / f"{name}.tar.xz", files)
 
 
 def report(folder: Path = FOLDER) -> int:
