@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from gpu import __main__ as command
-from gpu import carry, counters, plan, steps, table
+from gpu import carry, plan, steps, table
 from gpu.plan import Setting
 from gpu.steps import Group, Outcome, Runner, Step
 
@@ -284,6 +284,16 @@ def test_chosen_steps(elsewhere: Path) -> None:
     assert machine.main("--out", str(elsewhere), "--only", "nothing of that name") == 1
 
 
+def test_a_variant_that_did_not_come_along_is_not_measured(elsewhere: Path) -> None:
+    """Least of all the package beside the tests in its place."""
+    machine = Pretended(lambda step: 1.0)
+    (carry.VARIANTS / "tuned.tar.xz").unlink()
+    machine.main("--out", str(elsewhere), "--variants", "baseline tuned")
+    assert "kernels of baseline" in machine.began
+    assert not {"kernels of tuned", "variants side by side"} & set(machine.began)
+    assert "did not come along: tuned.tar.xz" in (elsewhere / "gpu.md").read_text()
+
+
 def test_a_failure_is_shown_and_named(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Pretended(lambda step: 1.0, crashing=["libraries"])
     carry.PACKAGES.unlink()
@@ -359,46 +369,3 @@ def test_figures_come_from_the_ledger_as_far_as_it_got(tmp_path: Path) -> None:
         ("CE 32768x1024 bfloat16", "fwd 1 ms 90% of copy; fwd+bwd 2 ms, 4.00x eager"),
         ("QuACK", "failed: ImportError: no cutlass (CE 32768x1024 bfloat16)"),
     ]
-
-
-# --- the profiler's counters ------------------------------------------------------------------------------------------
-
-NCU = """==PROF== Connected to process 7 (/usr/bin/python3.12)
-problem: CE forward 2x3
-==PROF== Profiling "forward_by_block" - 0: 0%....50%....100% - 8 passes
-problem: BCE forward
-==PROF== Profiling "forward" - 1: 0%....50%....100% - 8 passes
-==PROF== Disconnected from process 7
-"ID","Process ID","Kernel Name","dram__bytes.sum","gpu__time_duration.sum","launch__registers_per_thread"
-"","","","byte","ns","register/thread"
-"0","7","void forward_by_block<float, Index>(Forward, GridScratch)","300,000,000","100,000","72"
-"1","7","void forward<float>(Elements)","n/a","2,000,000","40"
-"""
-
-
-def test_counters_are_read() -> None:
-    verdict = counters.judge(0, NCU)
-    assert verdict.result == "ok"
-    assert verdict.details == (
-        ("CE forward 2x3", "0.1 ms, 300 MB at 3 TB/s, 72 registers"),
-        ("BCE forward", "2 ms, 40 registers"),
-    )
-
-
-def test_counters_of_a_problem_with_several_kernels_go_by_the_kernels_names() -> None:
-    verdict = counters.judge(0, NCU.replace("problem: BCE forward\n", ""))
-    assert [name for name, _ in verdict.details] == ["void forward_by_block<float, Index>", "void forward<float>"]
-
-
-def test_counters_that_may_not_be_read_are_missing_with_the_profilers_words() -> None:
-    words = "ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
-    assert counters.judge(1, f"==PROF== Connected\nproblem: CE\n==ERROR== {words}\n")[:2] == ("MISSING", words)
-    assert counters.judge(1, "LibraryNotLoaded")[:2] == ("MISSING", "no counters: LibraryNotLoaded")
-
-
-def test_the_problems_of_the_counters_run(capsys: pytest.CaptureFixture[str]) -> None:
-    names = []
-    for name, call in counters.problems("cpu"):
-        call()
-        names.append(name)
-    assert len(set(names)) == 7

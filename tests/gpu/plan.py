@@ -87,10 +87,10 @@ def prepare(setting: Setting) -> list[Group]:
     ]
 
 
-def _kernels(setting: Setting, name: str, package: Path | None = None) -> Step:
+def _kernels(setting: Setting, name: str, package: Path | None = None, missing: str = "") -> Step:
     paths = PATHS if package is None else os.pathsep.join((str(package), PATHS))
     command = [*KERNELS, "--device", setting.device]
-    return Step(name, command, 60, {"PYTHONPATH": paths})
+    return Step(name, command, 60, {"PYTHONPATH": paths}, missing=missing)
 
 
 def _unpack(setting: Setting) -> list[Step]:
@@ -98,10 +98,14 @@ def _unpack(setting: Setting) -> list[Step]:
     steps = []
     for archive, folder in archives.items():
         command = [PYTHON, "-m", "gpu.carry", "--unpack", str(archive), str(folder)]
-        missing = "" if archive.exists() else f"{archive.name} did not come along"
         name = "packages" if archive == carry.PACKAGES else f"variant {folder.name}"
-        steps.append(Step(name, command, 60, {"PYTHONPATH": PATHS}, missing=missing))
+        steps.append(Step(name, command, 60, {"PYTHONPATH": PATHS}, missing=_absent(archive)))
     return steps
+
+
+def _absent(*archives: Path) -> str:
+    names = [archive.name for archive in archives if not archive.exists()]
+    return f"did not come along: {', '.join(names)}" if names else ""
 
 
 def _archive(variant: str) -> Path:
@@ -137,7 +141,9 @@ def variants(setting: Setting) -> list[Group]:
     """Their kernels once, then beside each other."""
     if not setting.variants:
         return []
-    kernels = [_kernels(setting, f"kernels of {name}", _package(name)) for name in setting.variants]
+    kernels = [
+        _kernels(setting, f"kernels of {name}", _package(name), _absent(_archive(name))) for name in setting.variants
+    ]
     named = [f"{name}={_package(name)}" for name in setting.variants]
     small = ["--size", "32x10", "--seconds", "0"] if setting.rehearsal else []
 
@@ -145,7 +151,8 @@ def variants(setting: Setting) -> list[Group]:
         limits = ["--time-limit", f"{max(seconds - 15, 1):.0f}"]
         return [PYTHON, "-m", "benchmarks.variants", *named, "--device", setting.device, *limits, *small]
 
-    side_by_side = Step("variants side by side", command, 90, {"PYTHONPATH": PATHS}, judge_variants)
+    missing = _absent(*map(_archive, setting.variants))
+    side_by_side = Step("variants side by side", command, 90, {"PYTHONPATH": PATHS}, judge_variants, missing)
     return [Group("kernels of the variants", kernels, 40, workers=2), Group("variants", [side_by_side], 90)]
 
 
