@@ -96,8 +96,9 @@ def compared(first: dict[tuple[str, str], float], other: dict[tuple[str, str], f
         if contender in OURS and after is not None:
             copy = min(times.get((phase, COPY), before) for times in (first, other))
             share = "" if OURS[contender] == "one pass" else f", {copy / after:.0%} of copy"
-            name = f"{phase} {OURS[contender] or ''}".rstrip()
-            parts.append(f"{name} {before / after:.2f}x ({seconds(before)} -> {seconds(after)}{share})")
+            parts.append(
+                f"{OURS[contender] or phase} {before / after:.2f}x ({seconds(before)} -> {seconds(after)}{share})"
+            )
     return ", ".join(parts)
 
 
