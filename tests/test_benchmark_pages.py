@@ -98,7 +98,7 @@ def test_builds_are_measured_in_turn_each_in_a_process_of_its_own(
     assert re.search(r"^tuned / baseline, CE 32x10 float32: forward \d+\.\d\dx \(.* -> .*, \d+% of copy\)", shown, re.M)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="expected torchce in"):
-        variants.main([*named, f"other={tmp_path / 'empty'}", *options])
+        variants.main([f"other={tmp_path / 'empty'}", named[0], *options])
 
 
 def test_of_all_turns_the_fastest_counts() -> None:
