@@ -50,9 +50,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu.libraries", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     device = parser.parse_args().device
-    if device == "cpu":  # a rehearsal: with what is there
-        reason = run(device)
-        print(reason or "rehearsed with the libraries of this machine")
+    if device == "cpu":  # a rehearsal: with what is there, or came along, but no build
+        reason = run(device) and why_not_carried(device)
+        print(reason or "rehearsed with libraries that were there or came along")
         return 1 if reason else 0
     reason = why_not_carried(device)
     if reason is None:
