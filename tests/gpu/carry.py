@@ -23,6 +23,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from benchmarks import revision
 from benchmarks.variants import COMMIT
@@ -61,9 +62,14 @@ def pack(archive: Path, files: Iterable[tuple[str, Path]]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
+    with archive.open("rb") as content:
+        extract(content, folder)
+
+
+def extract(content: BinaryIO, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(folder)
+    with tarfile.open(fileobj=content) as tar:
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def tree(folder: Path) -> list[tuple[str, Path]]:
@@ -151,17 +157,15 @@ def carry_libraries(python: str, arch: str) -> None:
 
 def carry_variant(python: str, arch: str, name: str, wanted: str | None) -> None:
     """The revision of that name; without one, the files as they are."""
-    work = WORK / "variants" / name
-    source, commit = ROOT, revision.commit()
+    work, source, commit = WORK / "libraries", ROOT, revision.commit()
     if wanted is not None:
+        work = WORK / "variants" / name
+        shutil.rmtree(work, ignore_errors=True)  # git's files are as old as the commit: ninja would take them for built
         source = work / "source"
-        shutil.rmtree(source, ignore_errors=True)
-        source.mkdir(parents=True)
         archive = subprocess.run(["git", "archive", wanted], cwd=ROOT, capture_output=True, check=False)
         if archive.returncode != 0:
             raise CannotCarry(f"{wanted}: {archive.stderr.decode().strip()}")
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(source)
+        extract(io.BytesIO(archive.stdout), source)
         commit = revision.git(ROOT, "rev-parse", "--short=12", wanted) or wanted
     built = build(python, arch, source, work)
     said = work / COMMIT
