@@ -6,14 +6,12 @@ This needs no GPU, only torchce._cuda and cuobjdump (of a CUDA toolkit, or the o
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import defaultdict
 from functools import cache
-from importlib import util
-from pathlib import Path
 
 import pytest
+from cuda_sass import tools
+from cuda_sass.tools import CUOBJDUMP, EXTENSION, dump
 
 # 256 threads of 128 registers leave room for two blocks on a multiprocessor (kBlocksToFit in csrc/cuda/pack.cuh).
 MOST_REGISTERS = 128
@@ -35,29 +33,10 @@ KERNELS = {
 }
 
 
-def _extension() -> Path | None:
-    spec = util.find_spec("torchce._cuda")
-    return None if spec is None or spec.origin is None else Path(spec.origin)
-
-
-def _cuobjdump() -> str | None:
-    triton = util.find_spec("triton")
-    places = (
-        [] if triton is None else [str(Path(p, "backends/nvidia/bin")) for p in triton.submodule_search_locations or []]
-    )
-    return next(filter(None, (shutil.which("cuobjdump", path=place) for place in (None, *places))), None)
-
-
-EXTENSION, CUOBJDUMP = _extension(), _cuobjdump()
 pytestmark = [
     pytest.mark.skipif(EXTENSION is None, reason="torchce._cuda is not built"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
 ]
-
-
-def _dump(*options: str) -> str:
-    command = [str(CUOBJDUMP), *options, str(EXTENSION)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def kernel_name(symbol: str) -> str:
@@ -66,19 +45,9 @@ def kernel_name(symbol: str) -> str:
     return found[1] if found else ""
 
 
-@cache
 def resources() -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel symbol) -> REG, STACK, LOCAL, ..."""
-    result = {}
-    arch = symbol = ""
-    for line in _dump("-res-usage").splitlines():
-        if found := re.match(r"\s*arch = (\S+)", line):
-            arch = found[1]
-        elif found := re.match(r"\s*Function (\S+):$", line):
-            symbol = found[1]
-        elif "REG:" in line and kernel_name(symbol):
-            result[arch, symbol] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
-    return result
+    return {key: used for key, used in tools.resources().items() if kernel_name(key[1])}
 
 
 @cache
@@ -88,7 +57,7 @@ def instructions() -> dict[str, set[str]]:
     arch = "sm_90" if "sm_90" in arches else min(arches)
     result = defaultdict(set)
     symbol = ""
-    for line in _dump("-arch", arch, "-sass").splitlines():
+    for line in dump("-arch", arch, "-sass").splitlines():
         if found := re.match(r"\s*Function : (\S+)", line):
             symbol = found[1]
         elif kernel_name(symbol) and (found := re.search(r"\s((?:LD|ST)[GL]\.[A-Z0-9.]+)", line)):
