@@ -130,26 +130,14 @@ struct IndexedRow : TargetClass {
   }
 };
 
-// What the upstream gradient multiplies n neighbouring rows with.
-template <class A, int n>
-TORCHCE_HD void row_grad_outputs(const Backward& call, RowPosition at, A (&result)[n]) {
-  if (call.rows.reduction == Reduction::none) {
-    const int64_t first = at.offset(call.grad_output_strides), step = call.grad_output_strides.inner;
-    with_float_type(call.grad_output_dtype, [&](auto storage) TORCHCE_HD_LAMBDA {
-      const auto p = static_cast<const decltype(storage)*>(call.grad_output) + first;
-      for (int v = 0; v < n; ++v) result[v] = A(load_one<A>(p + v * step));
-    });
-    return;
-  }
-  A of_all = load_as<A>(call.grad_output_dtype, call.grad_output, 0);
-  if (call.rows.reduction == Reduction::mean) of_all /= static_cast<const A*>(call.totals)[0];
-  for (int v = 0; v < n; ++v) result[v] = of_all;
-}
+// What the upstream gradient multiplies a row with.
 template <class A>
 TORCHCE_HD A row_grad_output(const Backward& call, RowPosition at) {
-  A result[1];
-  row_grad_outputs(call, at, result);
-  return result[0];
+  if (call.rows.reduction == Reduction::none) {
+    return load_as<A>(call.grad_output_dtype, call.grad_output, at.offset(call.grad_output_strides));
+  }
+  const A grad_output = load_as<A>(call.grad_output_dtype, call.grad_output, 0);
+  return call.rows.reduction == Reduction::mean ? grad_output / static_cast<const A*>(call.totals)[0] : grad_output;
 }
 
 template <class A>

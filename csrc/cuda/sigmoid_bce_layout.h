@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../problem.h"
+#include "../math/storage.h"
 
 namespace torchce::cuda::sigmoid_bce {
 
@@ -20,21 +20,6 @@ struct Plan {
   Layout layout;
   bool packs;  // words of up to 16 bytes, or else single elements
 };
-
-inline int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::uint8:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 // Whether an operand is there and has an element for each of the logits, unlike a reduced loss and its gradient.
 inline bool has_the_shape(const Elements& problem, Operand operand) {

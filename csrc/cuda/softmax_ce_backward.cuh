@@ -101,7 +101,7 @@ __global__ __launch_bounds__(kBackwardThreads,
         [&] {
           RowInputs<Accumulate<T>> inputs[1];
           load_row_inputs<Target, of>(call, r, at, inputs);
-          return RowGradient<T, Target, of>(rows, inputs[0]);
+          return RowGradient<T, Target, of>(call, inputs[0]);
         },
         [](const T* p, int) { return load_pack<kPack<T>, Cache::stream>(p, true); });
   }
@@ -151,7 +151,7 @@ __global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_acros
     Pack<G, V> kept;  // all bits of a row that is not ignored
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      row[v] = RowGradient<T, Target, of>(rows, inputs[v]);
+      row[v] = RowGradient<T, Target, of>(call, inputs[v]);
       const int64_t place = row[v].index - begin;
       hot[v] = 0 <= place && place < part ? int(place) : -1;
       std::memset(&kept.elements[v], row[v].ignored ? 0 : 0xff, sizeof(G));

@@ -54,9 +54,11 @@ __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, 
                                           const RowSums<A, Target::kSpread>& sums, int64_t target,
                                           const KeptPacks<T>& packs) {
   const auto row = [&] {
-    const RowInputs<A> inputs{row_grad_output<A>(call, at), uint64_t(target), sums.max, sums.whole_exponentials(),
-                              sums.coefficients};
-    return RowGradient<T, Target, Of::logits>(call.rows, inputs);
+    uint64_t grad_output[1];
+    load_grad_output_bits(call, at, grad_output);
+    const RowInputs<A> inputs{grad_output[0],   1,  // no mean, whose divisor would be known only after the last row
+                              uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients};
+    return RowGradient<T, Target, Of::logits>(call, inputs);
   };
   write_gradient<T, Target, Of::logits, /*kInPlace=*/true>(
       call, at, 0, call.rows.classes, thread, threads, row,

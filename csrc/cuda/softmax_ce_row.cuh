@@ -1,10 +1,8 @@
-// What the softmax_ce kernels do with a row's numbers: sums in one pass over the logits, the loss, the gradient.
+// What the softmax_ce kernels do with a row: its packs of classes, its target, the end of its loss, its gradient.
 #pragma once
 
-#include "../softmax_ce_row.h"
-#include "exp.cuh"
 #include "pack.cuh"
-#include "reduce.cuh"
+#include "softmax_ce_sums.cuh"
 
 namespace torchce::cuda::softmax_ce {
 
@@ -19,124 +17,6 @@ constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocks
 // float64, and the coefficients of every class.
 template <class Target, class A>
 constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
-
-template <int n, class A, class Logit>
-__device__ __forceinline__ A largest(A max, Logit x) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) max = math::larger(max, x(i));
-  return max;
-}
-
-// The sums of some of a row's classes relative to their own maximum, so that those of others can be added and the
-// logits are read once (the online softmax of Milakov and Gimelshein, arXiv:1805.02867). While there is no maximum but
-// -inf, sums are relative to 0, where exp(-inf) is 0 as it should be.
-template <class A, bool kSpread>
-struct RowSums {
-  A max;
-  A exponentials;  // sum_k exp(x_k - max)
-  A coefficients;  // sum_k u_k
-  A gaps;          // sum_k u_k (x_k - max)
-
-  __device__ __forceinline__ static A minus_infinity() { return -A(math::kInfinityF); }
-  __device__ __forceinline__ static RowSums identity() { return {minus_infinity(), 0, 0, 0}; }
-  __device__ __forceinline__ static A base(A max) { return max == minus_infinity() ? A(0) : max; }
-
-  // Makes the sums relative to another maximum that is not less. One of minus infinity makes the sum 0 times itself: it
-  // has no terms but zeros, or a NaN that must stay.
-  __device__ __forceinline__ void rebase(A larger) { rebase(larger, exp_in_sum(max - base(larger))); }
-  __device__ __forceinline__ void rebase(A larger, A factor) {
-    exponentials *= factor;
-    if constexpr (kSpread) gaps += weighted_gap(coefficients, base(max), base(larger));
-    max = larger;
-  }
-
-  // Adds n classes: x(i) are the logits, u(i) the coefficients.
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add(Logit x, Coefficient u) {
-    rebase(largest<n>(max, x));  // without asking whether it is larger: that takes as long, and rows are not in step
-    add_terms<n>(x, u);
-  }
-
-  // The same for classes that are none of them far above max, which stays as it is.
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add_terms(Logit x, Coefficient u) {
-    const A from = base(max);
-    A sum = 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      sum += exp_in_sum(x(i) - from);
-      if constexpr (kSpread) {
-        coefficients += u(i);
-        gaps += weighted_gap(u(i), x(i), from);
-      }
-    }
-    exponentials += sum;
-  }
-
-  // Of a whole row. One with nothing but -inf has no softmax.
-  __device__ __forceinline__ A whole_exponentials() const {
-    return max == minus_infinity() ? A(__builtin_nan("")) : exponentials;
-  }
-
-  // What several have together is made relative to the largest maximum first: one factor for each of them, where
-  // merging them pair by pair would take one a step and gather their errors.
-
-  // The same bits in each of the `width` lanes.
-  __device__ __forceinline__ RowSums of_lanes(int width) const {
-    A larger = max;
-    for (int step = width / 2; step > 0; step /= 2) {
-      larger = math::larger(larger, __shfl_xor_sync(kAllLanes, larger, step));
-    }
-    RowSums all = *this;
-    all.rebase(larger);
-    all.exponentials = sum_of_lanes(all.exponentials, width);
-    if constexpr (kSpread) {
-      all.coefficients = sum_of_lanes(all.coefficients, width);
-      all.gaps = sum_of_lanes(all.gaps, width);
-    }
-    return all;
-  }
-
-  template <class At>
-  __device__ __forceinline__ static RowSums of_each(int count, At at) {
-    RowSums all = identity();
-    for (int i = 0; i < count; ++i) all.max = math::larger(all.max, at(i).max);
-    for (int i = 0; i < count; ++i) {
-      RowSums each = at(i);
-      each.rebase(all.max);
-      all.exponentials += each.exponentials;
-      if constexpr (kSpread) {
-        all.coefficients += each.coefficients;
-        all.gaps += each.gaps;
-      }
-    }
-    return all;
-  }
-};
-
-// The sums of a row that a thread goes through in many small batches. They stay relative to an earlier maximum until a
-// logit is far above it: rescaled at each new one, a row that rises slowly would gather the errors of a thousand
-// factors. Beyond e^4 the differences from the earlier maximum, and so the terms, would lose digits.
-template <class A, bool kSpread>
-struct LongRowSums {
-  static constexpr int kFar = 4;
-  RowSums<A, kSpread> sums = RowSums<A, kSpread>::identity();
-  A max = RowSums<A, kSpread>::minus_infinity();
-
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add(Logit x, Coefficient u) {
-    max = largest<n>(max, x);
-    if (max > sums.max + A(kFar)) sums = rebased();
-    sums.template add_terms<n>(x, u);
-  }
-
-  // Relative to the maximum, by one exact factor.
-  __device__ __forceinline__ RowSums<A, kSpread> rebased() const {
-    RowSums<A, kSpread> result = sums;
-    result.rebase(max, math::exp_of_negative(sums.max - result.base(max)));
-    return result;
-  }
-};
 
 // Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
 //
@@ -208,24 +88,39 @@ __device__ __forceinline__ const T* at_row(const void* data, const RowStrides& s
   return static_cast<const T*>(data) + at.offset(strides);
 }
 
-// The targets of n neighbouring rows as their bits, so that nothing waits for a load before target_of makes a number of
-// it. The dtype is asked once for all: loads on both sides of a branch would wait for each other.
-template <class Target, int n>
-__device__ __forceinline__ void load_target_bits(const Rows& rows, RowPosition at, uint64_t (&bits)[n]) {
-  const int64_t first = at.offset(rows.target_strides), step = rows.target_strides.inner;
+// The bits of n elements of `bytes` bytes each, from number `first` on, `step` apart. Nothing waits for them before a
+// number is made of them. Their width is asked once for all: loads on both sides of a branch would wait for each other.
+template <int n>
+__device__ __forceinline__ void load_bits(const void* data, int bytes, int64_t first, int64_t step,
+                                          uint64_t (&bits)[n]) {
   const auto load = [&](auto storage) {
 #pragma unroll
-    for (int v = 0; v < n; ++v) bits[v] = static_cast<const decltype(storage)*>(rows.target)[first + v * step];
+    for (int v = 0; v < n; ++v) bits[v] = static_cast<const decltype(storage)*>(data)[first + v * step];
   };
+  if (bytes == 8) {
+    load(uint64_t{});
+  } else if (bytes == 4) {
+    load(uint32_t{});
+  } else if (bytes == 2) {
+    load(uint16_t{});
+  } else {
+    load(uint8_t{});
+  }
+}
+template <class A>
+__device__ __forceinline__ A float_of(DType dtype, uint64_t bits) {
+  return load_as<A>(dtype, &bits, 0);
+}
+
+// The targets of n neighbouring rows.
+template <class Target, int n>
+__device__ __forceinline__ void load_target_bits(const Rows& rows, RowPosition at, uint64_t (&bits)[n]) {
   if constexpr (Target::kProbabilities) {
 #pragma unroll
     for (int v = 0; v < n; ++v) bits[v] = 0;
-  } else if (rows.target_dtype == DType::int64) {
-    load(uint64_t{});
-  } else if (rows.target_dtype == DType::int32) {
-    load(uint32_t{});
   } else {
-    load(uint8_t{});
+    load_bits(rows.target, bytes_of(rows.target_dtype), at.offset(rows.target_strides), rows.target_strides.inner,
+              bits);
   }
 }
 template <class Target>
@@ -339,26 +234,36 @@ struct GradientType<Probabilities<P>, T, Of::target> {
 // logits.
 template <class A>
 struct RowInputs {
-  A grad_output;
+  uint64_t grad_output_bits;
+  A divisor;  // of a mean
   uint64_t target_bits;
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
 };
 
-// Those of n neighbouring rows from row r on, in loads of which none waits for another.
+// The upstream gradients of n neighbouring rows.
+template <int n>
+__device__ __forceinline__ void load_grad_output_bits(const Backward& call, RowPosition at, uint64_t (&bits)[n]) {
+  const bool each = call.rows.reduction == Reduction::none;
+  load_bits(call.grad_output, bytes_of(call.grad_output_dtype), each ? at.offset(call.grad_output_strides) : 0,
+            each ? call.grad_output_strides.inner : 0, bits);
+}
+
+// The inputs of n neighbouring rows from row r on, in loads of which none waits for another.
 template <class Target, Of of, int n, class A>
 __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r, RowPosition at,
                                                 RowInputs<A> (&inputs)[n]) {
   const Rows& rows = call.rows;
   const Statistics<A> statistics(rows, call.statistics);
-  uint64_t bits[n];
-  load_target_bits<Target>(rows, at, bits);
-  A grad_outputs[n];
-  row_grad_outputs(call, at, grad_outputs);
+  uint64_t targets[n], grad_outputs[n];
+  load_target_bits<Target>(rows, at, targets);
+  load_grad_output_bits(call, at, grad_outputs);
+  const A divisor = static_cast<const A*>(call.totals)[0];
   A coefficients_of_all = 0;
   if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_class_weights<A>(call);
 #pragma unroll
   for (int v = 0; v < n; ++v) {
-    inputs[v] = {grad_outputs[v], bits[v], statistics.max[r + v], statistics.sum[r + v], coefficients_of_all};
+    inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
+                 coefficients_of_all};
     if constexpr (Target::kProbabilities && of == Of::logits) inputs[v].coefficients = statistics.spread[r + v];
   }
 }
@@ -377,9 +282,11 @@ struct RowGradient {
   bool ignored;
 
   __device__ __forceinline__ RowGradient() {}
-  __device__ __forceinline__ RowGradient(const Rows& rows, const RowInputs<A>& in)
+  __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
       : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
-    const A g = in.grad_output;
+    const Rows& rows = call.rows;
+    A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
+    if (rows.reduction == Reduction::mean) g /= in.divisor;
     if constexpr (of == Of::target) {
       scale = g;
       spread = math::log(in.sum);

@@ -148,6 +148,22 @@ TORCHCE_HD void store_one(Half* p, A value) {
   *p = narrow(Half{}, float(value));
 }
 
+// Of one element.
+TORCHCE_HD int bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+    case DType::int64:
+      return 8;
+    case DType::float32:
+    case DType::int32:
+      return 4;
+    case DType::uint8:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
 // Calls f with a value of the storage type of floating `dtype`.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable  // f may be for the host only, where the host calls this

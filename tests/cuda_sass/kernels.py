@@ -45,11 +45,12 @@ class Kernel:
 # A row's end is one thread's. The target and the logit there were asked for before the row's logits.
 END_OF_ROW = {"instructions": 100}
 
+# A further EX2 beside one an element is the factor that makes the sums relative to the turn's largest logit.
 KERNELS = (
     Kernel(
         "CE forward, block, bf16",
         r"16forward_by_blockINS_8BFloat16E.*7IndicesE",
-        ({"LDG": 4, "EX2": 32},),
+        ({"LDG": 4, "EX2": 33},),
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 32768", turns=4, **END_OF_ROW), Problem("C = 8192", turns=1, **END_OF_ROW)),
@@ -58,7 +59,7 @@ KERNELS = (
     Kernel(
         "CE forward, block, f32",
         r"16forward_by_blockIf.*7IndicesE",
-        ({"LDG": 4, "EX2": 16},),
+        ({"LDG": 4, "EX2": 17},),
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 32768", turns=8, **END_OF_ROW), Problem("C = 4096", turns=1, **END_OF_ROW)),
@@ -67,7 +68,7 @@ KERNELS = (
     Kernel(
         "CE forward, lanes, bf16",
         r"16forward_by_lanesINS_8BFloat16E.*7IndicesE",
-        ({"LDG": 4, "EX2": 32},),
+        ({"LDG": 4, "EX2": 33},),
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 4096", turns=4, **END_OF_ROW), Problem("C = 1024", turns=1, **END_OF_ROW)),
@@ -94,7 +95,7 @@ KERNELS = (
     Kernel(
         "CE forward and backward, one pass, bf16",
         r"27forward_backward_by_clusterINS_8BFloat16E.*7IndicesE",
-        ({"LDG": 4, "STS": 4, "EX2": 32}, {"LDS": 4, "STG": 4, "EX2": 32}),
+        ({"LDG": 4, "STS": 4, "EX2": 33}, {"LDS": 4, "STG": 4, "EX2": 32}),
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 32768", turns=4, **END_OF_ROW),),
@@ -110,7 +111,7 @@ KERNELS = (
         # 19 classes are five turns, the last of three packs. A thread ends eight rows, whose targets are asked for at
         # once, then their logits.
         problems=(Problem("C = 19", turns=4.75, trips=0.25 + 2, instructions=8 * 100),),
-        budget=Budget(registers=80, blocks=3, instructions=70, loads=4),
+        budget=Budget(registers=112, blocks=2, instructions=73, loads=4),
     ),
     Kernel(
         "CE backward, across, bf16",
@@ -119,7 +120,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 19", turns=4.75),),
-        budget=Budget(registers=112, blocks=2, instructions=111, loads=4),
+        budget=Budget(registers=120, blocks=2, instructions=114, loads=4),
     ),
     Kernel(
         "BCE forward, bf16",
