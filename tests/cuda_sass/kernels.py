@@ -75,6 +75,15 @@ KERNELS = (
         budget=Budget(registers=80, blocks=3, instructions=56, loads=4),
     ),
     Kernel(
+        "CE forward, block, bf16 probabilities",
+        r"16forward_by_blockINS_8BFloat16E.*13ProbabilitiesIS",
+        ({"LDG": 4, "EX2": 17},),
+        packs=2,
+        bytes_a_pack=32,
+        problems=(Problem("C = 32768", turns=8, **END_OF_ROW),),
+        budget=Budget(registers=112, blocks=2, instructions=183, loads=4),
+    ),
+    Kernel(
         "CE backward, bf16",
         r"14backward_alongINS_8BFloat16E.*7IndicesELNS1_2OfE0E",
         ({"LDG": 4, "STG": 4, "EX2": 32},),
