@@ -162,14 +162,18 @@ def test_torch_function_is_asked_first(which: str, loss: str) -> None:
 
 
 @pytest.fixture
-def threaded_process_group() -> Iterator[None]:
-    """Ranks that are threads. DTensor finds shapes in fake mode, which the main thread has to enter before them.
+def on_two_ranks() -> Iterator[Callable[[Callable[[Any], None]], Callable[[Any], None]]]:
+    """Decorates what two threads, as ranks, each do.
 
-    On a machine without a GPU, torch 2.10 and 2.11 with CUDA crash where the thread that entered it first has ended.
+    DTensor finds shapes in fake mode, which the main thread has to enter before them: on a machine without a GPU, torch
+    2.10 and 2.11 with CUDA crash where the thread that entered it first has ended.
     """
+    pytest.importorskip("expecttest", reason="torch's threads as ranks import expecttest, which is not installed")
+    from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
+
     with FakeTensorMode():
         pass
-    yield
+    yield spawn_threads_and_init_comms(world_size=2)
     _uninstall_threaded_pg()
 
 
@@ -180,18 +184,15 @@ DTENSOR_LOSSES = [loss for loss in LOSSES if loss != "bce" or torch.__version__ 
 @pytest.mark.parametrize("loss", DTENSOR_LOSSES)
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=["replicated", "batch_sharded"])
-def test_dtensor(placement: Any, reduction: str, loss: str, threaded_process_group: None) -> None:
+def test_dtensor(placement: Any, reduction: str, loss: str, on_two_ranks: Any) -> None:
     """On two ranks: the loss and gradient that torch gives, in the placement torch gives them, and the plain ones."""
-    pytest.importorskip("expecttest", reason="torch's threads as ranks import expecttest, which is not installed")
-    from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
-
     f, torch_function = pair(loss)
     logits, target = problem(loss)
     plain = logits.clone().requires_grad_()
     expected = f(plain, target, reduction=reduction)
     expected.sum().backward()
 
-    @spawn_threads_and_init_comms(world_size=2)
+    @on_two_ranks
     def on_each_rank(_: None) -> None:
         mesh = init_device_mesh("cpu", (2,))
         placements = []
@@ -210,10 +211,10 @@ def test_dtensor(placement: Any, reduction: str, loss: str, threaded_process_gro
 
 
 @pytest.mark.skipif("bce" in DTENSOR_LOSSES, reason="torch's DTensor knows every loss")
-def test_dtensor_that_torch_refuses(threaded_process_group: None) -> None:
+def test_dtensor_that_torch_refuses(on_two_ranks: Any) -> None:
     logits, target = problem("bce")
 
-    @spawn_threads_and_init_comms(world_size=2)
+    @on_two_ranks
     def on_each_rank(_: None) -> None:
         mesh = init_device_mesh("cpu", (2,))
         arguments = [distribute_tensor(tensor, mesh, [Replicate()]) for tensor in (logits, target)]
