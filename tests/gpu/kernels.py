@@ -42,15 +42,17 @@ class Bce(NamedTuple):
 
 F64, F32, BF16, F16 = cases.DTYPES
 
+ROWS = 700  # more than half of the blocks that a large GPU runs at once: fewer long rows are cut into parts
+
 # By kernel, with more than one block wherever a kernel shares anything between blocks.
 SOFTMAX = {
     "a lane a row": Softmax((700, 10), F32, "index"),
     "lanes, bfloat16": Softmax((300, 7), BF16, "index", weighted=True),
     "lanes, misaligned": Softmax((37, 1001), BF16, "probability", "sliced", NONE),
     "lanes, float64": Softmax((33, 500), F64, "smoothed", reduction=SUM, weighted=True),
-    "block": Softmax((5, 2100), F32, "index"),
-    "block, misaligned": Softmax((3, 5001), F16, "smoothed", "sliced", NONE),
-    "block, probabilities": Softmax((3, 5000), BF16, "probability", weighted=True),
+    "block": Softmax((ROWS, 2100), F32, "index"),
+    "block, misaligned": Softmax((ROWS, 4201), F16, "smoothed", "sliced", NONE),
+    "block, probabilities": Softmax((ROWS, 4200), BF16, "probability", weighted=True),
     "parts": Softmax((2, 20001), F32, "index"),
     "parts, smoothed": Softmax((1, 40000), BF16, "smoothed", weighted=True),
     "parts, probabilities": Softmax((2, 20001), F32, "probability", reduction=SUM),
