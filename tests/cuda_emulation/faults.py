@@ -172,12 +172,11 @@ FAULTS = {
         "excess_ = small ? 0.0f : 64.0f;\n    if (PLANTED) scale_ = scale, excess_ = 0;",
         "test_softmax_ce.py::test_probabilities_below_the_least_normal_number",
     ),
-    "a row is finished before its last part is in": Fault(
+    "a part of a row is left out": Fault(
         FORWARD,
-        "is_last_block(scratch.counters_of_rows + r, unsigned(parts))",
-        "is_last_block(scratch.counters_of_rows + r, unsigned(parts) - (PLANTED && parts > 2))",
+        "Part::of_each(of_this_lane,",
+        "Part::of_each(of_this_lane - PLANTED,",
         "test_cuda_regimes.py::test_rows_shared_by_blocks",
-        "",
     ),
     "a cluster is launched that the device cannot place": Fault(
         FUSED_HOST,
