@@ -46,7 +46,7 @@ struct RowSums {
     add_terms<n>(x, u);
   }
 
-  // The same for classes that are none of them far above max, which stays as it is.
+  // The same where no class is far above max, which stays as it is.
   template <int n, class Logit, class Coefficient>
   __device__ __forceinline__ void add_terms(Logit x, Coefficient u) {
     const A from = base(max);
