@@ -14,8 +14,12 @@
 
 namespace torchce::cuda {
 
+// Throws where a call failed, and takes back its error, which the next one to ask CUDA would report as its own. A call
+// that succeeds leaves an older error to whoever it belongs to.
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 struct BlockShape {
@@ -82,10 +86,7 @@ void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid
   cudaLaunchAttribute attribute{};
   set_cluster(config, attribute, shape.cluster);
   if (shape.shared_memory > 0) device.lift_limits(reinterpret_cast<const void*>(kernel));
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  if (error == cudaSuccess) return;  // an older error is somebody else's to find
-  cudaGetLastError();                // takes back the launch's own, so that nobody else reports it
-  check_cuda(error, "launch");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
 }
 
 }  // namespace torchce::cuda
