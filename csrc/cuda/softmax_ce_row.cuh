@@ -109,7 +109,12 @@ __device__ __forceinline__ void load_bits(const void* data, int bytes, int64_t f
 }
 template <class A>
 __device__ __forceinline__ A float_of(DType dtype, uint64_t bits) {
-  return load_as<A>(dtype, &bits, 0);
+  A value{};
+  with_float_type(dtype, [&](auto element) {
+    std::memcpy(&element, &bits, sizeof element);
+    value = A(load_one<A>(&element));
+  });
+  return value;
 }
 
 // The targets of n neighbouring rows.
