@@ -1,4 +1,4 @@
-"""What the SASS of the hot CUDA kernels must not lose: registers, blocks, instructions a pack, loads in flight.
+"""What the SASS of the hot CUDA kernels must not lose: registers, blocks, instructions, loads in flight, trips.
 
 The budgets are in cuda_sass/kernels.py. How the figures are found is tested on a small kernel written by hand.
 """
@@ -9,10 +9,11 @@ import pytest
 from cuda_sass import figures, tools
 from cuda_sass.kernels import KERNELS, Kernel
 from cuda_sass.model import H100, H200, blocks_of_multiprocessor, expected_share
-from cuda_sass.paths import NoHotPath, around, hot_loop, loads_before_first_use, trips
+from cuda_sass.paths import NoHotPath, around, hot_loop, loads_before_first_use, trips, waits_before
 from cuda_sass.program import Program
 
 BUDGETED_COMPILER = "13.0"
+AHEAD = [kernel for kernel in KERNELS if kernel.target_ahead]
 
 # Rows, and in each a loop over two packs a turn, whose instructions are numbered by their addresses.
 SASS = """
@@ -109,6 +110,13 @@ def test_loads_a_turn_ahead_of_their_use_are_counted() -> None:
     assert loads_before_first_use([*rest, *loads]) == 2
 
 
+def test_a_wait_before_the_hot_loop_is_found_on_every_path() -> None:
+    program = Program(SASS)
+    loop, _ = hot_loop(program, TURN)
+    assert addresses(waits_before(program, loop, "LDG.E")) == [0x30]
+    assert waits_before(program, loop, "LDG.E.64") == []
+
+
 @pytest.mark.parametrize(
     ("registers", "shared_memory", "blocks"),
     [
@@ -168,6 +176,13 @@ def test_budget(kernel: Kernel) -> None:
     assert found.blocks >= budget.blocks
     assert found.instructions_a_pack <= budget.instructions
     assert found.loads >= budget.loads
+    assert found.trips_a_task <= budget.trips
+
+
+@pytest.mark.usefixtures("readable")
+@pytest.mark.parametrize("kernel", AHEAD, ids=[kernel.name for kernel in AHEAD])
+def test_a_row_does_not_wait_for_its_target(kernel: Kernel) -> None:
+    assert figures.waits_for_target(kernel) == []
 
 
 @pytest.mark.usefixtures("readable")

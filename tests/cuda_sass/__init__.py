@@ -18,4 +18,6 @@ another, so a path may be counted that no data take: of a kernel that tests the 
 - *Instructions a task*: what the loop around that one (rows, or parts of rows) takes besides, on its cheapest path
   that passes through the turns' loops.
 - *Trips*: waits for memory along a task, each at the first use of something that was loaded after the wait before.
+  The cheapest path may go past a load, as if there were no next row; so that a row does not wait for its own target is
+  looked for on every path.
 """

@@ -28,7 +28,7 @@ def line(kernel: Kernel) -> str:
         f"{kernel.name}: registers {f.registers} of {budget.registers}, blocks {f.blocks} of {budget.blocks}, "
         f"instructions a pack {f.instructions_a_pack:.1f} of {budget.instructions}, "
         f"loads before the first use {f.loads} of {budget.loads}; a task takes {f.instructions_a_task} instructions "
-        f"besides its turns, {f.trips_a_task} trips to memory and {f.trips_a_turn} for each turn beyond the first"
+        f"besides its turns, {f.trips_a_task} of {budget.trips} trips to memory and {f.trips_a_turn} a further turn"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .kernels import KERNELS, Kernel, Problem
 from .model import H100, H200, THREADS, Gpu, blocks_of_multiprocessor, expected_share
-from .paths import around, hot_loop, loads_before_first_use, trips
+from .paths import around, hot_loop, loads_before_first_use, trips, waits_before
 from .program import Program
 from .tools import ARCH, EXTENSION, compiler, disassemble, resources
 
@@ -58,6 +58,20 @@ def _sass(binary: Path | None) -> dict[str, str]:
     return disassemble([symbol for kernel in KERNELS for symbol in _matches(kernel, binary)], binary)
 
 
+def _symbol(kernel: Kernel, binary: Path | None) -> str:
+    matches = _matches(kernel, binary)
+    if len(matches) != 1:
+        raise LookupError(f"{kernel.symbol} should match one kernel of {ARCH}, matches {matches}")
+    return matches[0]
+
+
+def waits_for_target(kernel: Kernel, binary: Path | None = EXTENSION) -> list[str]:
+    """Where a row waits for its own index, of 64 bits, before its logits are asked for."""
+    program = Program(_sass(binary)[_symbol(kernel, binary)])
+    loop, _ = hot_loop(program, kernel.turns[0])
+    return [f"{wait.address:#x} {wait.opcode}" for wait in waits_before(program, loop, "LDG.E.64")]
+
+
 def measure(kernel: Kernel, binary: Path | None = EXTENSION) -> Figures:
     """Reads them from the binary.
 
@@ -65,11 +79,8 @@ def measure(kernel: Kernel, binary: Path | None = EXTENSION) -> Figures:
         LookupError: not exactly one kernel there has the name.
         NoHotPath: no loop of it does what is stated.
     """
-    matches = _matches(kernel, binary)
-    if len(matches) != 1:
-        raise LookupError(f"{kernel.symbol} should match one kernel of {ARCH}, matches {matches}")
-    sass, used = _sass(binary)[matches[0]], resources(binary)[ARCH, matches[0]]
-    program = Program(sass)
+    symbol = _symbol(kernel, binary)
+    program, used = Program(_sass(binary)[symbol]), resources(binary)[ARCH, symbol]
     loops, paths = zip(*(hot_loop(program, turn) for turn in kernel.turns), strict=True)
     first, *others = around(program, list(loops))
 

@@ -17,6 +17,7 @@ class Budget:
     blocks: int  # at least, of 256 threads on a multiprocessor
     instructions: float  # at most, a pack
     loads: int  # at least, of 128 bits, issued before the first of them is used
+    trips: int  # at most, to memory one after the other, in a task of one turn
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Kernel:
     problems: tuple[Problem, ...]
     budget: Budget
     dynamic_shared_memory: int = field(default=0)
+    target_ahead: bool = False  # a row's class index is asked for while the row before is worked on
 
 
 # A row's end is one thread's. The target and the logit there were asked for before the row's logits.
@@ -54,7 +56,8 @@ KERNELS = (
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 32768", turns=4, **END_OF_ROW), Problem("C = 8192", turns=1, **END_OF_ROW)),
-        budget=Budget(registers=80, blocks=3, instructions=56, loads=4),
+        budget=Budget(registers=80, blocks=3, instructions=56, loads=4, trips=1),
+        target_ahead=True,
     ),
     Kernel(
         "CE forward, block, f32",
@@ -63,7 +66,8 @@ KERNELS = (
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 32768", turns=8, **END_OF_ROW), Problem("C = 4096", turns=1, **END_OF_ROW)),
-        budget=Budget(registers=80, blocks=3, instructions=27.5, loads=4),
+        budget=Budget(registers=80, blocks=3, instructions=27.5, loads=4, trips=1),
+        target_ahead=True,
     ),
     Kernel(
         "CE forward, lanes, bf16",
@@ -72,7 +76,8 @@ KERNELS = (
         packs=4,
         bytes_a_pack=16,
         problems=(Problem("C = 4096", turns=4, **END_OF_ROW), Problem("C = 1024", turns=1, **END_OF_ROW)),
-        budget=Budget(registers=80, blocks=3, instructions=56, loads=4),
+        budget=Budget(registers=80, blocks=3, instructions=56, loads=4, trips=1),
+        target_ahead=True,
     ),
     Kernel(
         "CE forward, block, bf16 probabilities",
@@ -81,7 +86,7 @@ KERNELS = (
         packs=2,
         bytes_a_pack=32,
         problems=(Problem("C = 32768", turns=8, **END_OF_ROW),),
-        budget=Budget(registers=112, blocks=2, instructions=183, loads=4),
+        budget=Budget(registers=112, blocks=2, instructions=183, loads=4, trips=1),
     ),
     Kernel(
         "CE backward, bf16",
@@ -90,7 +95,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 32768", turns=1),),
-        budget=Budget(registers=72, blocks=3, instructions=93.5, loads=4),
+        budget=Budget(registers=72, blocks=3, instructions=93.5, loads=4, trips=2),
     ),
     Kernel(
         "CE backward, f32",
@@ -99,7 +104,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 32768", turns=1),),
-        budget=Budget(registers=72, blocks=3, instructions=84.5, loads=4),
+        budget=Budget(registers=72, blocks=3, instructions=84.5, loads=4, trips=2),
     ),
     Kernel(
         "CE forward and backward, one pass, bf16",
@@ -108,8 +113,9 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 32768", turns=4, **END_OF_ROW),),
-        budget=Budget(registers=80, blocks=3, instructions=154, loads=4),
+        budget=Budget(registers=80, blocks=3, instructions=154, loads=4, trips=2),
         dynamic_shared_memory=16 * 256 * 16,  # 16 packs a thread
+        target_ahead=True,
     ),
     Kernel(
         "CE forward, across, bf16",
@@ -120,7 +126,7 @@ KERNELS = (
         # 19 classes are five turns, the last of three packs. A thread ends eight rows, whose targets are asked for at
         # once, then their logits.
         problems=(Problem("C = 19", turns=4.75, trips=0.25 + 2, instructions=8 * 100),),
-        budget=Budget(registers=112, blocks=2, instructions=73, loads=4),
+        budget=Budget(registers=112, blocks=2, instructions=73, loads=4, trips=1),
     ),
     Kernel(
         "CE backward, across, bf16",
@@ -129,7 +135,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("C = 19", turns=4.75),),
-        budget=Budget(registers=120, blocks=2, instructions=114, loads=4),
+        budget=Budget(registers=120, blocks=2, instructions=114, loads=4, trips=2),
     ),
     Kernel(
         "BCE forward, bf16",
@@ -138,7 +144,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("2^24 and more", turns=1),),
-        budget=Budget(registers=80, blocks=3, instructions=199, loads=8),
+        budget=Budget(registers=80, blocks=3, instructions=199, loads=8, trips=1),
     ),
     Kernel(
         "BCE forward, f32",
@@ -147,7 +153,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=32,
         problems=(Problem("2^24 and more", turns=1),),
-        budget=Budget(registers=80, blocks=3, instructions=119, loads=8),
+        budget=Budget(registers=80, blocks=3, instructions=119, loads=8, trips=1),
     ),
     Kernel(
         "BCE backward, bf16",
@@ -156,7 +162,7 @@ KERNELS = (
         packs=4,
         bytes_a_pack=48,
         problems=(Problem("2^24 and more", turns=1),),
-        budget=Budget(registers=80, blocks=3, instructions=159, loads=8),
+        budget=Budget(registers=80, blocks=3, instructions=159, loads=8, trips=1),
     ),
     Kernel(
         "BCE backward, f32",
@@ -165,6 +171,6 @@ KERNELS = (
         packs=4,
         bytes_a_pack=48,
         problems=(Problem("2^24 and more", turns=1),),
-        budget=Budget(registers=80, blocks=3, instructions=102, loads=8),
+        budget=Budget(registers=80, blocks=3, instructions=102, loads=8, trips=1),
     ),
 )

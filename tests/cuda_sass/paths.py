@@ -125,3 +125,31 @@ def around(program: Program, hot: list[Loop]) -> list[list[Instruction]]:
         ends = [(*piece, end) for end in closing if (piece := _cheapest(program, outer, starts, {end})) is not None]
         last = min(ends, key=lambda path: sum(len(program.blocks[block].instructions) for block in path))
     return [[i for block in piece for i in program.blocks[block].instructions] for piece in (*pieces, last)]
+
+
+def waits_before(program: Program, hot: Loop, load: str) -> list[Instruction]:
+    """First uses of what a `load` brings, in the loop around the hot one and before it, on any path past inner loops.
+
+    What was asked for the turn before is not looked at: it had the whole turn to come.
+    """
+    outer = next(loop for loop in program.loops if hot.body < loop.body)
+    inner = frozenset().union(*(loop.body for loop in program.loops if loop.body < outer.body))
+    asked_for: dict[int, frozenset[int]] = {outer.header: frozenset()}
+    found = []
+    for block in program.order:
+        if block == hot.header:
+            break
+        if block not in asked_for or block in inner:
+            continue
+        waiting = asked_for[block]
+        for instruction in program.blocks[block].instructions:
+            written, read = instruction.registers
+            if waiting & (written | read):
+                found.append(instruction)
+                waiting = frozenset()
+            if instruction.opcode == load:
+                waiting |= written
+        for following in program.forward(block):
+            if following in outer.body:
+                asked_for[following] = asked_for.get(following, frozenset()) | waiting
+    return found
