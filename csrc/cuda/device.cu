@@ -13,9 +13,10 @@ namespace torchce::cuda {
 namespace {
 
 // Zero when the module is loaded, and again after every launch that used them. Launches take them in turn, of a ring
-// whose end is long enough for what begins there. Two launches that run at the same time have different ones unless
-// 65536 counters are taken in between, which only a device that runs thousands of kernels at a time could come to.
-constexpr unsigned kCounters = 1 << 16;
+// whose end is long enough for what begins there. Two launches that run at the same time have different ones unless a
+// million counters are taken between the two calls, while the first still waits in its stream or runs: by a million
+// launches, or by 790 that cut 1319 rows into parts, the most on an H100. The ring takes 4 MiB.
+constexpr unsigned kCounters = 1 << 20;
 __device__ unsigned counters[kCounters + kMostCounters];
 
 constexpr int kMostDevices = 64;
