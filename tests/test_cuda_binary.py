@@ -96,3 +96,9 @@ def test_hot_paths_use_the_widest_accesses() -> None:
         assert any(re.fullmatch(r"LDG\.[A-Z0-9.]*128[A-Z0-9.]*", name) for name in names), symbol
         if "backward" in kernel_name(symbol) and NARROW not in symbol:
             assert any(re.fullmatch(r"STG\.[A-Z0-9.]*128[A-Z0-9.]*", name) for name in names), symbol
+
+
+def test_nothing_is_read_through_the_cache_of_constants() -> None:
+    """Gradients may be written where the logits lie: what that cache holds of them would then be out of date."""
+    for symbol, names in instructions().items():
+        assert not any("CONSTANT" in name for name in names), symbol
