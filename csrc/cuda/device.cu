@@ -20,8 +20,7 @@ constexpr unsigned kCounters = 1 << 20;
 __device__ unsigned counters[kCounters + kMostCounters];
 
 constexpr int kMostDevices = 64;
-constexpr int kPortableCluster = 8;  // blocks, that every device with clusters can run
-constexpr int kLargestCluster = 16;  // that some can; whether this one does, resident_blocks asks
+constexpr int kLargestCluster = 16;  // blocks, that some devices can place; whether this one does, resident_blocks asks
 
 // Tells which architecture its file, and so every kernel, was compiled for.
 __global__ void any_kernel() {}

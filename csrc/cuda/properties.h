@@ -3,6 +3,8 @@
 
 namespace torchce::cuda {
 
+constexpr int kPortableCluster = 8;  // blocks, that every device with clusters can place
+
 struct Properties {
   int multiprocessors = 0;
   int shared_memory_of_block = 0;  // bytes, at most

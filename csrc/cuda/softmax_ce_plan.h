@@ -181,9 +181,11 @@ struct FusedPlan {
 constexpr int kBytesOfKeptPack = kBlock * 16;   // of a block's shared memory
 constexpr int kDeclaredSharedMemory = 2 << 10;  // bytes that the kernels declare themselves, rounded up
 
-// Whether one pass has enough blocks: clusters are few where the other kernels cut a row into many parts.
+// Whether one pass has enough blocks: clusters are few where the other kernels cut a row into many parts. Larger ones
+// than every device places are not counted on.
 inline bool one_pass_fills(int64_t rows, int64_t classes, int pack, const Properties& device) {
-  return is_short_row(classes, pack) || rows * device.largest_cluster >= device.multiprocessors;
+  const int cluster = std::min(device.largest_cluster, kPortableCluster);
+  return is_short_row(classes, pack) || rows * cluster >= device.multiprocessors;
 }
 
 // Forward and backward in one, along the rows, in clusters of at most `largest_cluster` blocks.
