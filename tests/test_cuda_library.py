@@ -84,6 +84,18 @@ def test_status(
     assert load(torch_cuda, libraries[major]) == (None, status)
 
 
+@pytest.mark.parametrize("damage", ["empty", "missing", "folder"])
+def test_a_library_that_cannot_be_read_leaves_the_cpu_kernels(
+    load: Callable[..., tuple[Any, str]], tmp_path: Path, damage: str
+) -> None:
+    library = tmp_path / "_cuda.so"
+    if damage == "empty":
+        library.touch()
+    elif damage == "folder":
+        library.mkdir()
+    assert load("13.0", library) == (None, "built, but not loadable: torchce._cuda is no module")
+
+
 def test_status_without_a_library(load: Callable[..., tuple[Any, str]]) -> None:
     assert load("13.0", None) == (None, "not built")
 

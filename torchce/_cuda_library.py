@@ -34,6 +34,9 @@ def cuda_major(library: str) -> str | None:
     It is read from the file, because loading tells too late: where the linker finds that runtime, in a toolkit's folder
     say, it loads it beside torch's own of another version, without an error.
     """
-    with open(library, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        needed = re.search(rb"\0libcudart\.so\.(\d+)\0", content)
-        return needed[1].decode() if needed else None
+    try:
+        with open(library, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            needed = re.search(rb"\0libcudart\.so\.(\d+)\0", content)
+            return needed[1].decode() if needed else None
+    except (OSError, ValueError):  # not readable, or empty: Python says so when it loads it
+        return None
