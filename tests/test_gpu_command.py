@@ -63,6 +63,14 @@ def test_what_cannot_be_started_fails(tmp_path: Path) -> None:
     assert run(tmp_path, Step("nothing", ["/no/such/program"], 60)).result == "FAILED"
 
 
+def test_a_judge_that_stumbles_fails_its_step_alone(tmp_path: Path) -> None:
+    def stumble(code: int, output: str) -> None:
+        raise ValueError(output.strip())
+
+    outcome = run(tmp_path, Step("odd", python("print('odd')"), 60, judge=stumble))
+    assert (outcome.result, outcome.words) == ("FAILED", "its output is not understood: ValueError('odd')")
+
+
 @pytest.mark.parametrize(
     ("judge", "code", "output", "expected"),
     [

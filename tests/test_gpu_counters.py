@@ -31,6 +31,13 @@ def test_counters_of_a_problem_with_several_kernels_go_by_the_kernels_names() ->
     assert [name for name, _ in verdict.details] == ["void forward_by_block<float, Index>", "void forward<float>"]
 
 
+def test_counters_are_read_beside_what_is_no_row() -> None:
+    whole = counters.judge(0, NCU)
+    units = NCU.index('"0"')
+    assert counters.judge(0, f'{NCU[:units]}"a word" of the program\n{NCU[units:]}"2","7","void for') == whole
+    assert counters.judge(0, NCU[: NCU.index('"",')])[0] == "MISSING"
+
+
 def test_counters_that_may_not_be_read_are_missing_with_the_profilers_words() -> None:
     words = "ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
     assert counters.judge(1, f"==PROF== Connected\nproblem: CE\n==ERROR== {words}\n")[:2] == ("MISSING", words)

@@ -73,11 +73,12 @@ def problems(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _rows(output: str) -> Iterator[dict[str, tuple[str, str]]]:
-    """The profiler's rows: {metric: (value, unit)}. Its own messages and the program's stand around them."""
+    """The profiler's rows: {metric: (value, unit)}. Its own messages and the program's stand around and among them."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
     for start, line in enumerate(lines):
         if line.startswith('"ID"'):
-            header, units, *rows = csv.reader(lines[start:])
+            header, *rows = csv.reader(lines[start:])
+            units, *rows = [row for row in rows if len(row) == len(header)] or [[]]
             for row in rows:
                 yield dict(zip(header, zip(row, units, strict=True), strict=True))
             return

@@ -217,7 +217,7 @@ class Runner:
             command = step.command(seconds) if callable(step.command) else step.command
             code, output = self.machine.run(step, command, seconds)
             late = Verdict(TIMED_OUT, f"after {self.clock() - began:.0f} s")
-            verdict = late if code is None else step.judge(code, output)
+            verdict = late if code is None else _judged(step, code, output)
         if verdict is not None:
             outcome = Outcome(step.name, verdict.result, self.clock() - began, verdict.words, verdict.details)
             self._finish(outcome, command, output)
@@ -234,6 +234,14 @@ class Runner:
                 for line in output.rstrip().splitlines()[-25:]:
                     print(f"         | {line[:200]}", flush=True)
             self.finished()
+
+
+def _judged(step: Step, code: int, output: str) -> Verdict | None:
+    """The judge's verdict. One that stumbles over the output must not end all later steps."""
+    try:
+        return step.judge(code, output)
+    except Exception as error:
+        return Verdict(FAILED, f"its output is not understood: {error!r}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
