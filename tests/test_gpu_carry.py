@@ -181,6 +181,16 @@ def test_libraries_that_travelled_are_taken_if_they_run(travelled: Path, monkeyp
     assert libraries.why_not_carried("cuda") == "GLIBC_2.38 not found"
 
 
+def test_libraries_that_did_not_arrive_whole_are_not_unpacked(travelled: Path) -> None:
+    whole = libraries.LIBRARIES.read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        libraries.LIBRARIES.write_bytes(whole[:size])
+        assert "libraries.tar.xz is damaged" in (libraries.why_not_carried("cuda") or "")
+        with pytest.raises(SystemExit, match="damaged"):
+            carry.main(["--unpack", str(libraries.LIBRARIES), str(travelled)])
+    assert not travelled.exists()
+
+
 def test_libraries_of_other_sources_are_not_unpacked(travelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "carried", lambda: {"compiled": "of another day"})
     assert "other sources" in (libraries.why_not_carried("cuda") or "")

@@ -62,8 +62,16 @@ def pack(archive: Path, files: Iterable[tuple[str, Path]]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    with archive.open("rb") as content:
-        extract(content, folder)
+    """All of it, or nothing.
+
+    Raises:
+        CannotCarry: it did not arrive whole.
+    """
+    try:
+        content = lzma.decompress(archive.read_bytes())
+    except lzma.LZMAError as error:
+        raise CannotCarry(f"{archive.name} is damaged: {error}") from None
+    extract(io.BytesIO(content), folder)
 
 
 def extract(content: BinaryIO, folder: Path) -> None:
@@ -195,11 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", metavar="NAME", help="build that variant and nothing else")
     parser.add_argument("--revision", metavar="REV", help="of the variant (default: the files as they are)")
     options = parser.parse_args(argv)
-    if options.unpack:
-        unpack(*options.unpack)
-        return 0
     python = shutil.which(options.python) or options.python
     try:
+        if options.unpack:
+            unpack(*options.unpack)
+            return 0
         if options.variant:
             carry_variant(python, options.arch, options.variant, options.revision)
         else:

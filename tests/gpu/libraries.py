@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from benchmarks.revision import COMPILED, carried, digest
-from gpu.carry import LIBRARIES, unpack
+from gpu.carry import LIBRARIES, CannotCarry, unpack
 from gpu.steps import ROOT
 
 TRY = """
@@ -42,7 +42,10 @@ def why_not_carried(device: str) -> str | None:
         return "none came along"
     if carried().get("compiled") != digest(names=COMPILED):
         return "those that came along were built from other sources"
-    unpack(LIBRARIES, ROOT)
+    try:
+        unpack(LIBRARIES, ROOT)
+    except CannotCarry as error:
+        return str(error)
     return run(device)
 
 
