@@ -377,3 +377,17 @@ def test_figures_come_from_the_ledger_as_far_as_it_got(tmp_path: Path) -> None:
         ("CE 32768x1024 bfloat16", "fwd 1 ms 90% of copy; fwd+bwd 2 ms, 4.00x eager"),
         ("QuACK", "failed: ImportError: no cutlass (CE 32768x1024 bfloat16)"),
     ]
+
+
+def test_a_ledger_that_is_not_understood_costs_only_its_figures(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the benchmarks print with rich")
+    row = {"op": "a loss of another revision", "size": "1x2", "variant": "", "dtype": "float32"}
+    row |= {"phase": "forward", "contender": "torchce", "median": 1.0, "environment": 0}
+    (tmp_path / "ledger.json").write_text(json.dumps({"environments": [{}], "rows": [row]}))
+    assert table.figures(tmp_path) == [("figures", "not readable: KeyError('a loss of another revision')")]
+
+
+def test_results_that_cannot_be_written_are_one_line(elsewhere: Path) -> None:
+    (elsewhere / "file").touch()
+    with pytest.raises(SystemExit, match=r"make gpu: no results can be written: .*file"):
+        Pretended(lambda step: 1.0).main("--out", str(elsewhere / "file"))

@@ -101,9 +101,12 @@ def main(
     machine = NO_GPU if options.rehearse else look()
     home = ROOT / "build" / "gpu" / "rehearsal" if options.rehearse else results_folder(machine["gpu"])
     folder = (options.out or home).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    runner = Runner(deadline, folder / "gpu.log", clock=clock, **pretended)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runner = Runner(deadline, folder / "gpu.log", clock=clock, **pretended)
+    except OSError as error:
+        raise SystemExit(f"make gpu: no results can be written: {error}") from None
     runner.finished = lambda: table.write(folder, machine, runner.outcomes, table.lines(runner.outcomes))
     with tempfile.TemporaryDirectory() as scratch:
         device = "cpu" if options.rehearse else "cuda"
