@@ -114,7 +114,7 @@ def test_sanitizers_watch_the_kernels(size: int, offset: int, report: str | None
     result = subprocess.run(command, env=environment(sanitized=True), capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert report in result.stderr
-    assert re.search(r" in .*torchce::cuda::softmax_ce::add_classes<float", result.stderr)
+    assert re.search(r" in .*torchce::cuda::softmax_ce::sum_classes<float", result.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,13 @@ def test_slowly_rising_logits(device: str, layout: str | None, end: float, smoot
     check_softmax_ce(logits, target, label_smoothing=smoothing, reduction="none")
 
 
+@pytest.mark.parametrize(("end", "classes"), [(0.1, 128256), (0.5, 151936), (0.1, 256000), (0.5, 256000)])
+def test_long_rows_that_rise_slowly(device: str, end: float, classes: int) -> None:
+    """A thread has up to 62 batches of such a row, each with a new maximum, and a row has a block to itself."""
+    logits = (torch.arange(classes, device=device) * (end / classes)).expand(6, classes).contiguous()
+    check_softmax_ce(logits, torch.arange(6, device=device) * 1000, reduction="none")
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
 @pytest.mark.parametrize("grad_output", [1e10, -1.0, 1e-12])

@@ -22,14 +22,16 @@ __device__ __forceinline__ T no_logit() {
   return x;
 }
 
-// Adds classes [begin, end) of one row to the sums of thread `thread` out of `threads` that share them. `keep` is given
+// Sums over classes [begin, end) of one row, those of thread `thread` out of `threads` that share them. `keep` is given
 // every pack of the thread, and its number among them.
 //
 // Bulk and remainder: for C = 32000 bfloat16 and 256 threads, 3 batches of 4 packs for every thread and one that has
 // 3 packs for some threads and 4 for the others, in which a class that is not there counts as minus infinity.
-template <class T, class Target, class A, class Keep>
-__device__ __forceinline__ void add_classes(const Rows& rows, RowPosition at, int64_t begin, int64_t end, int thread,
-                                            int threads, RowSums<A, Target::kSpread>& sums, Keep keep) {
+template <class T, class Target, class Keep>
+__device__ __forceinline__ RowSums<Accumulate<T>, Target::kSpread> sum_classes(const Rows& rows, RowPosition at,
+                                                                               int64_t begin, int64_t end, int thread,
+                                                                               int threads, Keep keep) {
+  using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
@@ -38,9 +40,10 @@ __device__ __forceinline__ void add_classes(const Rows& rows, RowPosition at, in
   const PackedClasses<V> classes(x, begin, end);
   const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
 
+  RunningSums<A, Target::kSpread> of_row;
   const auto add_one = [&](int64_t k) {
-    sums.template add<1>([&](int) { return load_one<A>(x + k); },
-                         [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
+    of_row.template add<1>([&](int) { return load_one<A>(x + k); },
+                           [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
   };
   const auto add_batch = [&](auto whole, int64_t first, int number) {
     const auto is_there = [&](int i) { return decltype(whole)::value || first + int64_t(i) * threads < classes.packs; };
@@ -57,7 +60,7 @@ __device__ __forceinline__ void add_classes(const Rows& rows, RowPosition at, in
         for (int v = 0; v < V; ++v) logits[i].elements[v] = no_logit<T>();
       }
     }
-    sums.template add<kBatch * V>(
+    of_row.template add<kBatch * V>(
         [&](int i) { return get<A>(logits[i / V], i % V); },
         [&](int i) {
           if (!is_there(i / V)) return A(0);
@@ -77,12 +80,14 @@ __device__ __forceinline__ void add_classes(const Rows& rows, RowPosition at, in
   }
   if (first + thread < classes.packs) add_batch(std::false_type{}, first + thread, number);
   classes.for_each_after(thread, threads, add_one);
+  return of_row.rebased();
 }
 
-template <class T, class Target, class A>
-__device__ __forceinline__ void add_classes(const Rows& rows, RowPosition at, int64_t begin, int64_t end, int thread,
-                                            int threads, RowSums<A, Target::kSpread>& sums) {
-  add_classes<T, Target>(rows, at, begin, end, thread, threads, sums, [](const Pack<T, kPack<T>>&, int) {});
+template <class T, class Target>
+__device__ __forceinline__ RowSums<Accumulate<T>, Target::kSpread> sum_classes(const Rows& rows, RowPosition at,
+                                                                               int64_t begin, int64_t end, int thread,
+                                                                               int threads) {
+  return sum_classes<T, Target>(rows, at, begin, end, thread, threads, [](const Pack<T, kPack<T>>&, int) {});
 }
 
 // `lanes` neighbouring threads a row, a power of two up to a warp.
@@ -104,7 +109,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_lanes
     if (r < count && !is_ignored<Target>(rows, target)) {
       const RowPosition at(rows, r);
       if (lane == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
-      add_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes, sums);
+      sums = sum_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes);
     }
     sums = sums.of_lanes(lanes);
     if (r < count && lane == 0) finish_row<T, Target>(call, r, sums, target, hot_logit, total);
@@ -129,7 +134,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_block
     if (!is_ignored<Target>(rows, target)) {
       const RowPosition at(rows, r);
       if (threadIdx.x == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
-      add_classes<T, Target>(rows, at, 0, rows.classes, threadIdx.x, kThreads, sums);
+      sums = sum_classes<T, Target>(rows, at, 0, rows.classes, threadIdx.x, kThreads);
     }
     sums = reduce_block<kThreads>(sums);
     if (threadIdx.x == 0) finish_row<T, Target>(call, r, sums, target, hot_logit, total);
@@ -159,8 +164,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_parts
   const int64_t end = begin + part < rows.classes ? begin + part : rows.classes;
   const RowPosition at(rows, r);
   const uint64_t target_bits = load_target_bits<Target>(rows, at);
-  auto sums = Part::identity();
-  add_classes<T, Target>(rows, at, begin, end, threadIdx.x, kThreads, sums);
+  auto sums = sum_classes<T, Target>(rows, at, begin, end, threadIdx.x, kThreads);
   sums = reduce_block<kThreads>(sums);
   const int64_t target = target_of(rows, target_bits);
   T hot_logit{};
@@ -196,7 +200,7 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
   const Coefficients<Target, A> coefficients(rows);
-  LongRowSums<A, Target::kSpread> of_rows[V];
+  RunningSums<A, Target::kSpread> of_rows[V];
 
   const auto add_batch = [&](auto whole, int64_t k) {
     const auto class_of = [&](int i) { return k + int64_t(i) * shares; };

@@ -86,8 +86,8 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
     const RowPosition at(rows, r < count ? r : 0);
     if (r < count && !is_ignored<Target>(rows, target)) {
       if (lane == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
-      add_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes, sums,
-                             [&](const auto& pack, int number) { packs.keep(pack, number); });
+      sums = sum_classes<T, Target>(rows, at, 0, rows.classes, lane, lanes,
+                                    [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
     ahead.ask_for(r + step);
     sums = sums.of_lanes(lanes);
@@ -121,8 +121,8 @@ __global__ __launch_bounds__(kThreads, kBlocksOfClusters<Target, T>) void forwar
     if (!is_ignored<Target>(rows, target)) {
       const RowPosition at(rows, r);
       if (thread == 0) hot_logit = load_hot_logit<T, Target>(rows, at, target);
-      add_classes<T, Target>(rows, at, 0, rows.classes, thread, threads, sums,
-                             [&](const auto& pack, int number) { packs.keep(pack, number); });
+      sums = sum_classes<T, Target>(rows, at, 0, rows.classes, thread, threads,
+                                    [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
     ahead.ask_for(r + clusters);
     sums = reduce_cluster<kThreads>(sums, cluster);

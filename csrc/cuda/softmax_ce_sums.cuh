@@ -39,14 +39,7 @@ struct RowSums {
     max = larger;
   }
 
-  // Adds n classes: x(i) are the logits, u(i) the coefficients.
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add(Logit x, Coefficient u) {
-    rebase(largest<n>(max, x));  // without asking whether it is larger: that takes as long, and rows are not in step
-    add_terms<n>(x, u);
-  }
-
-  // The same where no class is far above max, which stays as it is.
+  // Adds n classes, none of them far above max: x(i) are the logits, u(i) the coefficients.
   template <int n, class Logit, class Coefficient>
   __device__ __forceinline__ void add_terms(Logit x, Coefficient u) {
     const A from = base(max);
@@ -103,11 +96,11 @@ struct RowSums {
   }
 };
 
-// The sums of a row that a thread goes through in many small batches. They stay relative to an earlier maximum until a
-// logit is far above it: rescaled at each new one, a row that rises slowly would gather the errors of a thousand
+// The sums of the classes that a thread goes through, batch after batch. They stay relative to an earlier maximum until
+// a logit is far above it: rescaled at each new one, a row that rises slowly would gather the errors of all those
 // factors. Beyond e^4 the differences from the earlier maximum, and so the terms, would lose digits.
 template <class A, bool kSpread>
-struct LongRowSums {
+struct RunningSums {
   static constexpr int kFar = 4;
   RowSums<A, kSpread> sums = RowSums<A, kSpread>::identity();
   A max = RowSums<A, kSpread>::minus_infinity();
