@@ -29,7 +29,8 @@ LIMIT = 570.0
 ENDING = 10.0  # seconds of it for the table
 LOOK = """
 import json, sys, torch
-assert torch.cuda.is_available(), "no CUDA device is visible to torch"
+if not torch.cuda.is_available():
+    sys.exit("no CUDA device is visible to torch")
 properties = torch.cuda.get_device_properties(0)
 print(json.dumps({
     "gpu": properties.name, "gpus": torch.cuda.device_count(),
