@@ -236,7 +236,7 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
   for (int v = 0; v < V; ++v) sums[v] = of_rows[v].rebased();
 }
 
-// The ends of n rows of one n that are adjacent in memory, from row r on: what they wait for is asked for at once.
+// The ends of n adjacent rows of one image, from row r on: what they wait for is asked for at once.
 template <int n, class T, class Target, class A>
 __device__ __forceinline__ void finish_rows(const Forward& call, int64_t r,
                                             const RowSums<A, Target::kSpread> (&sums)[n], Sums& total) {
