@@ -22,7 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torchce
 import torchce.functional as ours
-from torchce.functional import _have_kernels
+from torchce.functional._common import have_kernels
 
 LOSSES = ["cross_entropy_index", "cross_entropy_probability", "bce"]
 Loss = Callable[..., Tensor]
@@ -57,7 +57,7 @@ def test_fake_tensors(device: str, dtype: torch.dtype, reduction: str, loss: str
     real.sum().backward()
     with FakeTensorMode() as mode:
         fake_logits, fake_target = (mode.from_tensor(tensor) for tensor in (logits, target))
-        assert _have_kernels(fake_logits, fake_target)
+        assert have_kernels(fake_logits, fake_target)
         result = f(fake_logits, fake_target, reduction=reduction)
         result.sum().backward()
     for fake, expected in ((result, real), (fake_logits.grad, logits.grad)):
@@ -84,7 +84,7 @@ def test_other_devices_fall_back(other: str, loss: str) -> None:
     with FakeTensorMode():
         fake_logits = torch.empty(logits.shape, device=other)
         fake_target = torch.empty(target.shape, device=other, dtype=target.dtype)
-        assert not _have_kernels(fake_logits, fake_target)
+        assert not have_kernels(fake_logits, fake_target)
         result, expected = (f(fake_logits, fake_target) for f in pair(loss))
     assert result.device.type == other
     assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, expected.device)
@@ -93,14 +93,14 @@ def test_other_devices_fall_back(other: str, loss: str) -> None:
 def test_kernels_are_used_where_they_exist(device: str) -> None:
     """The decision itself, so that nothing above falls back where it should not."""
     logits, target = problem("bce", device)
-    assert _have_kernels(logits, target)
-    assert _have_kernels(torch.nn.Parameter(logits), target, None)
-    assert _have_kernels(logits.to("meta"), target.to("meta"))
-    assert not _have_kernels(logits, target.to("meta"))
-    assert not _have_kernels(logits.to_sparse(), target)
-    assert not _have_kernels(logits.to(torch.complex64), target)
-    assert not _have_kernels(torch.nested.nested_tensor([logits, logits[:2]], layout=torch.jagged), target)
-    assert not _have_kernels(TwoTensor(logits, logits), target)
+    assert have_kernels(logits, target)
+    assert have_kernels(torch.nn.Parameter(logits), target, None)
+    assert have_kernels(logits.to("meta"), target.to("meta"))
+    assert not have_kernels(logits, target.to("meta"))
+    assert not have_kernels(logits.to_sparse(), target)
+    assert not have_kernels(logits.to(torch.complex64), target)
+    assert not have_kernels(torch.nested.nested_tensor([logits, logits[:2]], layout=torch.jagged), target)
+    assert not have_kernels(TwoTensor(logits, logits), target)
 
 
 # --- subclasses -----------------------------------------------------------------------------------------------------

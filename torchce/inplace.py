@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchce import ops
+from torchce.transforms import is_batched
 
 
 def applies(inplace_backward: bool) -> bool:
@@ -15,8 +19,9 @@ def applies(inplace_backward: bool) -> bool:
 
 def refusal(logits: Tensor, rows: bool) -> str | None:
     """Why a gradient cannot overwrite ``logits``, seen as rows of classes or as elements, or None where it can."""
-    if logits.requires_grad and logits.is_leaf:
-        return "input is a leaf that requires grad: its own values would be lost"
+    if logits.requires_grad and (logits.is_leaf or _is_view_of_a_leaf(logits)):
+        what = "a leaf" if logits.is_leaf else "a view of a leaf"
+        return f"input is {what} that requires grad: its own values would be lost"
     if not torch.ops.aten.is_non_overlapping_and_dense.default(logits):
         return f"input has overlapping or scattered memory (shape {list(logits.shape)}, strides {logits.stride()})"
     if rows and logits.numel() > 0 and not ops.one_stride(logits):
@@ -24,12 +29,52 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
     return None
 
 
+def _is_view_of_a_leaf(tensor: Tensor) -> bool:
+    base = tensor._base  # of a view of a view, too, the tensor that is none
+    return base is not None and base.is_leaf and base.requires_grad
+
+
+def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The backward op's arguments, those copied that would change while the logits do.
+
+    A kernel reads an element of the target before it writes the logit at the same place; of what else shares the
+    logits' memory it would read gradients.
+    """
+    return tuple(
+        argument.clone() if isinstance(argument, Tensor) and _is_in_the_way(argument, logits) else argument
+        for argument in arguments
+    )
+
+
+def _is_in_the_way(tensor: Tensor, logits: Tensor) -> bool:
+    if isinstance(logits, FakeTensor) or logits.is_meta or 0 in (tensor.numel(), logits.numel()):
+        return False
+    begin, end = _extent(tensor)
+    logits_begin, logits_end = _extent(logits)
+    if end <= logits_begin or logits_end <= begin:
+        return False
+    same_elements = (tensor.dtype, tensor.shape, tensor.stride()) == (logits.dtype, logits.shape, logits.stride())
+    return not (same_elements and begin == logits_begin)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and of the one behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 class Overwritten:
     """Whether one backward has overwritten the logits it saved, so that the next refuses in plain words."""
 
     done = False
 
-    def check(self) -> None:
+    def check(self, grad_output: Tensor) -> None:
+        """Raises where this backward cannot overwrite the logits."""
+        if is_batched(grad_output):
+            raise RuntimeError(
+                "inplace_backward=True: a batched backward (is_grads_batched=True) has a gradient for each of its "
+                "batch; it needs inplace_backward=False"
+            )
         if self.done:
             raise RuntimeError(
                 "inplace_backward=True: this loss's backward has run and overwritten the logits with their gradient; "

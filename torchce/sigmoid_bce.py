@@ -1,8 +1,8 @@
 """Autograd of sigmoid binary cross entropy.
 
-Saved for backward: the logits, target and weights that came in, nothing else. A gradient that will itself be
-differentiated (``create_graph=True``) or that comes in batches (``is_grads_batched``) is computed by :func:`gradients`,
-the kernels' formula in torch's own operations.
+Saved for backward: the logits, target and weights that came in, nothing else. What torch is to transform, or to
+differentiate more than once, is computed by :func:`composite` and :func:`gradients`, the kernels' formulas in torch's
+own operations.
 """
 
 from __future__ import annotations
@@ -14,9 +14,31 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchce import ops
-from torchce.inplace import Overwritten
-from torchce.transforms import differentiates_backward
+from torchce import inplace, ops
+from torchce.composites import decompose_by, differentiate_by, times
+from torchce.transforms import differentiates_backward, transformed
+
+
+def composite(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The loss of :func:`torchce.ops.sigmoid_bce_forward` from differentiable operations, with c = pos_weight::
+
+    w (c t softplus(-x) + (1 - t) softplus(x))
+    """
+    acc = ops.accumulation_dtype(logits.dtype)
+    x, t = logits.to(acc), target.to(acc)
+    positive = t if pos_weight is None else pos_weight * t
+    loss = times(positive, -F.logsigmoid(x)) + times(1 - t, -F.logsigmoid(-x))
+    if weight is not None:
+        loss = weight * loss
+    loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
+    return loss.to(dtype or logits.dtype)
 
 
 def gradients(
@@ -42,9 +64,39 @@ def gradients(
         g = g * weight
     positive = t if pos_weight is None else pos_weight * t
     grad_logits = g * ((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
-    curved = 0 if pos_weight is None else (pos_weight - 1) * F.softplus(-x)
+    curved = 0 if pos_weight is None else (1 - pos_weight) * F.logsigmoid(x)
     grad_target = g * (curved - x)
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what :func:`_backward` needs, from the arguments of the forward op."""
+    *tensors, ctx.reduction, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.overwritten = None
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the logits and of the target, where they are needed."""
+    overwritten = ctx.overwritten
+    if overwritten is not None:
+        overwritten.check(grad_output)
+    saved = (grad_output, *ctx.saved_tensors, ctx.reduction)
+    logits = saved[1]
+    needs_logits, needs_target = ctx.needs_input_grad[:2]
+    grad_logits = grad_target = None
+    if differentiates_backward(*saved[:-1]):
+        grad_logits, grad_target = gradients(*saved)
+        return grad_logits if needs_logits else None, grad_target if needs_target else None
+    if needs_target:  # first: the logits it reads may be overwritten next
+        grad_target = ops.below_autograd(ops.sigmoid_bce_backward_target, *saved)
+    if needs_logits:
+        if overwritten is None:
+            grad_logits = ops.below_autograd(ops.sigmoid_bce_backward, *saved)
+        else:
+            ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
+            grad_logits = overwritten.mark(logits)
+    return grad_logits, grad_target
 
 
 class SigmoidBCE(Function):
@@ -61,32 +113,16 @@ class SigmoidBCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, target, weight, pos_weight)
-        ctx.reduction = reduction
-        ctx.overwritten = Overwritten() if inplace_backward else None
-        return ops.sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+        arguments = (logits, target, weight, pos_weight, reduction, dtype)
+        loss = ops.below_autograd(ops.sigmoid_bce_forward, *arguments)
+        _save(ctx, arguments, loss)
+        if inplace_backward:
+            ctx.overwritten = inplace.Overwritten()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.overwritten is not None:
-            ctx.overwritten.check()
-        saved = (grad_output, *ctx.saved_tensors, ctx.reduction)
-        logits = saved[1]
-        needs_logits, needs_target = ctx.needs_input_grad[:2]
-        grad_logits = grad_target = None
-        if differentiates_backward():
-            grad_logits, grad_target = gradients(*saved)
-        else:
-            if needs_target:  # first: the logits it reads may be overwritten next
-                grad_target = ops.sigmoid_bce_backward_target(*saved)
-            if not needs_logits:
-                pass
-            elif ctx.overwritten is None:
-                grad_logits = ops.sigmoid_bce_backward(*saved)
-            else:
-                ops.sigmoid_bce_backward_(*saved)
-                grad_logits = ctx.overwritten.mark(logits)
-        return grad_logits if needs_logits else None, grad_target if needs_target else None, *[None] * 5
+        return *_backward(ctx, grad_output), None, None, None, None, None
 
 
 def sigmoid_bce(
@@ -99,8 +135,27 @@ def sigmoid_bce(
     inplace_backward: bool,
 ) -> Tensor:
     """The loss of checked inputs, as :func:`torchce.ops.sigmoid_bce_forward` takes them, differentiable."""
+    arguments = (logits, target, weight, pos_weight, reduction, dtype)
+    if transformed(logits, target, weight, pos_weight):
+        return composite(*arguments)
+    if torch.compiler.is_exporting():
+        return ops.sigmoid_bce_forward(*arguments)  # the exported graph keeps no Function, but the op's own formula
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
-        arguments = (logits, target, weight, pos_weight, reduction, dtype, inplace_backward)
-        loss: Tensor = SigmoidBCE.apply(*arguments)  # type: ignore[no-untyped-call]
+        loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    return ops.sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+    return ops.below_autograd(ops.sigmoid_bce_forward, *arguments)
+
+
+# --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    if any(ctx.needs_input_grad[2:4]):
+        raise RuntimeError("weight, pos_weight: expected tensors that do not require grad: no gradient leads to them")
+    return *_backward(ctx, grad_loss), None, None, None, None
+
+
+torch.library.register_autograd("torchce::sigmoid_bce_forward", _op_backward, setup_context=_save)
+differentiate_by("torchce::sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
+differentiate_by("torchce::sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
+decompose_by(torch.ops.torchce.sigmoid_bce_forward.default, composite)

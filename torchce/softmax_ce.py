@@ -1,8 +1,8 @@
 """Autograd of softmax cross entropy.
 
 Saved for backward: the logits and target that came in, two numbers a row (three for probability targets) and two for
-the whole; never probabilities. A gradient that will itself be differentiated (``create_graph=True``) or that comes in
-batches (``is_grads_batched``) is computed by :func:`gradients`, the kernels' formula in torch's own operations.
+the whole; never probabilities. What torch is to transform, or to differentiate more than once, is computed by
+:func:`composite` and :func:`gradients`, the kernels' formulas in torch's own operations.
 """
 
 from __future__ import annotations
@@ -12,13 +12,63 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
-from torchce import ops
-from torchce.inplace import Overwritten
-from torchce.transforms import differentiates_backward
+from torchce import inplace, ops
+from torchce.composites import decompose_by, differentiate_by, times
+from torchce.transforms import differentiates_backward, transformed
 
 Options = tuple[int, int, float]
 """reduction, ignore_index and label_smoothing, as the ops take them."""
+
+
+def composite(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The loss of :func:`torchce.ops.softmax_ce_forward` from differentiable operations (``csrc/math/softmax_ce.h``).
+
+    An ignored row's logits are masked before the softmax, not its loss after: a NaN or an infinity among them would
+    still reach the second derivatives.
+    """
+    acc = ops.accumulation_dtype(logits.dtype)
+    x = logits.to(acc)
+    class_dim = min(1, x.dim() - 1)
+    along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
+    w = None if weight is None else weight.to(acc)
+    w_along = x.new_ones(()) if w is None else w.view(along_classes)
+
+    if target.is_floating_point():
+        surprise = -torch.log_softmax(x, class_dim)
+        rows = times((1 - label_smoothing) * w_along * target.to(acc), surprise).sum(class_dim)
+        if label_smoothing != 0:
+            rows = rows + label_smoothing * times(w_along, surprise).mean(class_dim)
+        loss = rows.mean() if reduction == 1 else rows.sum() if reduction == 2 else rows
+        return loss.to(dtype or logits.dtype)
+
+    index = target.to(torch.int64)
+    kept = index != ignore_index
+    surprise = -torch.log_softmax(torch.where(kept.unsqueeze(class_dim), x, 0), class_dim)
+    is_class = (index >= 0) & (index < x.shape[class_dim])
+    a_class = torch.where(is_class, index, 0)
+    # Here a bad index raises on the CPU. Elsewhere it would take the process with it: its row becomes NaN instead.
+    rows = F.nll_loss(-surprise, index if x.is_cpu else a_class, ignore_index=ignore_index, reduction="none")
+    row_weight = kept.to(acc)
+    if w is not None:
+        row_weight = w_along.expand_as(x).gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
+    rows = times((1 - label_smoothing) * row_weight, rows)
+    if label_smoothing != 0:
+        rows = rows + label_smoothing * times(w_along, surprise).mean(class_dim)
+    rows = torch.where(kept, rows if x.is_cpu else torch.where(is_class, rows, torch.nan), 0)
+    loss = rows if reduction == 0 else rows.sum()
+    if reduction == 1:
+        loss = loss / torch.where(kept, row_weight, 0).sum()
+    return loss.to(dtype or logits.dtype)
 
 
 def gradients(
@@ -44,7 +94,6 @@ def gradients(
 
     acc = ops.accumulation_dtype(logits.dtype)
     x = logits.to(acc)
-    p = torch.softmax(x, 1)
     classes = x.shape[1]
     w = (x.new_ones(classes) if weight is None else weight).view(classes, *[1] * (x.dim() - 2))
     g = grad_output.to(acc)
@@ -56,13 +105,14 @@ def gradients(
         if reduction == 1:
             g = g / (x.numel() // classes)
         u = w * (target.to(acc) * (1 - label_smoothing) + spread)
-        grad_logits = g * (p * u.sum(1, keepdim=True) - u)
+        grad_logits = g * (torch.softmax(x, 1) * u.sum(1, keepdim=True) - u)
         grad_target = (label_smoothing - 1) * g * w * torch.log_softmax(x, 1)
         return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
     index = target.to(torch.int64).unsqueeze(1)
     kept = index != ignore_index
     index = torch.where(kept, index, 0)
+    p = torch.softmax(torch.where(kept, x, 0), 1)  # masked before, as in `composite`
     row_weight = w.expand_as(x).gather(1, index)
     if reduction == 1:
         g = g / torch.where(kept, row_weight, 0).sum()
@@ -70,6 +120,40 @@ def gradients(
     one_hot = torch.zeros_like(x).scatter(1, index, 1.0)
     grad_logits = g * (p * (hot + spread * w.sum()) - spread * w - hot * one_hot)
     return torch.where(kept, grad_logits, 0).to(logits.dtype), None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keeps what :func:`_backward` needs, from the arguments and results of the forward op."""
+    logits, target, weight, *options, _ = inputs
+    _, statistics, totals = output
+    ctx.save_for_backward(logits, target, weight, statistics, totals)
+    ctx.options = tuple(options)
+    ctx.overwritten = None
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the logits and of a probability target, where they are needed."""
+    overwritten = ctx.overwritten
+    if overwritten is not None:
+        overwritten.check(grad_output)
+    logits, target, weight, statistics, totals = ctx.saved_tensors
+    options = ctx.options
+    needs_logits, needs_target = ctx.needs_input_grad[:2]
+    grad_logits = grad_target = None
+    if differentiates_backward(grad_output, logits, target, weight):
+        grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
+        return grad_logits if needs_logits else None, grad_target if needs_target else None
+    saved = (grad_output, logits, target, weight, statistics, totals)
+    if needs_target:  # first: the logits it reads may be overwritten next
+        reduction, _, label_smoothing = options
+        grad_target = ops.below_autograd(ops.softmax_ce_backward_target, *saved, reduction, label_smoothing)
+    if needs_logits:
+        if overwritten is None:
+            grad_logits = ops.below_autograd(ops.softmax_ce_backward, *saved, *options)
+        else:
+            ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
+            grad_logits = overwritten.mark(logits)
+    return grad_logits, grad_target
 
 
 class SoftmaxCE(Function):
@@ -85,35 +169,16 @@ class SoftmaxCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        loss, statistics, totals = ops.softmax_ce_forward(logits, target, weight, *options, dtype)
-        ctx.save_for_backward(logits, target, weight, statistics, totals)
-        ctx.options = options
-        ctx.overwritten = Overwritten() if inplace_backward else None
-        return loss
+        arguments = (logits, target, weight, *options, dtype)
+        output = ops.below_autograd(ops.softmax_ce_forward, *arguments)
+        _save(ctx, arguments, output)
+        if inplace_backward:
+            ctx.overwritten = inplace.Overwritten()
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        overwritten = ctx.overwritten
-        if overwritten is not None:
-            overwritten.check()
-        logits, target, weight, statistics, totals = ctx.saved_tensors
-        options = ctx.options
-        needs = ctx.needs_input_grad
-        grad_logits = grad_target = None
-        if differentiates_backward():
-            grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
-            return grad_logits if needs[0] else None, grad_target if needs[1] else None, None, None, None, None
-        saved = (grad_output, logits, target, weight, statistics, totals)
-        if needs[1]:  # first: the logits it reads may be overwritten next
-            reduction, _, label_smoothing = options
-            grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
-        if needs[0]:
-            if overwritten is None:
-                grad_logits = ops.softmax_ce_backward(*saved, *options)
-            else:
-                ops.softmax_ce_backward_(*saved, *options)
-                grad_logits = overwritten.mark(logits)
-        return grad_logits, grad_target, None, None, None, None
+        return *_backward(ctx, grad_output), None, None, None, None
 
 
 def softmax_ce(
@@ -127,8 +192,69 @@ def softmax_ce(
     inplace_backward: bool,
 ) -> Tensor:
     """The loss of checked inputs, as :func:`torchce.ops.softmax_ce_forward` takes them, differentiable."""
-    if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
+    arguments = (logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+    differentiates = torch.is_grad_enabled()
+    if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
+        return composite(*arguments)
+    if torch.compiler.is_exporting():
+        return ops.softmax_ce_forward(*arguments)[0]  # the exported graph keeps no Function, but the op's own formula
+    if differentiates and (logits.requires_grad or target.requires_grad):
         options = (reduction, ignore_index, label_smoothing)
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    return ops.softmax_ce_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
+    return ops.below_autograd(ops.softmax_ce_forward, *arguments)[0]
+
+
+# --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError("weight: expected a tensor that does not require grad: no gradient leads to it here")
+    return *_backward(ctx, grad_loss), None, None, None, None, None
+
+
+def _decomposition(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op in torch's own operations, for backends that know no others."""
+    loss = composite(logits, target, weight, reduction, ignore_index, *rest)
+    x = logits.to(ops.accumulation_dtype(logits.dtype))
+    class_dim = min(1, x.dim() - 1)
+    w = x.new_ones(x.shape[class_dim]) if weight is None else weight
+    largest = x.amax(class_dim, keepdim=True)
+    statistics = [largest.squeeze(class_dim), (x - largest).exp().sum(class_dim)]
+    if target.is_floating_point():
+        u = target.to(x.dtype) * (1 - rest[0]) + rest[0] / w.numel()
+        statistics.append((u.movedim(class_dim, -1) * w).sum(-1))
+        divisor = torch.ones_like(statistics[0]).sum()
+    else:
+        is_class = (target >= 0) & (target < w.numel()) & (target != ignore_index)
+        divisor = torch.where(is_class, w[torch.where(is_class, target, 0).to(torch.int64)], 0).sum()
+    return loss, torch.stack(statistics).flatten(1), torch.stack([divisor, w.sum()])
+
+
+def _gradient(*saved: Any) -> Tensor:
+    """What ``softmax_ce_backward`` computes, of the same arguments."""
+    grad_output, logits, target, weight, _statistics, _totals, *options = saved
+    return gradients(grad_output, logits, target, weight, (options[0], options[1], options[2]))[0]
+
+
+def _target_gradient(*saved: Any) -> Tensor:
+    """What ``softmax_ce_backward_target`` computes, of the same arguments."""
+    grad_output, logits, target, weight, _statistics, _totals, reduction, label_smoothing = saved
+    grad_target = gradients(grad_output, logits, target, weight, (reduction, 0, label_smoothing))[1]
+    assert grad_target is not None  # of probabilities
+    return grad_target
+
+
+torch.library.register_autograd("torchce::softmax_ce_forward", _op_backward, setup_context=_set_up)
+differentiate_by("torchce::softmax_ce_backward", _gradient)
+differentiate_by("torchce::softmax_ce_backward_target", _target_gradient)
+decompose_by(torch.ops.torchce.softmax_ce_forward.default, _decomposition)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
 def in_functorch() -> bool:
-    """Whether a ``torch.func`` transform, or a batched backward, is running."""
+    """Whether a ``torch.func`` transform is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -16,16 +17,29 @@ def in_functorch() -> bool:
 in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def differentiates_backward() -> bool:
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from ``tensors`` must consist of torch's own operations: inside a ``torch.func``
+    transform, in ``torch.jit.trace``, and where one of them carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():  # Dynamo traces none of the questions below
+        return in_functorch() or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0 and any(  # a level that is open may be another thread's
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        return True
+    return in_functorch() or torch._C._is_tracing()  # type: ignore[attr-defined]
+
+
+def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
     """In a backward: whether it must consist of operations that torch can transform again.
 
-    That is so with ``create_graph=True``, in a batched backward, and where the gradient that comes in may carry a
-    forward-mode tangent, which the kernels would drop. While ``torch.compile`` traces a backward, grad mode is on as
-    well, but what it traces is the first derivative only.
+    That is so with ``create_graph=True``, inside a ``torch.func`` transform, and where the gradient that comes in, or
+    what was saved, carries a forward-mode tangent, which the kernels would drop. While ``torch.compile`` traces a
+    backward, grad mode is on as well, but what it traces is the first derivative only. A batched backward
+    (``is_grads_batched=True``) is none of these: torch runs the kernels once for each gradient of the batch.
     """
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or in_functorch() or in_forward_ad()
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or transformed(grad_output, *saved)
 
 
-def in_forward_ad() -> bool:
-    """Whether inputs may carry forward-mode tangents."""
-    return forward_ad._current_level >= 0
+def is_batched(grad_output: Tensor) -> bool:
+    """In a backward: whether it was asked for with ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_output)

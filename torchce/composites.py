@@ -1,0 +1,53 @@
+"""What the formulas in torch's own operations share, and how autograd and decompositions come to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+
+def times(coefficient: Tensor, surprise: Tensor) -> Tensor:
+    """``coefficient * surprise`` with 0 * inf = 0, in every derivative too; ``surprise`` is at least 0, or NaN."""
+    finite = surprise.clamp(max=torch.finfo(surprise.dtype).max)
+    return coefficient * torch.where(coefficient == 0, finite, surprise)
+
+
+def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
+    """Gives the op ``name`` the derivatives of ``formula``, which computes it from the same arguments.
+
+    A kernel's result in a traced graph has no history: without a formula its gradient would be missing in silence.
+    """
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.arguments = [Tensor if isinstance(argument, Tensor) else argument for argument in inputs]
+        ctx.save_for_backward(*(argument for argument in inputs if isinstance(argument, Tensor)))
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if argument is Tensor else argument for argument in ctx.arguments]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
+            found = iter(
+                torch.autograd.grad(
+                    formula(*arguments), wanted, grad_output, create_graph=create_graph, allow_unused=True
+                )
+            )
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+    torch.library.register_autograd(name, backward, setup_context=set_up)
+
+
+def decompose_by(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
+    """Lets exports to backends that know torch's own operations only, as ONNX, replace ``op`` by ``decomposition``.
+
+    They take it from the table of all decompositions. Fake tensors look there as well, before they ask for an op's
+    fake, unless the op is in the table of metas too.
+    """
+    register_decomposition(op)(decomposition)
+    fake = torch._library.simple_registry.singleton.find(op._schema.name).fake_impl.kernel
+    register_decomposition(op, type="meta")(fake)

@@ -1,0 +1,21 @@
+r"""The losses as functions, with the signatures and semantics of :mod:`torch.nn.functional`.
+
+Here every accepted input becomes one that the kernels take, and every other goes to torch's own function: it raises
+what torch raises, with a message that names the argument, or answers where only torch can. That happens for
+
+- devices other than CPU, CUDA and meta, layouts other than strided, nested tensors, and tensor subclasses without
+  ``__torch_function__`` (such as DTensor; the others get their own say and come out again);
+- CUDA, where no CUDA kernels are loaded: one warning says why;
+- complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
+- weights that require grad, but for the one that torch differentiates: ``weight`` beside probability targets.
+
+The same formulas in torch's own operations, with the same answers for everything that torch's functions do not take,
+serve :mod:`torch.func` transforms, forward-mode AD, ``torch.jit.trace`` and that ``weight``. ``torch.jit.script``
+raises: TorchScript cannot compile these functions.
+"""
+
+from torchce.functional._common import NO_TORCHSCRIPT
+from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
+from torchce.functional.softmax_ce import check_targets, cross_entropy
+
+__all__ = ["NO_TORCHSCRIPT", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]

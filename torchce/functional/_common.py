@@ -1,0 +1,127 @@
+"""What every loss asks of its arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import _reduction as _Reduction
+from torch.nn.parameter import Buffer, Parameter
+
+from torchce import ops
+from torchce.sizes import known
+
+# Those whose operations are a plain tensor's: FunctionalTensor is what AOTAutograd traces with.
+_PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
+SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
+FLOATS = SIXTEEN_BITS | {torch.float32, torch.float64}
+CHECKS_TARGETS = os.environ.get("TORCHCE_CHECK_TARGETS") == "1"
+REDUCTION_NAMES = ("none", "mean", "sum")
+_REDUCTIONS = {name: number for number, name in enumerate(REDUCTION_NAMES)}
+NO_TORCHSCRIPT = "torchce's losses cannot be scripted; use torch.compile or torch.export, or torch.nn's losses"
+
+
+def refuse_scripting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Says so where ``torch.jit.script`` looks."""
+    setattr(function, "__script_unsupported", NO_TORCHSCRIPT)
+    return function
+
+
+def reduction_number(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    number = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    return _Reduction.get_enum(reduction) if number is None else number  # warns or raises
+
+
+def have_kernels(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels exist for these kinds of tensors, whatever their shapes."""
+    if type(input) not in _PLAIN_TENSORS:
+        return False
+    device = input.device
+    if (
+        input.dtype not in FLOATS
+        or not (input.is_cpu or input.is_cuda or input.is_meta)  # device.type takes ten times as long
+        or input.layout != torch.strided
+        or input.is_nested
+    ):
+        return False
+    for tensor in others:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TENSORS
+            or tensor.device != device
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+            or tensor.is_quantized
+        ):
+            return False
+    if input.is_cuda and not ops.has_cuda():
+        ops.warn_without_cuda()
+        return False
+    return True
+
+
+def no_kernels(**tensors: Tensor | None) -> str:
+    """What :func:`have_kernels` did not find, in words."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("input", "target")):
+            return f"{name}: expected a Tensor, got {type(tensor).__name__}"
+    kinds = ", ".join(f"{name}: {_kind(tensor)}" for name, tensor in tensors.items() if tensor is not None)
+    return f"no kernel for {kinds}"
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "nested " if tensor.is_nested else "" if tensor.layout == torch.strided else f"{tensor.layout} "
+    quantized = "quantized " if tensor.is_quantized else ""
+    return f"{quantized}{layout}{tensor.dtype} {type(tensor).__name__} on {tensor.device}"
+
+
+def requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def autocasts(input: Tensor) -> bool:
+    return not input.is_meta and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
+
+
+def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Torch's own answer to what the kernels do not take; its refusal is worded by ``problem``."""
+    try:
+        return torch_function(*args, **kwargs)
+    except Exception as error:
+        raise type(error)(f"{problem} ({error})") from None
+
+
+def is_integer(value: object) -> bool:
+    """Whether torch's argument parser takes ``value`` for an int: numpy's scalars and 0-d tensors, but no bool."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+
+
+def is_number(value: object) -> bool:
+    """Whether torch's argument parser takes ``value`` for a float: numpy's scalars, 0-d tensors, no fractions."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad
+    return isinstance(value, (float, int)) or (isinstance(value, Real) and hasattr(value, "dtype"))
+
+
+def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
+    """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs."""
+    shape = tensor.shape
+    return len(shape) == len(wanted) and not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
+
+
+def broadcasts_to(tensor: Tensor, wanted: Sequence[int]) -> bool:
+    """Whether nothing is known to speak against it, as in :func:`has_shape`."""
+    shape = tensor.shape
+    offset = len(wanted) - len(shape)
+    return offset >= 0 and not any(
+        known(size != 1) and known(size != other) for size, other in zip(shape, wanted[offset:], strict=True)
+    )

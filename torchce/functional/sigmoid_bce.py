@@ -1,0 +1,146 @@
+"""Sigmoid BCE with the semantics of :func:`torch.nn.functional.binary_cross_entropy_with_logits`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torchce import inplace, ops
+from torchce.functional._common import (
+    FLOATS,
+    REDUCTION_NAMES,
+    autocasts,
+    broadcasts_to,
+    explain,
+    has_shape,
+    have_kernels,
+    no_kernels,
+    reduction_number,
+    refuse_scripting,
+    requires_grad,
+)
+from torchce.sigmoid_bce import sigmoid_bce
+
+_torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchce.patch_torch cannot lead back here
+_MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
+
+
+@refuse_scripting
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Binary cross entropy between logits and targets, the sigmoid included.
+
+    A drop-in replacement for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed in one pass each
+    way without intermediate tensors. For logit x, target t, weight w and positive weight c:
+
+    .. math:: w \left( (1 - t)\, x + (1 + (c - 1)\, t)\, (\max(-x, 0) + \log(1 + e^{-|x|})) \right)
+
+    Finite wherever that is: a right answer at an infinite logit costs 0. (Maximum likelihood over Bernoulli labels.)
+
+    Args:
+        input (Tensor): logits, float64, float32, bfloat16 or float16, of any shape and strides.
+        target (Tensor): targets between 0 and 1; besides floating ones also bool and integer ones.
+        weight (Tensor, optional): a weight for each element.
+        size_average (bool, optional): deprecated, see ``reduction``.
+        reduce (bool, optional): deprecated, see ``reduction``.
+        reduction (str): ``'none'``, ``'mean'`` or ``'sum'``. Default: ``'mean'``
+        pos_weight (Tensor, optional): a weight for positive targets.
+
+    Keyword Args:
+        inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
+            The logits must be dense and no leaf; using them after backward, or a second backward, raises.
+            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
+
+    Shape:
+        - input, target: :math:`(*)`, the same
+        - weight, pos_weight: broadcast to the input's shape; one of :math:`(C, 1, 1)` costs no more memory than itself
+        - output: a scalar, or with ``reduction='none'`` the input's shape, in its memory format
+
+    Returns:
+        Tensor: the loss, in the dtype torch gives it: the target's (the input's for bool and integer targets), or
+        float32 for all but float64 under autocast.
+
+    Raises:
+        ValueError, RuntimeError: what torch raises for the same call.
+
+    Example::
+
+        >>> logits = torch.zeros(3, requires_grad=True)
+        >>> torchce.functional.binary_cross_entropy_with_logits(logits, torch.tensor([0.0, 1.0, 1.0]))
+        tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
+    """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        loss: Tensor = handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+            inplace_backward=inplace_backward,
+        )
+        return loss
+    number = reduction_number(reduction, size_average, reduce)
+    problem = _bce_problem(input, target, weight, pos_weight)
+    if problem is not None:
+        arguments = (input, target, weight, None, None, REDUCTION_NAMES[number], pos_weight)
+        return explain(problem, _torch_bce_with_logits, *arguments)
+    inplace_backward = inplace.applies(inplace_backward)
+    if inplace_backward and (refusal := inplace.refusal(input, rows=False)) is not None:
+        raise RuntimeError(f"inplace_backward=True: {refusal}")
+
+    if target.is_floating_point() and target.dtype not in FLOATS:  # autocast: torch casts what it can
+        target = target.to(torch.float32)
+    dtype = target.dtype if target.is_floating_point() else input.dtype
+    if autocasts(input):
+        dtype = torch.promote_types(dtype, torch.float32)
+    if target.is_floating_point():
+        if target.dtype == torch.float64:
+            input = input.to(torch.float64)
+        elif target.dtype not in (input.dtype, torch.float32):
+            target = target.to(ops.accumulation_dtype(input.dtype))
+    elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
+        target = target.to(ops.accumulation_dtype(input.dtype))
+    acc = ops.accumulation_dtype(input.dtype)
+    if weight is not None:
+        weight = weight.to(acc)
+    if pos_weight is not None:
+        pos_weight = pos_weight.to(acc)
+    return sigmoid_bce(input, target, weight, pos_weight, number, dtype, inplace_backward)
+
+
+def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> str | None:
+    """What keeps the kernels from taking this call, naming the argument and both values."""
+    if not isinstance(target, Tensor) or not have_kernels(input, target, weight, pos_weight):
+        return no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
+    for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+        if requires_grad(tensor):
+            return f"{name}: expected one that does not require grad"
+    if not has_shape(target, input.shape):
+        return f"target: expected the input's shape {list(input.shape)}, got {list(target.shape)}"
+    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        if tensor is not None and tensor.is_complex():
+            return f"{name}: expected a real dtype, got {tensor.dtype}"
+        if tensor is not None and not broadcasts_to(tensor, input.shape):
+            return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
+    if target.is_floating_point() and target.dtype not in FLOATS and not autocasts(input):
+        return f"target: expected one of 16 bits or more, got {target.dtype}"
+    if pos_weight is not None and pos_weight.dtype == torch.bool:
+        return f"pos_weight: expected a tensor of numbers, got {pos_weight.dtype}"
+    if input.dim() > _MOST_DIMENSIONS:
+        return f"input: expected at most {_MOST_DIMENSIONS} dimensions, got {input.dim()}"
+    return None
