@@ -229,3 +229,19 @@ LAYOUT_SHAPES = [
     for shape in ((6, 21), (3, 21, 5), (2, 21, 3, 5))
     for layout in layouts_for(len(shape))
 ]
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output
+
+
+def activation(leaf: Tensor) -> Tensor:
+    """Logits as a layer computes them, so that their gradient may overwrite them, but in the leaf's own memory."""
+    activation: Tensor = _Activation.apply(leaf)  # type: ignore[no-untyped-call]
+    return activation

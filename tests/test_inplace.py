@@ -59,7 +59,7 @@ def test_modules_take_it(device: str, loss: str) -> None:
 def test_a_later_use_of_the_logits_raises(device: str, loss: str, use: str) -> None:
     """What else was computed from them, or they from it, would get a wrong gradient."""
     function, leaf, target = problem(loss, device)
-    logits = leaf.relu() if use == "relu" else leaf.view_as(leaf)
+    logits = leaf.relu() if use == "relu" else leaf * 1
     other = logits.square()
     version = logits._version
     total = function(logits, target, inplace_backward=True)

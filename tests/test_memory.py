@@ -213,7 +213,7 @@ def test_peak_in_place(device: str, dtype: torch.dtype, kind: str) -> None:
 
     def both_ways() -> None:
         x = memory.detach().requires_grad_()
-        loss = function(x.view_as(x), target, inplace_backward=True)
+        loss = function(cases.activation(x), target, inplace_backward=True)
         loss.backward()
         x.grad = None
 
@@ -274,7 +274,7 @@ def test_kept_for_backward(
         torch.autocast(device, dtype=torch.bfloat16, enabled=autocast),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        loss = function(x.view_as(x), target, reduction=reduction, inplace_backward=inplace, **options)
+        loss = function(cases.activation(x), target, reduction=reduction, inplace_backward=inplace, **options)
     assert logits.untyped_storage().data_ptr() in kept
     for tensor in (logits, target):
         kept.pop(tensor.untyped_storage().data_ptr(), None)

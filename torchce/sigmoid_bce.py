@@ -138,8 +138,8 @@ def sigmoid_bce(
     arguments = (logits, target, weight, pos_weight, reduction, dtype)
     if transformed(logits, target, weight, pos_weight):
         return composite(*arguments)
-    if torch.compiler.is_exporting():
-        return ops.sigmoid_bce_forward(*arguments)  # the exported graph keeps no Function, but the op's own formula
+    if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
+        return ops.sigmoid_bce_forward(*arguments)
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
         return loss

@@ -196,8 +196,8 @@ def softmax_ce(
     differentiates = torch.is_grad_enabled()
     if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
         return composite(*arguments)
-    if torch.compiler.is_exporting():
-        return ops.softmax_ce_forward(*arguments)[0]  # the exported graph keeps no Function, but the op's own formula
+    if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
+        return ops.softmax_ce_forward(*arguments)[0]
     if differentiates and (logits.requires_grad or target.requires_grad):
         options = (reduction, ignore_index, label_smoothing)
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]

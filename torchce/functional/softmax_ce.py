@@ -168,9 +168,9 @@ def _cross_entropy_problem(
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if not isinstance(target, Tensor) or not have_kernels(input, target, weight):
         return no_kernels(input=input, target=target, weight=weight)
-    if type(ignore_index) is not int and not is_integer(ignore_index):
-        return f"ignore_index: expected an integer, got {ignore_index!r}"
-    if type(label_smoothing) is not float and not is_number(label_smoothing):
+    if not is_integer(ignore_index):
+        return f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}"
+    if not is_number(label_smoothing):
         return f"label_smoothing: expected a number, got {label_smoothing!r}"
     shape = input.shape
     if not shape:
