@@ -69,13 +69,6 @@ def gradients(
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps what :func:`_backward` needs, from the arguments of the forward op."""
-    *tensors, ctx.reduction, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.overwritten = None
-
-
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the logits and of the target, where they are needed."""
     overwritten = ctx.overwritten
@@ -88,11 +81,13 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     if differentiates_backward(*saved[:-1]):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    if needs_target:  # first: the logits it reads may be overwritten next
-        grad_target = ops.below_autograd(ops.sigmoid_bce_backward_target, *saved)
-    if needs_logits:
-        if overwritten is None:
-            grad_logits = ops.below_autograd(ops.sigmoid_bce_backward, *saved)
+    with ops.below_autograd():
+        if needs_target:  # first: the logits it reads may be overwritten next
+            grad_target = ops.sigmoid_bce_backward_target(*saved)
+        if not needs_logits:
+            pass
+        elif overwritten is None:
+            grad_logits = ops.sigmoid_bce_backward(*saved)
         else:
             ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
             grad_logits = overwritten.mark(logits)
@@ -113,12 +108,11 @@ class SigmoidBCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        arguments = (logits, target, weight, pos_weight, reduction, dtype)
-        loss = ops.below_autograd(ops.sigmoid_bce_forward, *arguments)
-        _save(ctx, arguments, loss)
-        if inplace_backward:
-            ctx.overwritten = inplace.Overwritten()
-        return loss
+        ctx.save_for_backward(logits, target, weight, pos_weight)
+        ctx.reduction = reduction
+        ctx.overwritten = inplace.Overwritten() if inplace_backward else None
+        with ops.below_autograd():
+            return ops.sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -143,10 +137,17 @@ def sigmoid_bce(
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    return ops.below_autograd(ops.sigmoid_bce_forward, *arguments)
+    with ops.below_autograd():
+        return ops.sigmoid_bce_forward(*arguments)
 
 
 # --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.reduction, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.overwritten = None
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,7 +156,7 @@ def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(ctx, grad_loss), None, None, None, None
 
 
-torch.library.register_autograd("torchce::sigmoid_bce_forward", _op_backward, setup_context=_save)
+torch.library.register_autograd("torchce::sigmoid_bce_forward", _op_backward, setup_context=_set_up)
 differentiate_by("torchce::sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
 differentiate_by("torchce::sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
 decompose_by(torch.ops.torchce.sigmoid_bce_forward.default, composite)

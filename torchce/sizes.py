@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+
+def are_numbers(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether no size is a symbol, asked once for all of them: a small loss takes no longer than many questions."""
+    return not torch.compiler.is_compiling() and type(sum(shape) + sum(other)) is int
 
 
 def known(condition: bool) -> bool:

@@ -122,15 +122,6 @@ def gradients(
     return torch.where(kept, grad_logits, 0).to(logits.dtype), None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keeps what :func:`_backward` needs, from the arguments and results of the forward op."""
-    logits, target, weight, *options, _ = inputs
-    _, statistics, totals = output
-    ctx.save_for_backward(logits, target, weight, statistics, totals)
-    ctx.options = tuple(options)
-    ctx.overwritten = None
-
-
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the logits and of a probability target, where they are needed."""
     overwritten = ctx.overwritten
@@ -144,12 +135,14 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     saved = (grad_output, logits, target, weight, statistics, totals)
-    if needs_target:  # first: the logits it reads may be overwritten next
-        reduction, _, label_smoothing = options
-        grad_target = ops.below_autograd(ops.softmax_ce_backward_target, *saved, reduction, label_smoothing)
-    if needs_logits:
-        if overwritten is None:
-            grad_logits = ops.below_autograd(ops.softmax_ce_backward, *saved, *options)
+    with ops.below_autograd():
+        if needs_target:  # first: the logits it reads may be overwritten next
+            reduction, _, label_smoothing = options
+            grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
+        if not needs_logits:
+            pass
+        elif overwritten is None:
+            grad_logits = ops.softmax_ce_backward(*saved, *options)
         else:
             ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
             grad_logits = overwritten.mark(logits)
@@ -169,12 +162,12 @@ class SoftmaxCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        arguments = (logits, target, weight, *options, dtype)
-        output = ops.below_autograd(ops.softmax_ce_forward, *arguments)
-        _save(ctx, arguments, output)
-        if inplace_backward:
-            ctx.overwritten = inplace.Overwritten()
-        return output[0]
+        with ops.below_autograd():
+            loss, statistics, totals = ops.softmax_ce_forward(logits, target, weight, *options, dtype)
+        ctx.save_for_backward(logits, target, weight, statistics, totals)
+        ctx.options = options
+        ctx.overwritten = inplace.Overwritten() if inplace_backward else None
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -192,24 +185,27 @@ def softmax_ce(
     inplace_backward: bool,
 ) -> Tensor:
     """The loss of checked inputs, as :func:`torchce.ops.softmax_ce_forward` takes them, differentiable."""
-    arguments = (logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+    options = (reduction, ignore_index, label_smoothing)
     differentiates = torch.is_grad_enabled()
     if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
-        return composite(*arguments)
+        return composite(logits, target, weight, *options, dtype)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
-        return ops.softmax_ce_forward(*arguments)[0]
+        return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]
     if differentiates and (logits.requires_grad or target.requires_grad):
-        options = (reduction, ignore_index, label_smoothing)
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    return ops.below_autograd(ops.softmax_ce_forward, *arguments)[0]
+    with ops.below_autograd():
+        return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]
 
 
 # --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output)
+    logits, target, weight, *options, _ = inputs
+    ctx.save_for_backward(logits, target, weight, *output[1:])
+    ctx.options = tuple(options)
+    ctx.overwritten = None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing  # type: ignore[attr-defined]
+
 
 def in_functorch() -> bool:
     """Whether a ``torch.func`` transform is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _functorch_level() is not None
 
 
 # Dynamo does not model the call above; told so, it runs it while tracing, when the transforms it traces are on the
@@ -22,11 +25,11 @@ def transformed(*tensors: Tensor | None) -> bool:
     transform, in ``torch.jit.trace``, and where one of them carries a forward-mode tangent."""
     if torch.compiler.is_compiling():  # Dynamo traces none of the questions below
         return in_functorch() or forward_ad._current_level >= 0
-    if forward_ad._current_level >= 0 and any(  # a level that is open may be another thread's
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
+    if _functorch_level() is not None or _is_tracing():
         return True
-    return in_functorch() or torch._C._is_tracing()  # type: ignore[attr-defined]
+    return forward_ad._current_level >= 0 and any(  # a level that is open may be another thread's
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:

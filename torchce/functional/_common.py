@@ -15,7 +15,7 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.parameter import Buffer, Parameter
 
 from torchce import ops
-from torchce.sizes import known
+from torchce.sizes import are_numbers, known
 
 # Those whose operations are a plain tensor's: FunctionalTensor is what AOTAutograd traces with.
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
@@ -90,6 +90,13 @@ def autocasts(input: Tensor) -> bool:
     return not input.is_meta and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
 
 
+def promoted(*dtypes: torch.dtype) -> torch.dtype:
+    """``torch.promote_types`` of floating dtypes, which would be a call in a traced graph, and no compiler takes it."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Torch's own answer to what the kernels do not take; its refusal is worded by ``problem``."""
     try:
@@ -100,9 +107,11 @@ def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **k
 
 def is_integer(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for an int: numpy's scalars and 0-d tensors, but no bool."""
+    if type(value) is int:
+        return -(2**63) <= value < 2**63
     if isinstance(value, Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
@@ -115,7 +124,11 @@ def is_number(value: object) -> bool:
 def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
     """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs."""
     shape = tensor.shape
-    return len(shape) == len(wanted) and not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
+    if len(shape) != len(wanted):
+        return False
+    if are_numbers(shape, wanted):
+        return shape == wanted
+    return not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
 
 
 def broadcasts_to(tensor: Tensor, wanted: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from torchce.functional._common import (
     has_shape,
     have_kernels,
     no_kernels,
+    promoted,
     reduction_number,
     refuse_scripting,
     requires_grad,
@@ -107,7 +108,7 @@ def binary_cross_entropy_with_logits(
         target = target.to(torch.float32)
     dtype = target.dtype if target.is_floating_point() else input.dtype
     if autocasts(input):
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = promoted(dtype, torch.float32)
     if target.is_floating_point():
         if target.dtype == torch.float64:
             input = input.to(torch.float64)
@@ -127,18 +128,21 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if not isinstance(target, Tensor) or not have_kernels(input, target, weight, pos_weight):
         return no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
-    for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
-        if requires_grad(tensor):
-            return f"{name}: expected one that does not require grad"
     if not has_shape(target, input.shape):
         return f"target: expected the input's shape {list(input.shape)}, got {list(target.shape)}"
-    for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
-        if tensor is not None and tensor.is_complex():
-            return f"{name}: expected a real dtype, got {tensor.dtype}"
-        if tensor is not None and not broadcasts_to(tensor, input.shape):
-            return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
-    if target.is_floating_point() and target.dtype not in FLOATS and not autocasts(input):
+    if target.is_complex():
+        return f"target: expected a real dtype, got {target.dtype}"
+    if target.dtype not in FLOATS and target.is_floating_point() and not autocasts(input):
         return f"target: expected one of 16 bits or more, got {target.dtype}"
+    for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+        if tensor is None:
+            continue
+        if requires_grad(tensor):
+            return f"{name}: expected one that does not require grad"
+        if tensor.is_complex():
+            return f"{name}: expected a real dtype, got {tensor.dtype}"
+        if not broadcasts_to(tensor, input.shape):
+            return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
     if pos_weight is not None and pos_weight.dtype == torch.bool:
         return f"pos_weight: expected a tensor of numbers, got {pos_weight.dtype}"
     if input.dim() > _MOST_DIMENSIONS:

@@ -21,6 +21,7 @@ from torchce.functional._common import (
     is_integer,
     is_number,
     no_kernels,
+    promoted,
     reduction_number,
     refuse_scripting,
     requires_grad,
@@ -129,14 +130,12 @@ def cross_entropy(
     if target.is_floating_point():
         if target.dtype not in FLOATS:  # autocast: torch casts what it can
             target = target.to(torch.float32)
-        dtype = torch.promote_types(input.dtype, target.dtype)
-        if weight is not None:
-            dtype = torch.promote_types(dtype, weight.dtype)
+        dtype = promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
         if torch.float64 == dtype != input.dtype:
             input = input.to(dtype)
         # 16-bit logits are read as they are beside float32 probabilities; other pairs need one dtype.
         if target.dtype != input.dtype and not (target.dtype == torch.float32 and input.dtype in SIXTEEN_BITS):
-            target = target.to(torch.promote_types(input.dtype, target.dtype))
+            target = target.to(promoted(input.dtype, target.dtype))
             if target.dtype != input.dtype and input.dtype not in SIXTEEN_BITS:
                 input = input.to(target.dtype)
     if input.dtype != torch.float64 and autocasts(input):

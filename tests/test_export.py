@@ -1,0 +1,184 @@
+"""Programs that have been traced: the loss in them trains, or says that it cannot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+from comparison import assert_bitwise_equal
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torchce
+import torchce.functional as ours
+
+ROWS, CLASSES = 4, 3
+
+
+def weights() -> Tensor:
+    return torch.tensor([1.0, 2.0, 0.5])
+
+
+def target_of(kind: str) -> Tensor:
+    soft = cases.uniform((ROWS, CLASSES), torch.float32, "cpu")
+    return {
+        "int64": torch.tensor([0, 1, 2, 0]),
+        "int32": torch.tensor([0, 1, 2, 0], dtype=torch.int32),
+        "uint8": torch.tensor([0, 1, 2, 0], dtype=torch.uint8),
+        "probability": soft.softmax(1),
+        "soft": soft,
+        "soft float64": soft.double(),
+        "bool": soft > 0.5,
+        "integer": (soft > 0.5).long(),
+    }[kind]
+
+
+SOFTMAX = [("int64", {})]
+SOFTMAX += [(kind, {"ignore_index": 1, "label_smoothing": 0.1, "weight": weights()}) for kind in ("int32", "uint8")]
+SOFTMAX += [("int64", {"reduction": "none"}), ("int64", {"reduction": "sum", "weight": weights()}), ("probability", {})]
+SOFTMAX += [("probability", {"label_smoothing": 0.1, "weight": weights(), "reduction": "none"})]
+SIGMOID = [("soft", {}), ("soft float64", {"reduction": "sum"}), ("bool", {"reduction": "none"})]
+SIGMOID += [("integer", {"weight": weights(), "pos_weight": 3 * weights()})]
+PROBLEMS = [(torchce.CrossEntropyLoss, *problem) for problem in SOFTMAX]
+PROBLEMS += [(torchce.BCEWithLogitsLoss, *problem) for problem in SIGMOID]
+IDS = [f"{loss.__name__}-{kind}-{'-'.join(options)}" for loss, kind, options in PROBLEMS]
+every_problem = pytest.mark.parametrize(("loss", "kind", "options"), PROBLEMS, ids=IDS)
+
+
+class Model(torch.nn.Module):
+    """A network with its loss inside, and another term beside it that would hide a missing gradient."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.loss = torch.nn.Linear(5, CLASSES), loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.net(x)
+        return self.loss(logits, y).sum() + 0.1 * logits.square().mean()
+
+
+def gradients(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(model(x, y), list(model.parameters()))
+
+
+def through_a_file(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@every_problem
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_an_exported_program_trains(
+    strict: bool, loss: type[torch.nn.Module], kind: str, options: dict[str, Any]
+) -> None:
+    """To the same bits: as it is, decomposed, saved and loaded, and compiled."""
+    model, target = Model(loss(**options)), target_of(kind)
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    expected = gradients(model, data, target)
+    program = torch.export.export(model, (data, target), strict=strict)
+    decomposed = program.run_decompositions()
+    for trained in (program.module(), decomposed.module(), through_a_file(decomposed).module()):
+        for grad, wanted in zip(gradients(trained, data, target), expected, strict=True):
+            assert_bitwise_equal(grad, wanted)
+    torch._dynamo.reset()
+    compiled = torch.compile(program.module(), fullgraph=True, backend="aot_eager")
+    for grad, wanted in zip(gradients(compiled, data, target), expected, strict=True):
+        assert_bitwise_equal(grad, wanted)
+
+
+@pytest.mark.parametrize("loss", ["index", "probability", "bce"])
+def test_an_exported_program_trains_its_optimizer_steps(loss: str) -> None:
+    """Three steps of each, and the parameters are the same to the last bit."""
+    made = torchce.BCEWithLogitsLoss if loss == "bce" else torchce.CrossEntropyLoss
+    target = target_of({"index": "int64", "bce": "soft"}.get(loss, loss))
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    results = []
+    for exported in (False, True):
+        model: torch.nn.Module = Model(made())
+        if exported:
+            model = through_a_file(torch.export.export(model, (data, target))).module()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(data, target).backward()
+            optimizer.step()
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for ours_, theirs in zip(*results, strict=True):
+        assert_bitwise_equal(ours_, theirs)
+
+
+def function_of(loss: type[torch.nn.Module], target: Tensor, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    function = ours.cross_entropy if loss is torchce.CrossEntropyLoss else ours.binary_cross_entropy_with_logits
+    return lambda x: function(x, target, **options).sum()
+
+
+@every_problem
+@pytest.mark.parametrize("pre_dispatch", [False, True], ids=["", "pre_dispatch"])
+def test_a_traced_loss_has_its_gradient(
+    pre_dispatch: bool, loss: type[torch.nn.Module], kind: str, options: dict[str, Any]
+) -> None:
+    function = function_of(loss, target_of(kind), options)
+    logits = cases.normal((ROWS, CLASSES), torch.float32, "cpu", scale=2)
+    graph = make_fx(function, pre_dispatch=pre_dispatch)(logits)
+    assert any("torchce" in str(node.target) for node in graph.graph.nodes)
+    results = []
+    for f in (graph, function):
+        x = logits.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(f(x), x, create_graph=True)
+        results.append((grad, torch.autograd.grad(grad.square().sum(), x)[0]))
+    assert_bitwise_equal(results[0][0], results[1][0])
+    assert_bitwise_equal(results[0][1], results[1][1])
+
+
+@every_problem
+def test_a_traced_gradient_has_its_own(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+    """The graph of a gradient holds the backward ops, whose derivatives are those of the formulas."""
+    function = function_of(loss, target_of(kind), options)
+    logits = cases.normal((ROWS, CLASSES), torch.float32, "cpu", scale=2)
+
+    def gradient(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0]
+
+    graph = make_fx(gradient)(logits)
+    x = logits.clone().requires_grad_()
+    (traced,) = torch.autograd.grad(graph(x).square().sum(), x)
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), x)
+    torch.testing.assert_close(traced, expected)
+
+
+@pytest.mark.parametrize("loss", ["probability", "bce"])
+def test_a_traced_gradient_of_the_target_has_its_own(loss: str) -> None:
+    function = ours.binary_cross_entropy_with_logits if loss == "bce" else ours.cross_entropy
+    logits = cases.normal((ROWS, CLASSES), torch.float64, "cpu", scale=2)
+    target = target_of("probability").double()
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        leaf = y.detach().requires_grad_()
+        return torch.autograd.grad(function(x, leaf), leaf)[0]
+
+    graph = make_fx(gradient)(logits, target)
+    x, y = logits.clone().requires_grad_(), target.clone().requires_grad_()
+    (traced,) = torch.autograd.grad(graph(x, y).square().sum(), x)
+    (first,) = torch.autograd.grad(function(x, y), y, create_graph=True)
+    torch.testing.assert_close(traced, torch.autograd.grad(first.square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("op", ["softmax_ce", "sigmoid_bce"])
+def test_what_an_op_cannot_differentiate_raises(op: str) -> None:
+    """A weight of a graph that requires grad after all, where torch differentiates none."""
+    logits, weight = torch.zeros(ROWS, CLASSES, requires_grad=True), weights().requires_grad_()
+    if op == "softmax_ce":
+        loss = torchce.ops.softmax_ce_forward(logits, target_of("int64"), weight, 1, -100, 0.0, None)[0]
+    else:
+        loss = torchce.ops.sigmoid_bce_forward(logits, target_of("soft"), weight, None, 1, None)
+    with pytest.raises(RuntimeError, match=r"weight.*no gradient leads to"):
+        loss.backward()

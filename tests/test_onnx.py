@@ -1,0 +1,79 @@
+"""ONNX exports of models with their loss inside: onnxruntime computes what torch does."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from test_export import IDS, PROBLEMS, ROWS, Model, target_of
+from torch import Tensor
+
+import torchce
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+
+def run(path: Path, *inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path))
+    names = [given.name for given in session.get_inputs()]
+    (result,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    return torch.as_tensor(result)
+
+
+def export(model: Any, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, inputs, path, verbose=False, **options)
+
+
+@pytest.mark.parametrize(("loss", "kind", "options"), PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("way", ["model", "program", "dynamic", "torchscript"])
+def test_onnxruntime_gives_the_same(
+    way: str, loss: type[torch.nn.Module], kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, target = Model(loss(**options)).eval(), target_of(kind)
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    path = tmp_path / "model.onnx"
+    if way == "program":
+        export(torch.export.export(model, (data, target)), (), path, dynamo=True)
+    elif way == "dynamic":
+        batch = {0: torch.export.Dim("batch", min=2, max=100)}
+        export(model, (data, target), path, dynamo=True, dynamic_shapes=(batch, batch))
+        data, target = torch.cat([data, data])[:-1], torch.cat([target, target])[:-1]
+    else:
+        export(model, (data, target), path, dynamo=way == "model")
+    # TorchScript's exporter takes the promotion to float64 for float32, with torch's own loss too.
+    torch.testing.assert_close(
+        run(path, data, target), model(data, target).detach(), check_dtype=way != "torchscript", rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss", [torch.nn.CrossEntropyLoss, torch.nn.BCEWithLogitsLoss], ids=lambda m: m.__name__)
+def test_under_patch_torch(loss: type[torch.nn.Module], tmp_path: Path) -> None:
+    model = Model(loss()).eval()
+    target = target_of("int64" if loss is torch.nn.CrossEntropyLoss else "soft")
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    with torchce.patch_torch():
+        export(model, (data, target), tmp_path / "model.onnx", dynamo=True)
+    torch.testing.assert_close(run(tmp_path / "model.onnx", data, target), model(data, target).detach())
+
+
+@pytest.mark.parametrize(("loss", "kind", "options"), PROBLEMS, ids=IDS)
+def test_the_decomposition_is_the_op(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+    """Every result, what is kept for backward included."""
+    module, target = loss(**options), target_of(kind)
+    logits = cases.normal((*target.shape[:1], 3), torch.float32, "cpu", scale=2)
+    reduction = {"none": 0, "mean": 1, "sum": 2}[options.get("reduction", "mean")]
+    if loss is torchce.CrossEntropyLoss:
+        op = torch.ops.torchce.softmax_ce_forward.default
+        arguments = (logits, target, module.weight, reduction, module.ignore_index, module.label_smoothing, None)
+    else:
+        op = torch.ops.torchce.sigmoid_bce_forward.default
+        target = target.float() if target.dtype == torch.float64 else target
+        arguments = (logits, target, module.weight, module.pos_weight, reduction, None)
+    torch.testing.assert_close(torch._decomp.decomposition_table[op](*arguments), op(*arguments))
