@@ -107,6 +107,118 @@ def test_a_leaf_is_refused(device: str, loss: str) -> None:
     assert_bitwise_equal(leaf.detach(), before)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda leaf: leaf.view(SHAPE),
+    "view of a view": lambda leaf: leaf.view(SHAPE[1], SHAPE[0]).view(-1).view(SHAPE),
+    "slice": lambda leaf: torch.cat([leaf, leaf]).detach().requires_grad_()[: leaf.numel()].view(SHAPE),
+    "transposed": lambda leaf: leaf.view(SHAPE[1], SHAPE[0]).t(),
+    "chunk": lambda leaf: torch.cat([leaf, leaf]).detach().requires_grad_().chunk(2)[1].view(SHAPE),
+    "alias": lambda leaf: torch.ops.aten.alias(leaf).view(SHAPE),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_view_of_a_leaf_is_refused(device: str, loss: str, view: str) -> None:
+    """Of a view, of a slice, of a parameter: the gradient would overwrite the leaf's own values."""
+    function, leaf, target = problem(loss, device)
+    parameter = torch.nn.Parameter(leaf.detach().flatten())
+    logits = VIEWS[view](parameter)
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match="inplace_backward=True: input is a view of a leaf that requires grad"):
+        function(logits, target, inplace_backward=True)
+    assert_bitwise_equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_view_of_what_is_no_leaf_is_taken(device: str, loss: str) -> None:
+    function, leaf, target = problem(loss, device)
+    (expected,) = torch.autograd.grad(function(leaf, target), leaf)
+    logits = (leaf * 1).view(-1).view(SHAPE)
+    (grad,) = torch.autograd.grad(function(logits, target, inplace_backward=True), leaf)
+    assert_bitwise_equal(grad, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batched_backward_is_refused(device: str, loss: str) -> None:
+    function, leaf, target = problem(loss, device)
+    losses = function(leaf * 1, target, reduction="none", inplace_backward=True)
+    upstream = torch.ones(2, *losses.shape, device=device)
+    with pytest.raises(RuntimeError, match=r"inplace_backward=True: a batched backward \(is_grads_batched=True\)"):
+        torch.autograd.grad(losses, leaf, upstream, is_grads_batched=True)
+
+
+# --- what shares the logits' memory ---------------------------------------------------------------------------------
+
+Square = tuple[Tensor, dict[str, Any]]  # (what stands for the target, more arguments), of logits [8, 8]
+SHARING: dict[str, tuple[str, Callable[[Tensor], Square]]] = {
+    "the same elements": ("bce", lambda z: (z, {})),
+    "transposed": ("bce", lambda z: (z.t(), {})),
+    "a row of it": ("bce", lambda z: (z[3].expand(8, 8), {})),
+    "shifted": ("bce", lambda z: (z.view(-1)[7:-1].as_strided((8, 8), (7, 1)), {})),
+    "its bytes": ("bce", lambda z: (z.view(torch.uint8)[:, 8:16], {})),
+    "weight": ("bce", lambda z: (torch.full((8, 8), 0.25), {"weight": z[2]})),
+    "pos_weight": ("bce", lambda z: (torch.full((8, 8), 0.25), {"pos_weight": z[5]})),
+    "pos_weight, a column": ("bce", lambda z: (torch.full((8, 8), 0.25), {"pos_weight": z[:, :1]})),
+    "probabilities": ("cross_entropy", lambda z: (z, {})),
+    "probabilities, transposed": ("cross_entropy", lambda z: (z.t(), {})),
+    "class weight": ("cross_entropy", lambda z: (torch.arange(8), {"weight": z[1]})),
+    "class weight, a column": ("cross_entropy", lambda z: (torch.arange(8), {"weight": z[:, 1]})),
+    "class indices": ("cross_entropy", lambda z: (z.view(torch.int32)[:, 3], {"ignore_index": 7})),
+}
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("sharing", SHARING)
+def test_arguments_in_the_logits_memory(sharing: str, reduction: str) -> None:
+    """What the kernel would read after it was overwritten gives the gradient that its values before give."""
+    loss, make = SHARING[sharing]
+    name = "binary_cross_entropy_with_logits" if loss == "bce" else "cross_entropy"
+    function = getattr(torchce.functional, name)
+    gradients = []
+    for inplace in (False, True):
+        leaf = cases.uniform((8, 8), torch.float32, "cpu").requires_grad_()
+        logits = leaf * 1
+        if sharing == "class indices":  # small numbers, as integers, are small floats
+            logits.data.view(torch.int32)[:, 3] = torch.arange(8, dtype=torch.int32)
+        target, options = make(logits.detach())
+        value = function(logits, target, reduction=reduction, inplace_backward=inplace, **options)
+        gradients.append(torch.autograd.grad(value.sum(), logits)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=3e-7, atol=6e-8)  # a copy has another layout
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_upstream_gradient_in_the_logits_memory(reduction: str, loss: str) -> None:
+    function = getattr(torchce.functional, loss)
+    target = torch.arange(8) if loss == "cross_entropy" else torch.full((8, 8), 0.25)
+    for pick in (lambda z: z[:, 0], lambda z: z.t(), lambda z: z, lambda z: z[2].expand(8, 8)):
+        gradients = []
+        for inplace in (False, True):
+            logits = cases.uniform((8, 8), torch.float32, "cpu").requires_grad_() * 1
+            value = function(logits, target, reduction=reduction, inplace_backward=inplace)
+            upstream = pick(logits.detach())
+            if value.shape != upstream.shape:
+                upstream = {0: logits.detach()[2, 3], 1: logits.detach()[:, 0], 2: upstream.expand(8, 8)}[value.dim()]
+            gradients.append(torch.autograd.grad(value, logits, upstream)[0])
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=3e-7, atol=6e-8)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_lies_beside_the_logits_is_not_copied(device: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One buffer for logits and target, as of a layer with two heads."""
+    function, leaf, target = problem(loss, device)
+    both = torch.cat([leaf.detach().flatten(), leaf.detach().flatten()])
+    anchor = torch.zeros(1, device=device, requires_grad=True)
+    logits = (both + anchor)[: leaf.numel()].view(SHAPE)
+    if target.shape == leaf.shape:
+        target = logits._base.detach()[leaf.numel() :].view(SHAPE).copy_(target)
+    value = function(logits, target, inplace_backward=True)
+    monkeypatch.setattr(Tensor, "clone", lambda self: pytest.fail("copied"))
+    (grad,) = torch.autograd.grad(value, logits)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
 @pytest.mark.parametrize("layout", ["sliced", "expanded_rows", "strided"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_scattered_or_overlapping_memory_is_refused(device: str, loss: str, layout: str) -> None:

@@ -1,0 +1,256 @@
+"""What only torchce takes, under everything that transforms programs: the plain call's answers.
+
+The kernels know no transforms; the formulas in torch's own operations that stand in for them take the same targets and
+weights, mask the same rows and have the same limits.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cases
+import pytest
+import torch
+from comparison import assert_bitwise_equal
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
+
+import torchce.functional as ours
+
+INF = torch.inf
+
+
+class Problem(NamedTuple):
+    function: Callable[..., Tensor]
+    logits: Tensor
+    target: Tensor
+    options: dict[str, Any]
+
+    def __call__(self, logits: Tensor, **options: Any) -> Tensor:
+        return self.function(logits, self.target, **{**self.options, **options})
+
+    def total(self, logits: Tensor) -> Tensor:
+        return self(logits).sum()
+
+
+def weights(*values: float) -> Tensor:
+    return torch.tensor(values or (1, 2, 0.5), dtype=torch.float32)
+
+
+def softmax_problems() -> dict[str, Problem]:
+    x = cases.normal((4, 3), torch.float32, "cpu", scale=2)
+    y = torch.tensor([0, 1, 2, 0])
+    soft = cases.softmax_target("probability", (4, 3), torch.float32, "cpu")
+    masked, masked_soft = x.clone(), soft.clone()
+    masked[0, 1], masked_soft[0, 1] = -INF, 0
+    ignored = x.clone()
+    ignored[1], ignored[2, 0] = -INF, torch.nan
+    kept = torch.tensor([0, -100, -100, 2])
+    images = cases.normal((2, 3, 4, 5), torch.float32, "cpu")
+    maps = cases.indices((2, 4, 5), 3, torch.int32, "cpu")
+    smoothed = {"label_smoothing": 0.1, "weight": weights()}
+    problems = {
+        "int64": (x, y, {}),
+        "int32": (x, y.int(), {}),
+        "uint8": (x, y.byte(), smoothed),
+        "int32 maps": (images, maps, {"ignore_index": 1, **smoothed}),
+        "int32 unbatched": (x[0], y[0].int(), {}),
+        "float64 weight": (x, y, {"weight": weights().double(), "reduction": "sum"}),
+        "masked class": (masked, masked_soft, {}),
+        "masked class, smoothed": (masked, masked_soft, {"label_smoothing": 0.1, "weight": weights(1, 0, 1)}),
+        "masked class without weight": (masked, torch.tensor([1, 1, 2, 0]), {"weight": weights(1, 0, 1)}),
+        "ignored rows": (ignored, kept, {}),
+        "ignored rows, smoothed": (ignored, kept, smoothed),
+        "ignored rows, each": (ignored, kept, {"reduction": "none"}),
+        "infinite weight": (x, torch.tensor([0, 0, 2, 0]), {"label_smoothing": 0.1, "weight": weights(1, INF, 1)}),
+    }
+    return {name: Problem(ours.cross_entropy, *rest) for name, rest in problems.items()}
+
+
+def sigmoid_problems() -> dict[str, Problem]:
+    x = cases.normal((4, 3), torch.float32, "cpu", scale=2)
+    t = cases.uniform((4, 3), torch.float32, "cpu")
+    certain, right = x.clone(), t.clone()
+    certain[0, 0], right[0, 0], certain[1, 1], right[1, 1] = INF, 1, -INF, 0
+    problems = {
+        "bool": (x, t > 0.5, {}),
+        "int32": (x, (t > 0.5).int(), {"weight": weights(), "pos_weight": 3 * weights()}),
+        "certain": (certain, right, {}),
+        "certain, pos_weight": (certain, right, {"pos_weight": weights(), "reduction": "none"}),
+    }
+    return {name: Problem(ours.binary_cross_entropy_with_logits, *rest) for name, rest in problems.items()}
+
+
+PROBLEMS = {**softmax_problems(), **{f"bce {name}": problem for name, problem in sigmoid_problems().items()}}
+FINITE = [name for name in PROBLEMS if name != "infinite weight"]
+
+
+@pytest.fixture(params=PROBLEMS)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return PROBLEMS[request.param]
+
+
+@pytest.fixture(params=FINITE)
+def finite(request: pytest.FixtureRequest) -> Problem:
+    return PROBLEMS[request.param]
+
+
+def plain(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, by the kernels."""
+    x = problem.logits.clone().requires_grad_()
+    loss = problem.total(x)
+    assert "Backward" in type(problem(x).grad_fn).__name__
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def assert_same(result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+def test_func_grad(problem: Problem) -> None:
+    assert_same(grad(problem.total)(problem.logits), plain(problem)[1])
+
+
+def test_vmap(problem: Problem) -> None:
+    stacked = torch.stack([problem.logits, 2 * problem.logits])
+    result = vmap(problem)(stacked)
+    for part, logits in zip(result, stacked, strict=True):
+        assert_same(part, problem(logits))
+
+
+def test_vmap_of_grad(problem: Problem) -> None:
+    result = vmap(grad(problem.total))(torch.stack([problem.logits, problem.logits]))
+    for part in result:
+        assert_same(part, plain(problem)[1])
+
+
+def test_jvp(finite: Problem) -> None:
+    loss, gradient = plain(finite)
+    tangent = cases.normal(finite.logits.shape, torch.float32, "cpu", seed=7)
+    value, derivative = jvp(finite.total, (finite.logits,), (tangent,))
+    assert_same(value, loss)
+    assert_same(derivative, (gradient * tangent).sum())
+
+
+def test_forward_mode(finite: Problem) -> None:
+    loss, gradient = plain(finite)
+    tangent = cases.normal(finite.logits.shape, torch.float32, "cpu", seed=7)
+    with forward_ad.dual_level():
+        value, derivative = forward_ad.unpack_dual(finite.total(forward_ad.make_dual(finite.logits, tangent)))
+    assert_same(value, loss)
+    assert_same(derivative, (gradient * tangent).sum())
+
+
+def test_an_open_dual_level_changes_nothing(problem: Problem) -> None:
+    """To the last bit, forward and backward: not the level counts, but whether a tensor carries a tangent."""
+    x = problem.logits.clone().requires_grad_()
+    with forward_ad.dual_level():
+        loss = problem.total(x)
+        (gradient,) = torch.autograd.grad(loss, x)
+    assert_bitwise_equal(loss, plain(problem)[0])
+    assert_bitwise_equal(gradient, plain(problem)[1])
+
+
+def test_nor_does_another_threads(problem: Problem) -> None:
+    opened, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with forward_ad.dual_level():
+            opened.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert opened.wait(60)
+        results = plain(problem)
+    finally:
+        done.set()
+        thread.join()
+    for result, expected in zip(results, plain(problem), strict=True):
+        assert_bitwise_equal(result, expected)
+
+
+def test_jit_trace(problem: Problem) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: problem(x), problem.logits, check_trace=False)
+    x = problem.logits.clone().requires_grad_()
+    loss = traced(x).sum()
+    assert_same(loss.detach(), plain(problem)[0])
+    assert_same(torch.autograd.grad(loss, x)[0], plain(problem)[1])
+
+
+def test_create_graph(problem: Problem) -> None:
+    x = problem.logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.total(x), x, create_graph=True)
+    assert_same(gradient.detach(), plain(problem)[1])
+
+
+def test_second_derivatives_are_finite(finite: Problem) -> None:
+    """Of ignored rows too, whatever they hold, and at infinite logits."""
+    if finite.logits.dim() != 2:
+        return
+    eager = torch.autograd.functional.hessian(finite.total, finite.logits)
+    assert eager.isfinite().all()
+    assert_same(hessian(finite.total)(finite.logits), eager)
+
+
+def test_second_derivative_of_an_ignored_row_is_zero() -> None:
+    x = torch.randn(3, 4)
+    x[1, 2], x[2] = -INF, -INF
+    target = torch.tensor([0, -100, -100])
+    for smoothing in (0.0, 0.1):
+
+        def loss(x: Tensor, smoothing: float = smoothing) -> Tensor:
+            return ours.cross_entropy(x, target, label_smoothing=smoothing)
+
+        second = torch.autograd.functional.hessian(loss, x)
+        assert bool((second[1:] == 0).all())
+        assert bool((second[:, :, 1:] == 0).all())
+
+
+@pytest.mark.parametrize("batching", ["is_grads_batched", "vmap"])
+def test_batched_gradients(problem: Problem, batching: str) -> None:
+    x = problem.logits.clone().requires_grad_()
+    losses = problem(x, reduction="none")
+    upstream = cases.normal((3, *losses.shape), torch.float32, "cpu", seed=5)
+    if batching == "vmap":
+        result = vmap(lambda g: torch.autograd.grad(losses, x, g, retain_graph=True)[0])(upstream)
+    else:
+        (result,) = torch.autograd.grad(losses, x, upstream, is_grads_batched=True, retain_graph=True)
+    for part, one in zip(result, upstream, strict=True):
+        assert_same(part, torch.autograd.grad(losses, x, one, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.dtype_id)
+def test_sixteen_bits_beside_a_float32_weight(dtype: torch.dtype) -> None:
+    """Computed in float32 inside the transform as well, and rounded once."""
+    x, y = cases.normal((6, 5), dtype, "cpu", scale=2), cases.indices((6,), 5, torch.int64, "cpu")
+    weight = cases.uniform((5,), torch.float32, "cpu")
+    for target, options in ((y, {"weight": weight}), (y.int(), {"weight": weight, "label_smoothing": 0.1})):
+        problem = Problem(ours.cross_entropy, x, target, {**options, "reduction": "none"})
+        losses, gradient = problem(x), plain(problem)[1]
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(vmap(problem)(x[None])[0], losses, rtol=eps, atol=0)
+        torch.testing.assert_close(grad(problem.total)(x), gradient, rtol=eps, atol=1e-6)
+
+
+def test_index_out_of_range_raises_in_a_transform() -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        grad(lambda x: ours.cross_entropy(x, torch.tensor([0, 5])))(torch.zeros(2, 3))
+
+
+def test_gradient_of_a_weight_beside_probabilities() -> None:
+    """The one weight that torch differentiates, with the limits of the kernels."""
+    problem = PROBLEMS["masked class"]
+    weight = weights().requires_grad_()
+    loss = ours.cross_entropy(problem.logits, problem.target, weight)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    p, t = torch.log_softmax(problem.logits.double(), 1), problem.target.double()
+    expected = -torch.where(t == 0, 0, t * p).sum(0) / len(t)
+    torch.testing.assert_close(gradient.double(), expected)
