@@ -10,6 +10,7 @@ import pytest
 import torch
 from comparison import assert_bitwise_equal
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
@@ -199,6 +200,20 @@ def test_inplace_backward(backend: str, loss: str) -> None:
         results, loss_and_grads(lambda x, y: function(x, y, False), logits, target), strict=True
     ):
         assert_bitwise_equal(result, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace_backward"])
+@pytest.mark.parametrize("loss", ["index", "probability", "bce"])
+def test_compiled_autograd(loss: str, inplace: bool) -> None:
+    """A backward that is compiled while it runs, behind a forward that was not."""
+    name = "binary_cross_entropy_with_logits" if loss == "bce" else "cross_entropy"
+    function = getattr(torchce.functional, name)
+    _, logits, target = problem(loss, "cpu")
+    x = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x * 2, target), x)
+    with compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        function(x * 2, target, inplace_backward=inplace).backward()
+    assert_bitwise_equal(x.grad, expected)
 
 
 # --- torch.export and AOTAutograd -----------------------------------------------------------------------------------

@@ -68,8 +68,10 @@ class Overwritten:
 
     done = False
 
-    def check(self, grad_output: Tensor) -> None:
-        """Raises where this backward cannot overwrite the logits."""
+    def checked(self, grad_output: Tensor) -> Overwritten | None:
+        """Itself, or None in a backward that is being compiled; raises where a backward cannot overwrite the logits."""
+        if torch.compiler.is_compiling():
+            return None
         if is_batched(grad_output):
             raise RuntimeError(
                 "inplace_backward=True: a batched backward (is_grads_batched=True) has a gradient for each of its "
@@ -80,6 +82,7 @@ class Overwritten:
                 "inplace_backward=True: this loss's backward has run and overwritten the logits with their gradient; "
                 "a second backward needs inplace_backward=False"
             )
+        return self
 
     def mark(self, logits: Tensor) -> Tensor:
         """The overwritten logits, as the gradient."""

@@ -73,7 +73,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     """Gradients of the logits and of the target, where they are needed."""
     overwritten = ctx.overwritten
     if overwritten is not None:
-        overwritten.check(grad_output)
+        overwritten = overwritten.checked(grad_output)
     saved = (grad_output, *ctx.saved_tensors, ctx.reduction)
     logits = saved[1]
     needs_logits, needs_target = ctx.needs_input_grad[:2]

@@ -126,7 +126,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     """Gradients of the logits and of a probability target, where they are needed."""
     overwritten = ctx.overwritten
     if overwritten is not None:
-        overwritten.check(grad_output)
+        overwritten = overwritten.checked(grad_output)
     logits, target, weight, statistics, totals = ctx.saved_tensors
     options = ctx.options
     needs_logits, needs_target = ctx.needs_input_grad[:2]
