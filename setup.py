@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:  # as in pip's builds
     sys.path.append(str(ROOT))
 
-from build_plan import CannotBuild, Machine, Plan, make_plan, this_machine  # noqa: E402
+from build_plan import CannotBuild, Machine, Plan, make_plan, this_machine, version_tuple  # noqa: E402
 
+OLDEST_SETUPTOOLS = (77,)  # as in pyproject.toml
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
 # No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
 HOST_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
@@ -171,8 +172,10 @@ def build_command(plan: Plan) -> type:
 
 
 def main() -> None:
-    from setuptools import setup
+    from setuptools import __version__, setup
 
+    if version_tuple(__version__) < OLDEST_SETUPTOOLS:  # it would call pyproject.toml's license an error
+        sys.exit(f"torchce: setuptools {__version__} is too old: pip install 'setuptools>=77'; nothing can be built")
     if not BUILD_COMMANDS & set(sys.argv):  # metadata or an sdist: nothing is compiled
         setup()
         return

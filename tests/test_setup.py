@@ -168,3 +168,15 @@ def test_what_stops_a_build_is_one_line(name: str, value: str, message: str) -> 
     assert result.stderr.startswith(f"torchce: {message}")
     assert result.stderr.endswith("; nothing can be built\n")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["egg_info", "bdist_wheel"])
+def test_old_setuptools_is_one_line(tmp_path: Path, command: str) -> None:
+    """Virtual environments of Python 3.10 and 3.11 come with it, and a build without isolation takes it."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nsetup = None\n")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "setup.py", command], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    words = "torchce: setuptools 65.5.0 is too old: pip install 'setuptools>=77'; nothing can be built\n"
+    assert (result.returncode, result.stderr) == (1, words)
