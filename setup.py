@@ -137,7 +137,11 @@ def build_command(plan: Plan) -> type:
                 print(f"torchce: {line}", file=sys.stderr)
             if plan.archs is None:
                 self.remove_stale("torchce._cuda")
-            super().run()
+            try:
+                super().run()
+            except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:  # of compilers and flags
+                hint = "" if plan.archs is None else "; TORCHCE_CUDA=0 builds the CPU kernels alone"
+                sys.exit(f"torchce: the build failed: {error}{hint}")
             built = [os.path.relpath(self.get_ext_fullpath(extension.name), ROOT) for extension in self.extensions]
             print(f"torchce: built {', '.join(built)}", file=sys.stderr)
             if self.serves_checkout() and not self.inplace:
@@ -145,12 +149,8 @@ def build_command(plan: Plan) -> type:
                     self.copy_extensions_to_source()
 
         def build_extensions(self) -> None:
-            try:
-                with nullcontext() if self.distribution.verbose else short_output():
-                    super().build_extensions()
-            except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:  # torch's, of compilers
-                hint = "" if plan.archs is None else "; TORCHCE_CUDA=0 builds the CPU kernels alone"
-                sys.exit(f"torchce: the build failed: {error}{hint}")
+            with nullcontext() if self.distribution.verbose else short_output():
+                super().build_extensions()
 
         def serves_checkout(self) -> bool:
             """Whether the libraries are left in torchce/ too, which hides the installed package in this folder.

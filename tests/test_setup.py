@@ -124,8 +124,17 @@ def test_a_fault_of_the_compilers_is_one_line(
 
     monkeypatch.setattr(BuildExtension, "build_extensions", fail)
     hint = "; TORCHCE_CUDA=0 builds the CPU kernels alone" if cuda else ""
-    with pytest.raises(SystemExit, match=f"^torchce: the build failed: g.. 16 is newer than CUDA 13.0 takes{hint}$"):
+    with pytest.raises(SystemExit, match=rf"^torchce: the build failed: g.. 16 is newer than CUDA 13\.0 takes{hint}$"):
         build("build_ext", cuda=cuda)
+
+
+@pytest.mark.parametrize("name", ["CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CC", "LDSHARED"])
+def test_flags_that_cannot_be_split_are_one_line(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "'")
+    with pytest.raises(SystemExit, match="^torchce: the build failed: bad string"):
+        build("build_ext")
 
 
 def test_a_command_gets_a_name(setup: ModuleType, tmp_path: Path) -> None:
