@@ -133,7 +133,7 @@ def test_flags_that_cannot_be_split_are_one_line(
     build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "'")
-    with pytest.raises(SystemExit, match="^torchce: the build failed: bad string"):
+    with pytest.raises(SystemExit, match=r"^torchce: the build failed: bad string"):
         build("build_ext")
 
 
