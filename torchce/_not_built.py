@@ -12,7 +12,7 @@ IN_PLACE = "python setup.py build_ext --inplace"
 def message() -> str:
     """Why ``import torchce`` found no kernels, and what helps."""
     here = Path(__file__).resolve().parent
-    installed = _installed(here)
+    installed = _installed()
     if installed is not None:
         return (
             f"{here} is torchce's source without compiled kernels, and hides the installed torchce at {installed}: "
@@ -26,10 +26,10 @@ def message() -> str:
     )
 
 
-def _installed(here: Path) -> Path | None:
-    """The folder of another torchce on the path that has its kernels."""
+def _installed() -> Path | None:
+    """The folder of a torchce on the path that has its kernels, which this one has not."""
     for entry in sys.path:
         folder = Path(entry, "torchce").resolve()
-        if folder != here and any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+        if any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
             return folder
     return None
