@@ -147,6 +147,7 @@ def build_command(plan: Plan) -> type:
             if self.serves_checkout() and not self.inplace:
                 with suppress(OSError, FileError):  # the folder may be another user's
                     self.copy_extensions_to_source()
+                    print("torchce: left in torchce/ too, which Python started here imports", file=sys.stderr)
 
         def build_extensions(self) -> None:
             with nullcontext() if self.distribution.verbose else short_output():
