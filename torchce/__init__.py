@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import util as _util
 
 if _util.find_spec("torchce._C") is None:
-    raise ImportError(
-        "torchce._C is not built: run `pip install .` or `python setup.py build_ext --inplace` in torchce's folder"
-    )
+    from torchce import _not_built
+
+    raise ImportError(_not_built.message())
 
 from torchce import functional
 from torchce._build_info import build_info

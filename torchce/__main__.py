@@ -1,4 +1,8 @@
-"""``python -m torchce``: what is installed, as a table."""
+"""``python -m torchce``: what is installed, as a table.
+
+Its row ``cuda status`` says whether there are CUDA kernels. Why none were built is said while building, which pip shows
+with ``-v`` only.
+"""
 
 from __future__ import annotations
 
