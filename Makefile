@@ -101,7 +101,7 @@ $(PACKAGES): requirements-dev.txt
 	@touch $@
 
 # Object files and their dependencies are kept under build/, so only what changed is compiled.
-$(BUILT): $(PACKAGES) setup.py $(SOURCES)
+$(BUILT): $(PACKAGES) setup.py build_plan.py $(SOURCES)
 	@echo "== building torchce"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
