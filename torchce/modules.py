@@ -29,7 +29,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing (float): the part of each target spread evenly over all classes, at most 1. Default: 0.0
 
     Keyword Args:
-        inplace_backward (bool): let the gradient overwrite the logits. Default: ``False``
+        inplace_backward (bool): let the gradient overwrite the logits; read what you need of them, for an accuracy
+            say, before ``backward()``. Default: ``False``
 
     Example::
 
@@ -84,7 +85,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         pos_weight (Tensor, optional): a weight for positive targets, broadcast to the input's shape.
 
     Keyword Args:
-        inplace_backward (bool): let the gradient overwrite the logits. Default: ``False``
+        inplace_backward (bool): let the gradient overwrite the logits; read what you need of them, for an accuracy
+            say, before ``backward()``. Default: ``False``
 
     Example::
 

@@ -60,8 +60,11 @@ def binary_cross_entropy_with_logits(
 
     Keyword Args:
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
-            The logits must be dense and no leaf; using them after backward, or a second backward, raises.
-            Without effect under :func:`torch.compile`, whose compiler plans the memory. Default: ``False``
+            The logits must be dense, and neither a leaf that requires grad nor a view of one. After backward, a
+            backward through what else was computed from them raises, and so does a second backward; but merely
+            *reading* them raises nothing and finds the gradient: take what you need of them, such as
+            ``logits.argmax(1)`` for an accuracy, before ``backward()``. Without effect under :func:`torch.compile`,
+            whose compiler plans the memory. Default: ``False``
 
     Shape:
         - input, target: :math:`(*)`, the same
