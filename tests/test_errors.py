@@ -120,9 +120,7 @@ NUMBERS += [torch.tensor(0.1, requires_grad=True)]
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)
 def test_label_smoothing(value: Any) -> None:
-    assert_as_torch(
-        cross_entropy(X, Y, label_smoothing=value), "label_smoothing: expected (a number|at most 1.0), got"
-    )
+    assert_as_torch(cross_entropy(X, Y, label_smoothing=value), "label_smoothing: expected (a number|at most 1.0), got")
 
 
 KINDS = {

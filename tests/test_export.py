@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparison import assert_bitwise_equal
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchce
@@ -182,3 +183,26 @@ def test_what_an_op_cannot_differentiate_raises(op: str) -> None:
         loss = torchce.ops.sigmoid_bce_forward(logits, target_of("soft"), weight, None, 1, None)
     with pytest.raises(RuntimeError, match=r"weight.*no gradient leads to"):
         loss.backward()
+
+
+@every_problem
+def test_transforms_of_a_traced_loss(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+    """The op in the graph is transformed as the function is: nothing is dropped, in forward mode least of all."""
+    function = function_of(loss, target_of(kind), options)
+    logits = cases.normal((ROWS, CLASSES), torch.float32, "cpu", scale=2)
+    tangent = cases.normal((ROWS, CLASSES), torch.float32, "cpu", seed=8)
+    graph = make_fx(function)(logits)
+
+    def dual(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            primal, derivative = forward_ad.unpack_dual(f(forward_ad.make_dual(logits, tangent)))
+            return primal, derivative
+
+    for transform in (
+        lambda f: torch.func.grad(f)(logits),
+        lambda f: torch.func.jvp(f, (logits,), (tangent,)),
+        lambda f: torch.func.hessian(f)(logits),
+        lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([logits, tangent])),
+        dual,
+    ):
+        torch.testing.assert_close(transform(graph), transform(function))

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch.autograd import Function
+
+from torchce.transforms import transformed
 
 
 def times(coefficient: Tensor, surprise: Tensor) -> Tensor:
@@ -16,11 +19,46 @@ def times(coefficient: Tensor, surprise: Tensor) -> Tensor:
     return coefficient * torch.where(coefficient == 0, finite, surprise)
 
 
-def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
-    """Gives the op ``name`` the derivatives of ``formula``, which computes it from the same arguments.
+def differentiate(
+    name: str,
+    composite: Callable[..., Any],
+    set_up: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Tells autograd how the op ``name`` is differentiated where no Function of ours surrounds it: in traced graphs.
 
-    A kernel's result in a traced graph has no history: without a formula its gradient would be missing in silence.
+    ``set_up`` and ``backward`` are what :func:`torch.library.register_autograd` takes. That has no forward mode,
+    whose tangents it would drop, and is refused inside :mod:`torch.func`: there ``composite`` computes the op.
     """
+    op = getattr(torch.ops.torchce, name).default
+
+    class Differentiated(Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            set_up(ctx, arguments, output)
+            return output
+
+    Differentiated.backward = staticmethod(backward)  # type: ignore[assignment, method-assign]
+
+    def kernel(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if transformed(*tensors):
+            return composite(*arguments)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return Differentiated.apply(*arguments)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    _library.impl(name, kernel, "Autograd")
+
+
+_library = torch.library.Library("torchce", "IMPL")
+
+
+def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
+    """Gives the op ``name`` the derivatives of ``formula``, which computes it from the same arguments."""
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.arguments = [Tensor if isinstance(argument, Tensor) else argument for argument in inputs]
@@ -32,14 +70,11 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(
-                torch.autograd.grad(
-                    formula(*arguments), wanted, grad_output, create_graph=create_graph, allow_unused=True
-                )
-            )
+            result = formula(*arguments)
+            found = iter(torch.autograd.grad(result, wanted, grad_output, create_graph=create_graph, allow_unused=True))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
-    torch.library.register_autograd(name, backward, setup_context=set_up)
+    differentiate(name, formula, set_up, backward)
 
 
 def decompose_by(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:

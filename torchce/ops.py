@@ -55,8 +55,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def below_autograd() -> AbstractContextManager[None]:
     """Where ops are called without their autograd formulas, by those who have one of their own.
 
-    A formula (``torch.library.register_autograd``) is written in Python and costs 9 us a call, a fifth of a small loss;
-    to step below it costs 0.4.
+    A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 9 us a call, a fifth of a
+    small loss; to step below it costs 0.4.
     """
     guard: AbstractContextManager[None] = _NO_GUARD if torch.compiler.is_compiling() else _Guard()  # Dynamo knows none
     return guard

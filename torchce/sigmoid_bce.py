@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import inplace, ops
-from torchce.composites import decompose_by, differentiate_by, times
+from torchce.composites import decompose_by, differentiate, differentiate_by, times
 from torchce.transforms import differentiates_backward, transformed
 
 
@@ -156,7 +156,7 @@ def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(ctx, grad_loss), None, None, None, None
 
 
-torch.library.register_autograd("torchce::sigmoid_bce_forward", _op_backward, setup_context=_set_up)
-differentiate_by("torchce::sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
-differentiate_by("torchce::sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
+differentiate("sigmoid_bce_forward", composite, _set_up, _op_backward)
+differentiate_by("sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
+differentiate_by("sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
 decompose_by(torch.ops.torchce.sigmoid_bce_forward.default, composite)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import inplace, ops
-from torchce.composites import decompose_by, differentiate_by, times
+from torchce.composites import decompose_by, differentiate, differentiate_by, times
 from torchce.transforms import differentiates_backward, transformed
 
 Options = tuple[int, int, float]
@@ -250,7 +250,7 @@ def _target_gradient(*saved: Any) -> Tensor:
     return grad_target
 
 
-torch.library.register_autograd("torchce::softmax_ce_forward", _op_backward, setup_context=_set_up)
-differentiate_by("torchce::softmax_ce_backward", _gradient)
-differentiate_by("torchce::softmax_ce_backward_target", _target_gradient)
+differentiate("softmax_ce_forward", _decomposition, _set_up, _op_backward)
+differentiate_by("softmax_ce_backward", _gradient)
+differentiate_by("softmax_ce_backward_target", _target_gradient)
 decompose_by(torch.ops.torchce.softmax_ce_forward.default, _decomposition)
