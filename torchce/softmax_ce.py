@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchce import inplace, ops
+from torchce import calls, inplace, ops
 from torchce.composites import decompose_by, differentiate_by, times
 from torchce.transforms import differentiates_backward, transformed
 
@@ -195,6 +195,7 @@ def softmax_ce(
     arguments = (logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
     differentiates = torch.is_grad_enabled()
     if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
+        calls.note_composite()
         return composite(*arguments)
     if torch.compiler.is_exporting():
         return ops.softmax_ce_forward(*arguments)[0]  # the exported graph keeps no Function, but the op's own formula
