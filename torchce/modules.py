@@ -40,6 +40,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
 
+    inplace_backward: bool = False  # of objects that no __init__ of ours has made: old pickles, torch's
+
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -95,6 +97,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         >>> loss(logits, torch.tensor([0.0, 1.0, 1.0]))
         tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
     """
+
+    inplace_backward: bool = False  # as in CrossEntropyLoss
 
     def __init__(
         self,

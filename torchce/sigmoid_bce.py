@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchce import inplace, ops
+from torchce import calls, inplace, ops
 from torchce.composites import decompose_by, differentiate, differentiate_by, times
 from torchce.transforms import differentiates_backward, transformed
 
@@ -131,6 +131,7 @@ def sigmoid_bce(
     """The loss of checked inputs, as :func:`torchce.ops.sigmoid_bce_forward` takes them, differentiable."""
     arguments = (logits, target, weight, pos_weight, reduction, dtype)
     if transformed(logits, target, weight, pos_weight):
+        calls.note_composite()
         return composite(*arguments)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
         return ops.sigmoid_bce_forward(*arguments)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchce import inplace, ops
+from torchce import calls, inplace, ops
 from torchce.composites import decompose_by, differentiate, differentiate_by, times
 from torchce.transforms import differentiates_backward, transformed
 
@@ -188,6 +188,7 @@ def softmax_ce(
     options = (reduction, ignore_index, label_smoothing)
     differentiates = torch.is_grad_enabled()
     if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
+        calls.note_composite()
         return composite(logits, target, weight, *options, dtype)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
         return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]

@@ -14,7 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import _reduction as _Reduction
 from torch.nn.parameter import Buffer, Parameter
 
-from torchce import ops
+from torchce import calls, ops
 from torchce.sizes import are_numbers, known
 
 # Those whose operations are a plain tensor's: FunctionalTensor is what AOTAutograd traces with.
@@ -100,9 +100,11 @@ def promoted(*dtypes: torch.dtype) -> torch.dtype:
 def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Torch's own answer to what the kernels do not take; its refusal is worded by ``problem``."""
     try:
-        return torch_function(*args, **kwargs)
+        loss = torch_function(*args, **kwargs)
     except Exception as error:
         raise type(error)(f"{problem} ({error})") from None
+    calls.note(problem)
+    return loss
 
 
 def is_integer(value: object) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
-from torchce import inplace, ops
+from torchce import inplace, ops, overrides
 from torchce.functional._common import (
     FLOATS,
     REDUCTION_NAMES,
@@ -28,6 +28,7 @@ _torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchc
 _MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
 
 
+@overrides.stands_for(_torch_bce_with_logits)
 @refuse_scripting
 def binary_cross_entropy_with_logits(
     input: Tensor,
@@ -85,9 +86,11 @@ def binary_cross_entropy_with_logits(
         tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight):
-        loss: Tensor = handle_torch_function(
+        loss: Tensor = overrides.ask_handlers(
             binary_cross_entropy_with_logits,
+            _torch_bce_with_logits,
             (input, target, weight, pos_weight),
+            {"inplace_backward": inplace_backward},
             input,
             target,
             weight=weight,
@@ -95,7 +98,6 @@ def binary_cross_entropy_with_logits(
             reduce=reduce,
             reduction=reduction,
             pos_weight=pos_weight,
-            inplace_backward=inplace_backward,
         )
         return loss
     number = reduction_number(reduction, size_average, reduce)

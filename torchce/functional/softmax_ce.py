@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
-from torchce import inplace, ops
+from torchce import inplace, ops, overrides
 from torchce.functional._common import (
     CHECKS_TARGETS,
     FLOATS,
@@ -33,6 +33,7 @@ _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
 
 
+@overrides.stands_for(_torch_cross_entropy)
 @refuse_scripting
 def cross_entropy(
     input: Tensor,
@@ -98,9 +99,11 @@ def cross_entropy(
         tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight):
-        loss: Tensor = handle_torch_function(
+        loss: Tensor = overrides.ask_handlers(
             cross_entropy,
+            _torch_cross_entropy,
             (input, target, weight),
+            {"inplace_backward": inplace_backward},
             input,
             target,
             weight=weight,
@@ -109,7 +112,6 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            inplace_backward=inplace_backward,
         )
         return loss
     number = reduction_number(reduction, size_average, reduce)
