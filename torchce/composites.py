@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.autograd import Function
 
+from torchce.ops import BelowAutograd
 from torchce.transforms import transformed
 
 
@@ -35,7 +36,7 @@ def differentiate(
     class Differentiated(Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with BelowAutograd():
                 output = op(*arguments)
             set_up(ctx, arguments, output)
             return output
@@ -48,7 +49,7 @@ def differentiate(
             return composite(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return Differentiated.apply(*arguments)  # type: ignore[no-untyped-call]
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             return op(*arguments)
 
     _library.impl(name, kernel, "Autograd")

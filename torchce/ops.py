@@ -52,17 +52,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def below_autograd() -> AbstractContextManager[None]:
-    """Where ops are called without their autograd formulas, by those who have one of their own.
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
+"""Where ops are called without their autograd formulas, by those who have one of their own.
 
-    A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 9 us a call, a fifth of a
-    small loss; to step below it costs 0.4.
-    """
-    guard: AbstractContextManager[None] = _NO_GUARD if torch.compiler.is_compiling() else _Guard()  # Dynamo knows none
+A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 9 us a call, a fifth of a small
+loss; to step below it costs 0.4.
+"""
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """:data:`BelowAutograd`, for a backward: what Dynamo may trace, which knows no such guard and needs none."""
+    guard: AbstractContextManager[None] = _NO_GUARD if torch.compiler.is_compiling() else BelowAutograd()
     return guard
 
 
-_Guard = torch._C._AutoDispatchBelowAutograd
 _NO_GUARD = nullcontext()
 
 
@@ -92,6 +95,7 @@ def softmax_ce_forward(
 
 
 _softmax_ce_forward = _ops.softmax_ce_forward.default
+eager_softmax_ce_forward = _softmax_ce_forward._op  # what the overload wraps, a microsecond sooner; not for Dynamo
 
 
 @torch.library.register_fake("torchce::softmax_ce_forward")
@@ -273,6 +277,7 @@ def sigmoid_bce_forward(
 
 
 _sigmoid_bce_forward = _ops.sigmoid_bce_forward.default
+eager_sigmoid_bce_forward = _sigmoid_bce_forward._op
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_forward")

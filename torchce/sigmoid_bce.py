@@ -111,8 +111,9 @@ class SigmoidBCE(Function):
         ctx.save_for_backward(logits, target, weight, pos_weight)
         ctx.reduction = reduction
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
-        with ops.below_autograd():
-            return ops.sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+        with ops.BelowAutograd():
+            loss: Tensor = ops.eager_sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -138,8 +139,9 @@ def sigmoid_bce(
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    with ops.below_autograd():
-        return ops.sigmoid_bce_forward(*arguments)
+    with ops.BelowAutograd():
+        forward: Tensor = ops.eager_sigmoid_bce_forward(*arguments)
+    return forward
 
 
 # --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------

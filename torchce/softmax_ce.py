@@ -162,9 +162,10 @@ class SoftmaxCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        with ops.below_autograd():
-            loss, statistics, totals = ops.softmax_ce_forward(logits, target, weight, *options, dtype)
-        ctx.save_for_backward(logits, target, weight, statistics, totals)
+        with ops.BelowAutograd():
+            output = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
+        loss: Tensor = output[0]
+        ctx.save_for_backward(logits, target, weight, *output[1:])
         ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
         return loss
@@ -195,8 +196,9 @@ def softmax_ce(
     if differentiates and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    with ops.below_autograd():
-        return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]
+    with ops.BelowAutograd():
+        forward: Tensor = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)[0]
+    return forward
 
 
 # --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
