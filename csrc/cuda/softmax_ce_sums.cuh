@@ -35,7 +35,7 @@ struct RowSums {
   __device__ __forceinline__ void rebase(A larger) { rebase(larger, exp_in_sum(max - base(larger))); }
   __device__ __forceinline__ void rebase(A larger, A factor) {
     exponentials *= factor;
-    if constexpr (kSpread) gaps += weighted_gap(coefficients, base(max), base(larger));
+    if constexpr (kSpread) gaps += weighted_gap(coefficients, max, base(larger));
     max = larger;
   }
 
