@@ -79,19 +79,19 @@ WEIGHTS: dict[str, Callable[[int], Tensor]] = {
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("kind", [*KINDS, "sparse_probability"])
 def test_every_place(device: str, kind: str, dtype: torch.dtype, layout: str | None, classes: int) -> None:
     """Loss and gradients, infinite and NaN where the formulas are."""
     logits = logits_of(classes, layout, dtype, device)
     target, options = problem(kind, logits)
-    for weight in WEIGHTS.values():
-        options["weight"] = weight(classes).to(device, dtype)
+    for name in WEIGHTS if classes <= 1000 else ("first", "middle", "many"):
+        options["weight"] = WEIGHTS[name](classes).to(device, dtype)
         loss = check_softmax_ce(logits, target, reduction="none", target_grad=kind != "smoothed", **options)
-        if dtype in (torch.float64, torch.float32):  # in 16 bits, log p is 0 for torch where it is near 0
+        if dtype != torch.bfloat16:  # in which log p is 0 for torch where it is near 0
             theirs = F.cross_entropy(logits, target, reduction="none", **options)
-            assert (loss.isposinf() == theirs.isposinf()).all()
-            assert (loss.isneginf() == theirs.isneginf()).all()
+            assert loss.isposinf().tolist() == theirs.isposinf().tolist()
+            assert loss.isneginf().tolist() == theirs.isneginf().tolist()
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -128,7 +128,7 @@ def test_other_classes_without_smoothing(device: str, layout: str | None, classe
 @pytest.mark.parametrize("kind", KINDS)
 def test_minus_infinite_logits(device: str, kind: str, layout: str | None, classes: int) -> None:
     """Masked classes in front, before there is any maximum, of infinite weight, of a finite one and of none."""
-    logits = logits_of(classes, layout, torch.float32, device)
+    logits = logits_of(classes, layout, torch.float32, device) - 1e4
     logits[:, : classes // 2] = -INF
     target, options = problem(kind, logits)
     masked = {"infinity": INF, "finite": 1.0, "large": 1e36}
@@ -145,16 +145,20 @@ def test_minus_infinite_logits(device: str, kind: str, layout: str | None, class
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_certain_class(device: str, kind: str, layout: str | None, classes: int) -> None:
-    """Where log p is rounded to 0, infinity times it is NaN, as in torch; another class's infinity is none the less."""
+    """Where log p is rounded to 0, infinity times it is NaN for torch; the limit is infinite, as for other classes."""
     logits = logits_of(classes, layout, torch.float32, device)
     logits[:, 0] = 1000.0
     target, options = problem(kind, logits)
-    for name, expected in (("first", math.nan), ("last", INF)):
+    for name in ("first", "middle", "last"):
         options["weight"] = WEIGHTS[name](classes).to(device, torch.float32)
         loss = torchce.functional.cross_entropy(logits, target, reduction="none", **options)
         theirs = F.cross_entropy(logits, target, reduction="none", **options)
-        torch.testing.assert_close(loss, theirs, equal_nan=True)
-        assert bool(loss[0].isnan()) == math.isnan(expected)
+        if kind == "smoothed":
+            certain = target == 0  # its own loss has no sum
+            assert loss.isnan().tolist() == (certain & (name == "first")).tolist()
+            loss, theirs = loss[~certain & (target != -100)], theirs[~certain & (target != -100)]
+        assert bool((loss == INF).all())
+        assert bool((theirs.isnan() if name == "first" else theirs == INF).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)

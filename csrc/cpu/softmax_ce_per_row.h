@@ -151,12 +151,13 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
     const V log_sum = math::log(sums.exponentials.lanes(w));
     V v{};
     if constexpr (Target::kProbabilities) {
-      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum, A(rows.classes));
     } else {
       const auto target = targets->coefficients(w);
       v = hot_loss(target.hot, hot_logits.lanes(w), sums.max.lanes(w), log_sum);
       if constexpr (Target::kSpread) {
-        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum,
+                         targets->classes);
       }
       v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
       weight_sum.add(targets->weight.lanes(w));

@@ -31,13 +31,10 @@ TORCHCE_HD V probability_coefficient(V target, V weight, A label_smoothing, A cl
   return weight * (target * (A(1) - label_smoothing) + label_smoothing / classes);
 }
 
-// u_k (x_k - max), where 0 wins over infinity: a class that the target excludes costs nothing, however unlikely it is,
-// and the largest logit has no gap, however much its class weighs. A NaN logit shows in log_sum, a NaN coefficient in
-// the sum of the coefficients.
+// u_k (x_k - max), with 0 * -inf = 0: a class that the target excludes costs nothing, however unlikely it is.
 template <class V>
 TORCHCE_HD V weighted_gap(V coefficient, V x, V max) {
-  const V product = coefficient * (x - max);
-  return math::select(product == product, product, V{});
+  return math::select(coefficient == V{}, V{}, coefficient * (x - max));
 }
 
 // h (lse - x_y), with 0 * inf = 0. A row with a NaN has a NaN log_sum, which must show even under h = 0.
@@ -48,15 +45,14 @@ TORCHCE_HD V hot_loss(V hot, V x_y, V max, V log_sum) {
 
 // b sum_k u_k (lse - x_k), from U = sum_k u_k and G = sum_k u_k (x_k - max)
 //
-// An infinite U has an infinite u_k, whose lse - x_k > 0 makes the loss infinite. G is then finite where only the
-// largest logit has such a u_k, and else of no use: while its terms were against an earlier maximum, they may have been
-// infinite with either sign. So may they be where 16 U is beyond the largest number, which is why such a U counts as
-// infinite. (What remains is an infinite u_k at a lse - x_k that was rounded to 0: NaN.)
-template <class V>
-TORCHCE_HD V spread_loss(V uniform, V sum_coefficients, V sum_gaps, V log_sum) {
-  const V scaled = sum_coefficients * 16.0f, loss = sum_coefficients * log_sum - sum_gaps;
-  const auto infinite = (scaled - scaled != V{}) & (sum_gaps - sum_gaps != V{});
-  return uniform * math::select(infinite, scaled * math::kInfinityF + log_sum, loss);
+// An infinite u_k makes the loss infinite: lse - x_k > 0, but for a single class. The formula gives NaN where G met
+// infinity times a gap of 0, or, while its terms were against an earlier maximum, infinities of both signs. Products
+// with a gap may be such infinities where 16 U is beyond the largest number; then the loss would be too.
+template <class V, class A>
+TORCHCE_HD V spread_loss(V uniform, V sum_coefficients, V sum_gaps, V log_sum, A classes) {
+  const V loss = sum_coefficients * log_sum - sum_gaps, scaled = sum_coefficients * 16.0f;
+  const auto infinite = (loss != loss) & (scaled - scaled != V{});
+  return uniform * math::select(infinite, scaled * (classes - A(1)) + log_sum, loss);  // of a NaN it is NaN
 }
 
 // p_j times whatever the row multiplies it with: scale = grad_output * A / sum
