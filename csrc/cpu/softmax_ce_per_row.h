@@ -236,7 +236,8 @@ struct Factors {
     const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
       const auto target = targets->coefficients(w);
-      const V g = grad_output.lanes(w), of_all = g * target.uniform;
+      const V g = grad_output.lanes(w), product = g * target.uniform;
+      const V of_all = math::select(product == product, product, V{});  // NaN where g is infinite and uniform is 0
       hot.set(w, plain(target.hot * g));
       spread.set(w, of_all);
       scale.set(w, plain((target.hot * g + of_all * class_weights) / sum.lanes(w)));
