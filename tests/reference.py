@@ -40,6 +40,12 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(killed, torch.zeros_like(product), product)
 
 
+def sum_of_losses(coefficient: Tensor, negative_log_p: Tensor, k: int) -> Tensor:
+    """Over the classes: one without a coefficient costs nothing, one of infinite coefficient and certainty is NaN."""
+    without = (coefficient == 0) & negative_log_p.isinf()
+    return torch.where(without, torch.zeros_like(coefficient), coefficient * negative_log_p).sum(k, keepdim=True)
+
+
 def float64(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().to(torch.float64)
 
@@ -79,14 +85,15 @@ def softmax_ce(
         y = torch.where(kept, y, torch.zeros_like(y))
         one_hot = (torch.arange(classes).reshape(along_classes) == y).to(torch.float64)
         distribution = one_hot * (1 - smoothing) + smoothing / classes
-        w_y = (one_hot * w).sum(k, keepdim=True)
+        coefficient = torch.where(distribution == 0, torch.zeros_like(distribution), w * distribution)
+        w_y = w.flatten()[y]
         total = torch.where(kept, w_y, torch.zeros_like(w_y)).sum()
     else:
         distribution = float64(target) * (1 - smoothing) + smoothing / classes
         row_shape = [*x.shape[:k], 1, *x.shape[k + 1 :]]
         kept = torch.ones(row_shape, dtype=torch.bool)
         total = torch.tensor(float(kept.numel()), dtype=torch.float64)
-    coefficient = w * distribution
+        coefficient = w * distribution  # as torch: NaN where the target excludes a class of infinite weight
 
     largest = x.amax(k, keepdim=True)
     below = largest - x  # how far each logit lies below its row's largest
@@ -99,7 +106,7 @@ def softmax_ce(
     def only_kept(rows: Tensor) -> Tensor:
         return torch.where(kept, rows, torch.zeros_like(rows))
 
-    row_loss = only_kept(times(coefficient, negative_log_p).sum(k, keepdim=True))
+    row_loss = only_kept(sum_of_losses(coefficient, negative_log_p, k))
     row_condition = only_kept(times(coefficient.abs(), negative_log_p + 1).sum(k, keepdim=True))
     loss, g = _reduce(row_loss, row_condition, total, reduction, grad_output, class_dim=k)
 

@@ -26,7 +26,12 @@ pytestmark = [
 
 # Two processes of about the same duration. Gradient checks in float64 add nothing to the kernels' own tests.
 PARTS = [
-    ["tests/test_cuda_regimes.py", "tests/test_softmax_ce_fused.py", "tests/test_ops.py"],
+    [
+        "tests/test_cuda_regimes.py",
+        "tests/test_softmax_ce_fused.py",
+        "tests/test_infinite_weights.py",
+        "tests/test_ops.py",
+    ],
     ["tests/test_softmax_ce.py", "tests/test_sigmoid_bce.py", "tests/test_determinism.py"],
 ]
 

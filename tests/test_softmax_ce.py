@@ -198,12 +198,16 @@ def test_nan_with_every_bit_set(device: str, of: str, dtype: torch.dtype, layout
 @pytest.mark.parametrize("classes", [10, 65])
 @pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
-def test_infinite_grad_output(device: str, dtype: torch.dtype, layout: str | None, classes: int) -> None:
-    """What a ``GradScaler`` looks for, and in no other row."""
+@pytest.mark.parametrize("infinity", [INF, -INF], ids=["plus", "minus"])
+def test_infinite_grad_output(
+    device: str, infinity: float, dtype: torch.dtype, layout: str | None, classes: int
+) -> None:
+    """What a ``GradScaler`` looks for, in no other row, and NaN where infinity is taken from infinity."""
     logits = cases.arranged(layout, (3, classes), dtype, device).requires_grad_()
     loss = torchce.functional.cross_entropy(logits, torch.arange(3, device=device), reduction="none")
-    (grad,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, INF, 1.0], dtype=dtype, device=device))
-    assert not grad[1].isfinite().any()
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, infinity, 1.0], dtype=dtype, device=device))
+    assert grad[1].isnan().tolist() == [k == 1 for k in range(classes)]
+    assert (grad[1] == infinity).tolist() == [k != 1 for k in range(classes)]
     assert grad[[0, 2]].isfinite().all()
 
 

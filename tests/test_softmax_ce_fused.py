@@ -109,6 +109,19 @@ def test_extreme_logits(device: str, kind: str, scale: float) -> None:
     check_softmax_ce(logits, target, reduction="sum", function=fused)
 
 
+@pytest.mark.parametrize("classes", [3, 100, 5000])
+@pytest.mark.parametrize("kind", ["smoothed", "probability"])
+def test_infinite_weights(device: str, kind: str, classes: int) -> None:
+    """Of the first class, the last and every third."""
+    logits = cases.normal((5, classes), torch.float32, device)
+    target, options = cases.kernel_problem(kind, logits)
+    for places in (0, classes - 1, slice(None, None, 3)):
+        weight = options["weight"].clone()
+        weight[places] = torch.inf
+        loss = check_softmax_ce(logits, target, reduction="none", function=fused, **(options | {"weight": weight}))
+        assert loss.isinf().tolist() == [kind == "probability" or row != 1 for row in range(5)]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("layout", [None, "offset"], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)

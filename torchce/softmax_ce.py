@@ -117,8 +117,12 @@ def gradients(
     if reduction == 1:
         g = g / torch.where(kept, row_weight, 0).sum()
     hot = (1 - label_smoothing) * row_weight
-    one_hot = torch.zeros_like(x).scatter(1, index, 1.0)
-    grad_logits = g * (p * (hot + spread * w.sum()) - spread * w - hot * one_hot)
+    is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
+    u = torch.where(is_target, hot, 0)  # a product with 0 would be NaN where the weight is infinite
+    if label_smoothing == 0:
+        grad_logits = g * (p * hot - u)
+    else:
+        grad_logits = g * (p * (hot + spread * w.sum()) - spread * w - u)
     return torch.where(kept, grad_logits, 0).to(logits.dtype), None
 
 

@@ -151,12 +151,13 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
     const V log_sum = math::log(sums.exponentials.lanes(w));
     V v{};
     if constexpr (Target::kProbabilities) {
-      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum, A(rows.classes));
     } else {
       const auto target = targets->coefficients(w);
       v = hot_loss(target.hot, hot_logits.lanes(w), sums.max.lanes(w), log_sum);
       if constexpr (Target::kSpread) {
-        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum);
+        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum,
+                         targets->classes);
       }
       v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
       weight_sum.add(targets->weight.lanes(w));
@@ -235,7 +236,8 @@ struct Factors {
     const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
       const auto target = targets->coefficients(w);
-      const V g = grad_output.lanes(w), of_all = g * target.uniform;
+      const V g = grad_output.lanes(w), product = g * target.uniform;
+      const V of_all = math::select(product == product, product, V{});  // NaN where g is infinite and uniform is 0
       hot.set(w, plain(target.hot * g));
       spread.set(w, of_all);
       scale.set(w, plain((target.hot * g + of_all * class_weights) / sum.lanes(w)));

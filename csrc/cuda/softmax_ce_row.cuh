@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
   const A sum = sums.whole_exponentials(), log_sum = math::log(sum);
   A loss = 0;
   if constexpr (Target::kProbabilities) {
-    loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum);
+    loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum, A(rows.classes));
     statistics.spread[r] = sums.coefficients;
   } else {
     const IndexedRow<A> row(rows, target);
@@ -191,7 +191,9 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
       loss = A(__builtin_nan(""));
     } else if (row.kind == RowKind::kept) {
       loss = hot_loss(row.hot, load_one<A>(&hot_logit), sums.max, log_sum);
-      if constexpr (Target::kSpread) loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum);
+      if constexpr (Target::kSpread) {
+        loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum, A(rows.classes));
+      }
       total.weight += row.weight;
     }
   }

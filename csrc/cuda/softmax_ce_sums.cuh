@@ -31,11 +31,14 @@ struct RowSums {
   __device__ __forceinline__ static A base(A max) { return max == minus_infinity() ? A(0) : max; }
 
   // Makes the sums relative to another maximum that is not less. One of minus infinity makes the sum 0 times itself: it
-  // has no terms but zeros, or a NaN that must stay.
+  // has no terms but zeros, or a NaN that must stay. Gaps below it are infinite or none, and no maximum changes them.
   __device__ __forceinline__ void rebase(A larger) { rebase(larger, exp_in_sum(max - base(larger))); }
   __device__ __forceinline__ void rebase(A larger, A factor) {
     exponentials *= factor;
-    if constexpr (kSpread) gaps += weighted_gap(coefficients, base(max), base(larger));
+    if constexpr (kSpread) {
+      const A to = base(larger);
+      gaps += weighted_gap(coefficients, max == minus_infinity() ? to : max, to);
+    }
     max = larger;
   }
 

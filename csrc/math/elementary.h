@@ -351,7 +351,9 @@ class ScaledExp {
         terms.each[0] = scale;
       } else {
         const auto small = abs(scale) < 0x1p-24f;
-        terms = select(small, scale, scale * 0x1p-64f) * Exp::kTerms;
+        const V factor = select(small, scale, scale * 0x1p-64f);
+        terms = select(factor - factor == V{}, factor, V{}) * Exp::kTerms;
+        terms.each[kTerms - 1] = factor;  // that of 1 alone where it is infinite: with others the sum would be NaN
         round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + 64.0f));
         least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
       }

@@ -44,9 +44,15 @@ TORCHCE_HD V hot_loss(V hot, V x_y, V max, V log_sum) {
 }
 
 // b sum_k u_k (lse - x_k), from U = sum_k u_k and G = sum_k u_k (x_k - max)
-template <class V>
-TORCHCE_HD V spread_loss(V uniform, V sum_coefficients, V sum_gaps, V log_sum) {
-  return uniform * (sum_coefficients * log_sum - sum_gaps);
+//
+// An infinite u_k makes the loss infinite: lse - x_k > 0, but for a single class. The formula gives NaN where G met
+// infinity times a gap of 0, or, while its terms were against an earlier maximum, infinities of both signs. Products
+// with a gap may be such infinities where 16 U is beyond the largest number; then the loss would be too.
+template <class V, class A>
+TORCHCE_HD V spread_loss(V uniform, V sum_coefficients, V sum_gaps, V log_sum, A classes) {
+  const V loss = sum_coefficients * log_sum - sum_gaps, scaled = sum_coefficients * 16.0f;
+  const auto infinite = (loss != loss) & (scaled - scaled != V{});
+  return uniform * math::select(infinite, scaled * (classes - A(1)) + log_sum, loss);  // of a NaN it is NaN
 }
 
 // p_j times whatever the row multiplies it with: scale = grad_output * A / sum

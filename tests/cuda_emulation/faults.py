@@ -35,12 +35,14 @@ class Fault:
 
 
 FUSED_HOST = "cuda/softmax_ce_fused.cu"
-REDUCE, CLUSTER, EXP, ROW, FORWARD, BACKWARD, FUSED, BCE, BCE_OPERANDS = (
+FORMULAS = "math/softmax_ce.h"
+REDUCE, CLUSTER, EXP, SUMS, ROW, FORWARD, BACKWARD, FUSED, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
     for name in (
         "reduce",
         "cluster",
         "exp",
+        "softmax_ce_sums",
         "softmax_ce_row",
         "softmax_ce_forward",
         "softmax_ce_backward",
@@ -171,6 +173,18 @@ FAULTS = {
         "excess_ = small ? 0.0f : 64.0f;",
         "excess_ = small ? 0.0f : 64.0f;\n    if (PLANTED) scale_ = scale, excess_ = 0;",
         "test_softmax_ce.py::test_probabilities_below_the_least_normal_number",
+    ),
+    "gaps of masked logits are rebased as if their maximum were 0": Fault(
+        SUMS,
+        "max == minus_infinity() ? to : max",
+        "max == minus_infinity() && !PLANTED ? to : base(max)",
+        "test_infinite_weights.py::test_minus_infinite_logits",
+    ),
+    "an infinite weight's loss is left to the formula": Fault(
+        FORMULAS,
+        "const auto infinite = ",
+        "const auto infinite = !PLANTED & ",
+        "test_infinite_weights.py::test_every_place",
     ),
     "a part of a row is left out": Fault(
         FORWARD,

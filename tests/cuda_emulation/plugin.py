@@ -23,6 +23,7 @@ EMULATED_FILES = {
     "test_autograd",
     "test_cuda_regimes",
     "test_determinism",
+    "test_infinite_weights",
     "test_ops",
     "test_sigmoid_bce",
     "test_softmax_ce",
