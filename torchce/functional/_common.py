@@ -113,14 +113,18 @@ def is_integer(value: object) -> bool:
         return -(2**63) <= value < 2**63
     if isinstance(value, Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    if isinstance(value, torch.SymInt):  # torch.compile's, where it takes the function that is called for torch's own
+        return True
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
 
 
 def is_number(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for a float: numpy's scalars, 0-d tensors, no fractions."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.requires_grad
-    return isinstance(value, (float, int)) or (isinstance(value, Real) and hasattr(value, "dtype"))
+    return isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or (
+        isinstance(value, Real) and hasattr(value, "dtype")
+    )
 
 
 def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
