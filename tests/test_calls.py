@@ -28,10 +28,11 @@ def test_calls_are_counted_while_patched() -> None:
     with patch_torch():
         for _ in range(3):
             F.cross_entropy(logits, target)
+            torch.func.grad(torchce.functional.cross_entropy)(logits.detach(), target)  # not by torch's name
         F.binary_cross_entropy_with_logits(logits, logits.detach().sigmoid())
         with patch_torch():
             nn.CrossEntropyLoss()(logits, target)
-        torchce.functional.cross_entropy(logits, target)  # not by torch's name
+        torchce.functional.cross_entropy(logits, target)
         with pytest.raises(ValueError, match="target"):
             F.cross_entropy(logits, target[:2])
     F.cross_entropy(logits, target)
@@ -90,6 +91,23 @@ def test_a_handler_that_leaves_the_answer_to_the_function_took_a_kernel() -> Non
     with patch_torch(), torch.overrides.BaseTorchFunctionMode():
         F.cross_entropy(logits, target)
     assert torchce.patch_torch.calls()["cross_entropy"] == (1, {})
+
+
+class Unwrapping(Tensor):
+    """Answers by a loss of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is TORCHS:
+            return F.cross_entropy(args[0].as_subclass(Tensor) * 2, args[1])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_call_inside_a_handler_is_one_of_its_own() -> None:
+    logits, target = problem()
+    with patch_torch():
+        F.cross_entropy(logits.detach().as_subclass(Unwrapping), target)
+    assert torchce.patch_torch.calls()["cross_entropy"] == (1, {"answered by a __torch_function__ handler": 1})
 
 
 def test_calls_in_threads() -> None:

@@ -75,6 +75,10 @@ for dynamic in (None, True):
     )
     check(model, 4)
     assert ops() == [1] * 4
+    traced = torchce.patch_torch.calls()
+    check(model, 4)
+    assert torchce.patch_torch.calls() == traced  # counted when it is traced, and never again
+    assert all(calls.kernel and not calls.other for calls in traced.values())
     check(model, 7)
     check(model, 9)
     assert ops() == ([0] * 4 if dynamic else [1] * 4)  # the first other size makes a dynamic graph
@@ -95,6 +99,25 @@ for dynamic in (None, True):
     patch = torchce.patch_torch()  # between two calls of what is compiled
     check(model, 4)
     assert ops() == [1] * 4
+
+# Options that are arguments, and numbers in the graph.
+def options(x, y, ignore_index, label_smoothing):
+    return F.cross_entropy(x, y, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+for dynamic in (None, True):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        options, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
+    for ignore_index, label_smoothing in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        x, y, _ = problem(6)
+        loss = compiled(x.requires_grad_(), y, ignore_index, label_smoothing)
+        loss.backward()
+        expected_loss = torchs[0](x, y, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(x.grad, torch.autograd.grad(expected_loss, x)[0])
+    assert graphs and all("softmax_ce" in code for code in graphs)
+    graphs.clear()
 
 for backend in ("eager", "aot_eager", "inductor"):
     torch._dynamo.reset()
