@@ -145,10 +145,9 @@ def test_a_traced_gradient_has_its_own(loss: type[torch.nn.Module], kind: str, o
     logits = cases.normal((ROWS, CLASSES), torch.float32, "cpu", scale=2)
 
     def gradient(x: Tensor) -> Tensor:
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf), leaf)[0]
+        return torch.autograd.grad(function(x), x)[0]
 
-    graph = make_fx(gradient)(logits)
+    graph = make_fx(gradient)(logits.clone().requires_grad_())
     x = logits.clone().requires_grad_()
     (traced,) = torch.autograd.grad(graph(x).square().sum(), x)
     (first,) = torch.autograd.grad(function(x), x, create_graph=True)
@@ -163,10 +162,9 @@ def test_a_traced_gradient_of_the_target_has_its_own(loss: str) -> None:
     target = target_of("probability").double()
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        leaf = y.detach().requires_grad_()
-        return torch.autograd.grad(function(x, leaf), leaf)[0]
+        return torch.autograd.grad(function(x, y), y)[0]
 
-    graph = make_fx(gradient)(logits, target)
+    graph = make_fx(gradient)(logits, target.clone().requires_grad_())
     x, y = logits.clone().requires_grad_(), target.clone().requires_grad_()
     (traced,) = torch.autograd.grad(graph(x, y).square().sum(), x)
     (first,) = torch.autograd.grad(function(x, y), y, create_graph=True)

@@ -118,12 +118,10 @@ def gradients(
         g = g / torch.where(kept, row_weight, 0).sum()
     hot = (1 - label_smoothing) * row_weight
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
-    u = torch.where(is_target, hot, 0)  # a product with 0 would be NaN where the weight is infinite
-    if label_smoothing == 0:
-        grad_logits = g * (p * hot - u)
-    else:
-        grad_logits = g * (p * (hot + spread * w.sum()) - spread * w - u)
-    return torch.where(kept, grad_logits, 0).to(logits.dtype), None
+    grad_logits = p * hot - torch.where(is_target, hot, 0)  # a product with 0 would be NaN where hot is infinite
+    if label_smoothing != 0:
+        grad_logits = grad_logits + spread * (p * w.sum() - w)
+    return torch.where(kept, g * grad_logits, 0).to(logits.dtype), None
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
