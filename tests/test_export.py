@@ -155,6 +155,31 @@ def test_a_traced_gradient_has_its_own(loss: type[torch.nn.Module], kind: str, o
     torch.testing.assert_close(traced, expected)
 
 
+SOFT_TARGET = torch.linspace(0, 1, ROWS * CLASSES, dtype=torch.float64).view(ROWS, CLASSES)
+ENTANGLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "ce, upstream of the loss": lambda x: ours.cross_entropy(x, torch.tensor([0, 1, 2, 0]), reduction="none").square(),
+    "bce, upstream of the loss": lambda x: ours.binary_cross_entropy_with_logits(x, SOFT_TARGET).exp(),
+    "ce, target of the logits": lambda x: ours.cross_entropy(x, x.softmax(1)),
+    "bce, target of the logits": lambda x: ours.binary_cross_entropy_with_logits(x, x.sigmoid()),
+    "bce, one tensor twice": lambda x: ours.binary_cross_entropy_with_logits(x, x),
+}
+
+
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_a_traced_gradient_of_arguments_that_hang_together(name: str) -> None:
+    """Each argument of a backward op gets its own derivative, though one is computed from another."""
+    logits = cases.normal((ROWS, CLASSES), torch.float64, "cpu", scale=2)
+
+    def gradient(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(ENTANGLED[name](leaf).sum(), leaf)[0]
+
+    graph = make_fx(gradient)(logits)
+    x = logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(graph, x)
+    assert torch.autograd.gradgradcheck(graph, x)
+
+
 @pytest.mark.parametrize("loss", ["probability", "bce"])
 def test_a_traced_gradient_of_the_target_has_its_own(loss: str) -> None:
     function = ours.binary_cross_entropy_with_logits if loss == "bce" else ours.cross_entropy

@@ -70,10 +70,14 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
         arguments = [next(tensors) if argument is Tensor else argument for argument in ctx.arguments]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
+            # Views of their own: one argument may be computed from another, or be the same tensor, and each gradient
+            # is to stop at its argument.
+            needs_grad = ctx.needs_input_grad
+            arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, needs_grad, strict=True)]
+            wanted = [argument for argument, needed in zip(arguments, needs_grad, strict=True) if needed]
             result = formula(*arguments)
             found = iter(torch.autograd.grad(result, wanted, grad_output, create_graph=create_graph, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        return tuple(next(found) if needed else None for needed in needs_grad)
 
     differentiate(name, formula, set_up, backward)
 

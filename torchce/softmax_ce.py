@@ -215,7 +215,9 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Ten
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # autograd's word for zero, where gradients are not materialized
+        return (None,) * 7
     if ctx.needs_input_grad[2]:
         raise RuntimeError("weight: expected a tensor that does not require grad: no gradient leads to it here")
     return *_backward(ctx, grad_loss), None, None, None, None, None
