@@ -10,7 +10,9 @@ import pytest
 import torch
 from cases import dtype_id
 from comparison import assert_bitwise_equal
+from functorch.compile import aot_function, nop
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchce
 from torchce import ops
@@ -217,6 +219,31 @@ def test_what_lies_beside_the_logits_is_not_copied(device: str, loss: str, monke
     monkeypatch.setattr(Tensor, "clone", lambda self: pytest.fail("copied"))
     (grad,) = torch.autograd.grad(value, logits)
     assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["aot", "fake", "symbolic"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_traced_graph_overwrites_nothing(loss: str, mode: str) -> None:
+    """A tracer's tensors have no memory in which to look for what is shared."""
+    function, leaf, target = problem(loss, "cpu")
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        logits = x * 1
+        weight = logits.detach()[0].exp()
+        return function(logits, y, weight, inplace_backward=True)
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(total(x, y), x)[0]
+
+    expected = gradient(leaf, target)
+    if mode == "aot":
+        (grad,) = torch.autograd.grad(aot_function(total, nop)(leaf, target), leaf)
+    else:
+        graph = make_fx(gradient, tracing_mode=mode)(leaf.detach(), target)
+        assert not any("backward_." in str(node.target) for node in graph.graph.nodes)
+        grad = graph(leaf.detach(), target)
+    assert_bitwise_equal(grad, expected)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded_rows", "strided"])

@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torchce import ops
 from torchce.transforms import is_batched
 
 
-def applies(inplace_backward: bool) -> bool:
-    """Whether the gradient is to overwrite the logits. In a compiled graph it is the compiler that plans the memory."""
-    return inplace_backward and not torch.compiler.is_compiling()
+def applies(logits: Tensor) -> bool:
+    """Whether the gradient can overwrite ``logits`` where it is asked to.
+
+    Not in a compiled graph, whose compiler plans the memory, nor of tensors without memory of their own, as tracers use
+    them: which arguments share it cannot be seen then.
+    """
+    return not (torch.compiler.is_compiling() or isinstance(logits, (FakeTensor, FunctionalTensor)))
 
 
 def refusal(logits: Tensor, rows: bool) -> str | None:
@@ -47,7 +52,7 @@ def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _is_in_the_way(tensor: Tensor, logits: Tensor) -> bool:
-    if isinstance(logits, FakeTensor) or logits.is_meta or 0 in (tensor.numel(), logits.numel()):
+    if logits.is_meta or 0 in (tensor.numel(), logits.numel()):
         return False
     begin, end = _extent(tensor)
     logits_begin, logits_end = _extent(logits)

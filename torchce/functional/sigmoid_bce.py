@@ -105,7 +105,7 @@ def binary_cross_entropy_with_logits(
     if problem is not None:
         arguments = (input, target, weight, None, None, REDUCTION_NAMES[number], pos_weight)
         return explain(problem, _torch_bce_with_logits, *arguments)
-    inplace_backward = inplace.applies(inplace_backward)
+    inplace_backward = inplace_backward and inplace.applies(input)
     if inplace_backward and (refusal := inplace.refusal(input, rows=False)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 

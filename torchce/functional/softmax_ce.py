@@ -127,7 +127,7 @@ def cross_entropy(
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, REDUCTION_NAMES[number], label_smoothing)
         return explain(problem, _torch_cross_entropy, *arguments)
-    inplace_backward = inplace.applies(inplace_backward)
+    inplace_backward = inplace_backward and inplace.applies(input)
     if inplace_backward and (refusal := inplace.refusal(input, rows=True)) is not None:
         raise RuntimeError(f"inplace_backward=True: {refusal}")
 
