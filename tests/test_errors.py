@@ -102,8 +102,13 @@ def test_reduction(call: Callable[..., Call], reduction: Any) -> None:
     assert_as_torch(call(X, target, reduction=reduction), re.escape(f"{reduction} is not a valid value for reduction"))
 
 
+class Whole(int):
+    """An int whose type is not int."""
+
+
 INTEGERS = [2**63, -(2**63) - 1, 2**63 - 1, -(2**63), 10**30, 1.0, "1", None, True, 1j, Decimal(1), Fraction(1)]
 INTEGERS += [numpy.int64(1), numpy.uint8(1), numpy.float32(1), numpy.array([1]), numpy.array([1, 2])]
+INTEGERS += [numpy.uint64(2**63), Whole(2**63), Whole(1), torch.tensor(2**63, dtype=torch.uint64)]
 INTEGERS += [torch.tensor(1), torch.tensor(1.0), torch.tensor([1, 2]), [1]]
 
 
@@ -115,7 +120,7 @@ def test_ignore_index(value: Any) -> None:
 NUMBERS = [numpy.array([0.1]), numpy.array([0.1, 0.2]), numpy.array(0.1), [0.1], Decimal("0.1"), Fraction(1, 10), "0.1"]
 NUMBERS += [numpy.float32(0.1), numpy.float64(0.1), numpy.float16(0.1), numpy.int64(1), numpy.bool_(True), None, 1j]
 NUMBERS += [True, 1, 0, 2, -0.5, 1.5, float("inf"), float("nan"), torch.tensor(0.1), torch.tensor([0.1]), (0.1,)]
-NUMBERS += [torch.tensor(0.1, requires_grad=True)]
+NUMBERS += [torch.tensor(0.1, requires_grad=True), torch.tensor(0.1 + 1j), torch.tensor(1)]
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)

@@ -21,6 +21,7 @@ from torchce.sizes import are_numbers, known
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
 SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 FLOATS = SIXTEEN_BITS | {torch.float32, torch.float64}
+_INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})  # that fit in int64
 CHECKS_TARGETS = os.environ.get("TORCHCE_CHECK_TARGETS") == "1"
 REDUCTION_NAMES = ("none", "mean", "sum")
 _REDUCTIONS = {name: number for number, name in enumerate(REDUCTION_NAMES)}
@@ -109,10 +110,8 @@ def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **k
 
 def is_integer(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for an int: numpy's scalars and 0-d tensors, but no bool."""
-    if type(value) is int:
-        return -(2**63) <= value < 2**63
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        return value.dim() == 0 and value.dtype in _INTEGERS
     if isinstance(value, torch.SymInt):  # torch.compile's, where it takes the function that is called for torch's own
         return True
     return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
@@ -121,7 +120,7 @@ def is_integer(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for a float: numpy's scalars, 0-d tensors, no fractions."""
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.requires_grad
+        return value.dim() == 0 and not (value.requires_grad or value.is_complex())
     return isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or (
         isinstance(value, Real) and hasattr(value, "dtype")
     )
