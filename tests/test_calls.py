@@ -110,6 +110,22 @@ def test_a_call_inside_a_handler_is_one_of_its_own() -> None:
     assert torchce.patch_torch.calls()["cross_entropy"] == (1, {"answered by a __torch_function__ handler": 1})
 
 
+def test_a_call_that_raises_in_a_handler_leaves_its_reason() -> None:
+    logits, target = problem()
+
+    class Trying(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not TORCHS:
+                return func(*args, **(kwargs or {}))
+            with pytest.raises(ValueError, match="target"):
+                F.cross_entropy(logits, target[:2])
+            return 42
+
+    with patch_torch(), Trying():
+        F.cross_entropy(logits, target)
+    assert torchce.patch_torch.calls()["cross_entropy"] == (0, {"answered by a __torch_function__ handler": 1})
+
+
 def test_calls_in_threads() -> None:
     logits, target = problem()
     with patch_torch():

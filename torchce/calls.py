@@ -49,7 +49,7 @@ def _while_tracing(function: _Function) -> _Function:
 
 @_while_tracing
 def begin() -> str | None:
-    """A call begins. Returns, for :func:`count`, the reason of the call in whose handler it happens."""
+    """A call begins. Returns, for the function that ends it, the reason of the call in whose handler it happens."""
     outer = _thread.reason
     _thread.reason = None
     return outer
@@ -79,6 +79,12 @@ def count(loss: str, outer: str | None) -> None:
     """The call that has begun ended with an answer."""
     with _lock:
         _counts[loss, _thread.reason] += 1
+    _thread.reason = outer
+
+
+@_while_tracing
+def abandon(outer: str | None) -> None:
+    """The call that has begun raised: it does not count, and the reason of the one around it is as it was."""
     _thread.reason = outer
 
 

@@ -58,7 +58,11 @@ def _wrapper(name: str, torchs: overrides.Loss, ours: overrides.Loss, found: ove
         if not _patched:
             return found(*args, **kwargs)
         outer = calls.begin()
-        loss = ours(*args, **kwargs)
+        try:
+            loss = ours(*args, **kwargs)
+        except BaseException:
+            calls.abandon(outer)
+            raise
         calls.count(name, outer)
         return loss
 
