@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import torchce
+from torchce import _C
 
 PACKAGE = Path(torchce.__file__).parent
 
@@ -34,7 +35,7 @@ def words_of_the_import(folder: Path, *path: Path) -> str:
 def test_source_that_hides_an_installed_package(checkout: Path, tmp_path: Path) -> None:
     installed = tmp_path / "site-packages" / "torchce"
     installed.mkdir(parents=True)
-    (installed / next(PACKAGE.glob("_C.*.so")).name).touch()
+    (installed / Path(_C.__file__).name).touch()
     words = words_of_the_import(checkout, tmp_path / "nowhere", installed.parent)
     assert words == (
         f"{checkout / 'torchce'} is torchce's source without compiled kernels, and hides the installed torchce at "
