@@ -63,11 +63,39 @@ def test_under_patch_torch(loss: type[torch.nn.Module], tmp_path: Path) -> None:
     torch.testing.assert_close(run(tmp_path / "model.onnx", data, target), model(data, target).detach())
 
 
-@pytest.mark.parametrize(("loss", "kind", "options"), PROBLEMS, ids=IDS)
-def test_the_decomposition_is_the_op(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+def shaped(shape: str, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, target) of that shape, with 3 classes, from a target for rows of them."""
+    logits = cases.normal((ROWS, 3), torch.float32, "cpu", scale=2)
+    if shape == "unbatched":
+        return logits[0], target[0]
+    if shape == "images":
+        logits, target = (tensor[..., None, None] * torch.ones(2, 5, dtype=tensor.dtype) for tensor in (logits, target))
+    return logits, target
+
+
+@pytest.mark.parametrize("kind", ["int64", "probability"])
+@pytest.mark.parametrize("shape", ["unbatched", "images"])
+def test_other_shapes_of_logits(shape: str, kind: str, tmp_path: Path) -> None:
+    model, (logits, target) = torchce.CrossEntropyLoss(label_smoothing=0.1), shaped(shape, target_of(kind))
+    export(model, (logits, target), tmp_path / "model.onnx", dynamo=True)
+    torch.testing.assert_close(run(tmp_path / "model.onnx", logits, target), model(logits, target))
+
+
+# BCE's weights here are one for each of three columns, which images have not.
+SHAPED = [
+    (*problem, shape)
+    for problem in PROBLEMS
+    for shape in ("rows", "unbatched", "images")
+    if shape != "images" or problem[0] is torchce.CrossEntropyLoss
+]
+
+
+@pytest.mark.parametrize(("loss", "kind", "options", "shape"), SHAPED)
+def test_the_decomposition_is_the_op(
+    loss: type[torch.nn.Module], kind: str, options: dict[str, Any], shape: str
+) -> None:
     """Every result, what is kept for backward included."""
-    module, target = loss(**options), target_of(kind)
-    logits = cases.normal((*target.shape[:1], 3), torch.float32, "cpu", scale=2)
+    module, (logits, target) = loss(**options), shaped(shape, target_of(kind))
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.get("reduction", "mean")]
     if loss is torchce.CrossEntropyLoss:
         op = torch.ops.torchce.softmax_ce_forward.default

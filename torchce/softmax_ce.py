@@ -240,7 +240,7 @@ def _decomposition(
     else:
         is_class = (target >= 0) & (target < w.numel()) & (target != ignore_index)
         divisor = torch.where(is_class, w[torch.where(is_class, target, 0).to(torch.int64)], 0).sum()
-    return loss, torch.stack(statistics).flatten(1), torch.stack([divisor, w.sum()])
+    return loss, torch.stack([rows.flatten() for rows in statistics]), torch.stack([divisor, w.sum()])
 
 
 def _gradient(*saved: Any) -> Tensor:
