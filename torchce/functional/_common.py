@@ -110,6 +110,8 @@ def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **k
 
 def is_integer(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for an int: numpy's scalars and 0-d tensors, but no bool."""
+    if type(value) is int:  # an abstract class takes longer to ask
+        return -(2**63) <= value < 2**63
     if isinstance(value, Tensor):
         return value.dim() == 0 and value.dtype in _INTEGERS
     if isinstance(value, torch.SymInt):  # torch.compile's, where it takes the function that is called for torch's own
