@@ -190,9 +190,8 @@ def find_toolkit(environ: Mapping[str, str], conventional: str = "/usr/local/cud
         roots += re.findall(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
     for root in (Path(os.path.realpath(root)) for root in roots if root):
         nvcc = root / "bin" / "nvcc"
-        if os.path.isfile(root / "include" / "cuda_runtime.h") and os.path.isfile(
-            nvcc
-        ):  # False for what is not readable
+        # Not Path's own is_file, which raises for a folder that may not be read.
+        if all(map(os.path.isfile, (root / "include" / "cuda_runtime.h", nvcc))):
             release = re.search(r"release (\d+\.\d+)", answer_of(nvcc, "--version")[1])
             archs = re.findall(r"compute_(\d+)(\d)\b", answer_of(nvcc, "--list-gpu-arch")[1])
             if release is not None:

@@ -111,8 +111,8 @@ def test_an_exported_program_trains_its_optimizer_steps(loss: str) -> None:
             model(data, target).backward()
             optimizer.step()
         results.append([parameter.detach() for parameter in model.parameters()])
-    for ours_, theirs in zip(*results, strict=True):
-        assert_bitwise_equal(ours_, theirs)
+    for eager, traced in zip(*results, strict=True):
+        assert_bitwise_equal(eager, traced)
 
 
 def function_of(loss: type[torch.nn.Module], target: Tensor, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -237,7 +237,7 @@ def test_script_says_that_it_cannot(make: Callable[[], Any]) -> None:
             torch.jit.script(make())
 
 
-def test_trace_records_torchs_loss(tmp_path: Path) -> None:
+def test_trace_records_torchs_operations(tmp_path: Path) -> None:
     """A trace is a graph of torch's own operations and runs where torchce is not installed."""
     model, (logits, target) = Model(), problem("cross_entropy_index")
     with warnings.catch_warnings():

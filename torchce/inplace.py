@@ -35,7 +35,7 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
 
 
 def _is_view_of_a_leaf(tensor: Tensor) -> bool:
-    base = tensor._base  # of a view of a view, too, the tensor that is none
+    base = tensor._base  # never a view itself: a view of a view has the first tensor for its base
     return base is not None and base.is_leaf and base.requires_grad
 
 

@@ -40,7 +40,7 @@ class _Name:
         setattr(F, self.name, self.wrapper)
 
     def enter_again(self) -> None:
-        """Another library's function over the wrapper stays; what was found, put back too early, does not."""
+        """Puts the wrapper back where somebody restored what was found; another library's function over it stays."""
         if getattr(F, self.name) is self.found:
             setattr(F, self.name, self.wrapper)
 
