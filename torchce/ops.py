@@ -8,7 +8,6 @@ float64 logits, else float32. Schemas are in ``csrc/schemas.h``; the ops check w
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -58,15 +57,6 @@ BelowAutograd = torch._C._AutoDispatchBelowAutograd
 A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 9 us a call, a fifth of a small
 loss; to step below it costs 0.4.
 """
-
-
-def below_autograd() -> AbstractContextManager[None]:
-    """:data:`BelowAutograd`, for a backward: what Dynamo may trace, which knows no such guard and needs none."""
-    guard: AbstractContextManager[None] = _NO_GUARD if torch.compiler.is_compiling() else BelowAutograd()
-    return guard
-
-
-_NO_GUARD = nullcontext()
 
 
 def softmax_ce_forward(
@@ -136,6 +126,7 @@ def softmax_ce_backward(
 
 
 _softmax_ce_backward = _ops.softmax_ce_backward.default
+eager_softmax_ce_backward = _softmax_ce_backward._op
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward")
@@ -299,6 +290,7 @@ def sigmoid_bce_backward(
 
 
 _sigmoid_bce_backward = _ops.sigmoid_bce_backward.default
+eager_sigmoid_bce_backward = _sigmoid_bce_backward._op
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_backward")

@@ -81,13 +81,16 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     if differentiates_backward(*saved[:-1]):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    with ops.below_autograd():
+    if torch.compiler.is_compiling():  # compiled autograd: Dynamo knows no guard, and needs none
+        grad_target = ops.sigmoid_bce_backward_target(*saved) if needs_target else None
+        return ops.sigmoid_bce_backward(*saved) if needs_logits else None, grad_target
+    with ops.BelowAutograd():
         if needs_target:  # first: the logits it reads may be overwritten next
             grad_target = ops.sigmoid_bce_backward_target(*saved)
         if not needs_logits:
             pass
         elif overwritten is None:
-            grad_logits = ops.sigmoid_bce_backward(*saved)
+            grad_logits = ops.eager_sigmoid_bce_backward(*saved)
         else:
             ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
             grad_logits = overwritten.mark(logits)

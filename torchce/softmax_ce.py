@@ -137,14 +137,17 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     saved = (grad_output, logits, target, weight, statistics, totals)
-    with ops.below_autograd():
+    reduction, _, label_smoothing = options
+    if torch.compiler.is_compiling():  # compiled autograd: Dynamo knows no guard, and needs none
+        grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing) if needs_target else None
+        return ops.softmax_ce_backward(*saved, *options) if needs_logits else None, grad_target
+    with ops.BelowAutograd():
         if needs_target:  # first: the logits it reads may be overwritten next
-            reduction, _, label_smoothing = options
             grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
         if not needs_logits:
             pass
         elif overwritten is None:
-            grad_logits = ops.softmax_ce_backward(*saved, *options)
+            grad_logits = ops.eager_softmax_ce_backward(*saved, *options)
         else:
             ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
             grad_logits = overwritten.mark(logits)

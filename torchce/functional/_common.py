@@ -15,7 +15,7 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.parameter import Buffer, Parameter
 
 from torchce import calls, ops
-from torchce.sizes import are_numbers, known
+from torchce.sizes import known
 
 # Those whose operations are a plain tensor's: FunctionalTensor is what AOTAutograd traces with.
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
@@ -128,14 +128,15 @@ def is_number(value: object) -> bool:
     )
 
 
-def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs."""
+def has_shape(tensor: Tensor, wanted: Sequence[int], exact: bool) -> bool:
+    """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs.
+
+    ``exact``: no size is a symbol (:func:`torchce.sizes.are_numbers`, asked once for a whole call).
+    """
     shape = tensor.shape
-    if len(shape) != len(wanted):
-        return False
-    if are_numbers(shape, wanted):
+    if exact:
         return shape == wanted
-    return not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
+    return len(shape) == len(wanted) and not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
 
 
 def broadcasts_to(tensor: Tensor, wanted: Sequence[int]) -> bool:

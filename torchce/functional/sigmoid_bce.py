@@ -23,6 +23,7 @@ from torchce.functional._common import (
     requires_grad,
 )
 from torchce.sigmoid_bce import sigmoid_bce
+from torchce.sizes import are_numbers
 
 _torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchce.patch_torch cannot lead back here
 _MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
@@ -133,7 +134,7 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if not isinstance(target, Tensor) or not have_kernels(input, target, weight, pos_weight):
         return no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
-    if not has_shape(target, input.shape):
+    if not has_shape(target, input.shape, are_numbers(input.shape, target.shape)):
         return f"target: expected the input's shape {list(input.shape)}, got {list(target.shape)}"
     if target.is_complex():
         return f"target: expected a real dtype, got {target.dtype}"

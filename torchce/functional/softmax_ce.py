@@ -26,7 +26,7 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
-from torchce.sizes import known
+from torchce.sizes import are_numbers, known
 from torchce.softmax_ce import softmax_ce
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
@@ -179,10 +179,11 @@ def _cross_entropy_problem(
     shape = input.shape
     if not shape:
         return "input: expected at least one dimension, got a scalar"
+    exact = are_numbers(shape, target.shape)
     classes = shape[0] if len(shape) == 1 else shape[1]
     if known(classes == 0):
         return f"input: expected at least one class, got shape {list(shape)}"
-    if has_shape(target, shape):
+    if has_shape(target, shape, exact):
         if not target.is_floating_point():
             return f"target: expected floating point probabilities for the input's shape, got {target.dtype}"
         if target.dtype not in FLOATS and not autocasts(input):
@@ -191,7 +192,7 @@ def _cross_entropy_problem(
             return f"ignore_index: expected none with probabilities, got {ignore_index}"
     else:
         index_shape = shape[1:] if len(shape) == 1 else shape[:1] + shape[2:]
-        if not has_shape(target, index_shape):
+        if not has_shape(target, index_shape, exact):
             return (
                 f"target: expected class indices of shape {list(index_shape)} or "
                 f"probabilities of shape {list(shape)}, got shape {list(target.shape)}"
@@ -200,7 +201,7 @@ def _cross_entropy_problem(
             return f"target: expected class indices of dtype int64, int32 or uint8, got {target.dtype}"
         if requires_grad(weight):
             return "weight: expected one that does not require grad beside class indices"
-    if weight is not None and not (has_shape(weight, (classes,)) and weight.is_floating_point()):
+    if weight is not None and not (has_shape(weight, (classes,), exact) and weight.is_floating_point()):
         return f"weight: expected a floating point tensor of shape [{classes}], got {weight.dtype} {list(weight.shape)}"
     if not label_smoothing <= 1.0:
         return f"label_smoothing: expected at most 1.0, got {label_smoothing}"
