@@ -116,6 +116,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda leaf: leaf.view(SHAPE[1], SHAPE[0]).t(),
     "chunk": lambda leaf: torch.cat([leaf, leaf]).detach().requires_grad_().chunk(2)[1].view(SHAPE),
     "alias": lambda leaf: torch.ops.aten.alias(leaf).view(SHAPE),
+    "of a leaf that is a slice": lambda leaf: (
+        torch.cat([leaf, leaf]).detach()[: leaf.numel()].requires_grad_().view(SHAPE)
+    ),
+    "of a leaf that is a chunk": lambda leaf: torch.cat([leaf, leaf]).detach().chunk(2)[1].requires_grad_().view(SHAPE),
+    "of a leaf that is detached": lambda leaf: leaf.detach()[:].requires_grad_().view(-1).view(SHAPE),
 }
 
 
@@ -125,7 +130,7 @@ def test_a_view_of_a_leaf_is_refused(device: str, loss: str, view: str) -> None:
     """Of a view, of a slice, of a parameter: the gradient would overwrite the leaf's own values."""
     function, leaf, target = problem(loss, device)
     parameter = torch.nn.Parameter(leaf.detach().flatten())
-    logits = VIEWS[view](parameter)
+    logits = VIEWS[view](parameter).view(SHAPE)
     before = logits.detach().clone()
     with pytest.raises(RuntimeError, match="inplace_backward=True: input is a view of a leaf that requires grad"):
         function(logits, target, inplace_backward=True)

@@ -254,3 +254,55 @@ def test_gradient_of_a_weight_beside_probabilities() -> None:
     p, t = torch.log_softmax(problem.logits.double(), 1), problem.target.double()
     expected = -torch.where(t == 0, 0, t * p).sum(0) / len(t)
     torch.testing.assert_close(gradient.double(), expected)
+
+
+WRONG: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
+    "integer logits": (torch.ones(4, 3, dtype=torch.int64), torch.tensor([0, 1, 2, 0]), {}),
+    "bool logits": (torch.ones(4, 3, dtype=torch.bool), torch.tensor([0, 1, 2, 0]), {}),
+    "complex logits": (torch.ones(4, 3, dtype=torch.complex64), torch.tensor([0, 1, 2, 0]), {}),
+    "float8 logits": (torch.ones(4, 3).to(torch.float8_e5m2), torch.tensor([0, 1, 2, 0]), {}),
+    "integer target of the logits' shape": (torch.ones(4, 3), torch.zeros(4, 3, dtype=torch.int64), {}),
+    "too few rows": (torch.ones(4, 3), torch.tensor([0, 1]), {}),
+    "one row for an unbatched input": (torch.ones(3), torch.tensor([0]), {}),
+    "rows for an unbatched input": (torch.ones(3), torch.tensor([0, 1, 2]), {}),
+    "smoothing beyond 1": (torch.ones(4, 3), torch.tensor([0, 1, 2, 0]), {"label_smoothing": 1.5}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("transform", ["functionalize", "vmap", "vmap_target", "grad", "jvp", "dual", "trace"])
+def test_wrong_arguments_are_refused_inside_as_outside(transform: str, name: str) -> None:
+    """Torch's class of error, or torch's value where torch has one."""
+    logits, target, options = WRONG[name]
+
+    def call(function: Callable[..., Tensor]) -> Any:
+        def loss(x: Tensor) -> Tensor:
+            return function(x, target, **options)
+
+        if transform == "functionalize":
+            return torch.func.functionalize(loss)(logits)
+        if transform == "vmap":
+            return vmap(loss)(torch.stack([logits, logits]))
+        if transform == "vmap_target":
+            return vmap(lambda y: function(logits, y, **options))(torch.stack([target, target]))
+        if transform == "grad":
+            return grad(loss)(logits)
+        if transform == "jvp":
+            return jvp(loss, (logits,), (logits,))
+        if transform == "dual":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, logits)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(loss, logits, check_trace=False)(logits)
+
+    results: list[Any] = []
+    for function in (ours.cross_entropy, torch.nn.functional.cross_entropy):
+        try:
+            results.append(call(function))
+        except Exception as error:
+            results.append(error)
+    if isinstance(results[1], Exception):
+        assert type(results[0]) is type(results[1]), results
+    else:
+        torch.testing.assert_close(results[0], results[1])

@@ -14,10 +14,10 @@ from torchce.ops import BelowAutograd
 from torchce.transforms import transformed
 
 
-def times(coefficient: Tensor, surprise: Tensor) -> Tensor:
-    """``coefficient * surprise`` with 0 * inf = 0, in every derivative too; ``surprise`` is at least 0, or NaN."""
-    finite = surprise.clamp(max=torch.finfo(surprise.dtype).max)
-    return coefficient * torch.where(coefficient == 0, finite, surprise)
+def times(coefficient: Tensor, log_p: Tensor) -> Tensor:
+    """``coefficient * log_p`` with 0 * inf = 0, in every derivative too; ``log_p`` is at most 0, or NaN."""
+    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
+    return coefficient * torch.where(coefficient == 0, finite, log_p)
 
 
 def differentiate(

@@ -35,8 +35,17 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
 
 
 def _is_view_of_a_leaf(tensor: Tensor) -> bool:
-    base = tensor._base  # never a view itself: a view of a view has the first tensor for its base
-    return base is not None and base.is_leaf and base.requires_grad
+    """Whether a leaf's memory lies below a view of it, or a view of such a view; the leaf may be a view itself."""
+    if tensor._base is None:
+        return False
+    node = tensor.grad_fn
+    while node is not None:
+        leaf = getattr(node, "variable", None)  # where the gradients of a leaf arrive
+        if leaf is not None:
+            return _overlap(leaf, tensor)
+        inputs = [function for function, _ in node.next_functions if function is not None]
+        node = inputs[0] if len(inputs) == 1 else None  # a view has one input
+    return False
 
 
 def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -54,12 +63,16 @@ def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _is_in_the_way(tensor: Tensor, logits: Tensor) -> bool:
     if logits.is_meta or 0 in (tensor.numel(), logits.numel()):
         return False
-    begin, end = _extent(tensor)
-    logits_begin, logits_end = _extent(logits)
-    if end <= logits_begin or logits_end <= begin:
+    if not _overlap(tensor, logits):
         return False
     same_elements = (tensor.dtype, tensor.shape, tensor.stride()) == (logits.dtype, logits.shape, logits.stride())
-    return not (same_elements and begin == logits_begin)
+    return not (same_elements and tensor.data_ptr() == logits.data_ptr())
+
+
+def _overlap(tensor: Tensor, other: Tensor) -> bool:
+    begin, end = _extent(tensor)
+    other_begin, other_end = _extent(other)
+    return begin < other_end and other_begin < end
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
 """Where ops are called without their autograd formulas, by those who have one of their own.
 
-A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 9 us a call, a fifth of a small
+A formula (:func:`torchce.composites.differentiate`) is written in Python and costs 5 us a call, a fifth of a small
 loss; to step below it costs 0.4.
 """
 

@@ -34,7 +34,7 @@ def composite(
     acc = ops.accumulation_dtype(logits.dtype)
     x, t = logits.to(acc), target.to(acc)
     positive = t if pos_weight is None else pos_weight * t
-    loss = times(positive, -F.logsigmoid(x)) + times(1 - t, -F.logsigmoid(-x))
+    loss = -(times(positive, F.logsigmoid(x)) + times(1 - t, F.logsigmoid(-x)))
     if weight is not None:
         loss = weight * loss
     loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss

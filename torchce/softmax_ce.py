@@ -40,30 +40,31 @@ def composite(
     x = logits.to(acc)
     class_dim = min(1, x.dim() - 1)
     along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
-    w = None if weight is None else weight.to(acc)
-    w_along = x.new_ones(()) if w is None else w.view(along_classes)
+    w = None if weight is None else weight.to(acc).view(along_classes)
+    spread = label_smoothing / x.shape[class_dim]
 
     if target.is_floating_point():
-        surprise = -torch.log_softmax(x, class_dim)
-        rows = times((1 - label_smoothing) * w_along * target.to(acc), surprise).sum(class_dim)
+        u = target.to(acc)
         if label_smoothing != 0:
-            rows = rows + label_smoothing * times(w_along, surprise).mean(class_dim)
+            u = (1 - label_smoothing) * u + spread
+        rows = -times(u if w is None else w * u, torch.log_softmax(x, class_dim)).sum(class_dim)
         loss = rows.mean() if reduction == 1 else rows.sum() if reduction == 2 else rows
         return loss.to(dtype or logits.dtype)
 
     index = target.to(torch.int64)
     kept = index != ignore_index
-    surprise = -torch.log_softmax(torch.where(kept.unsqueeze(class_dim), x, 0), class_dim)
+    log_p = torch.log_softmax(torch.where(kept.unsqueeze(class_dim), x, 0), class_dim)
     is_class = (index >= 0) & (index < x.shape[class_dim])
     a_class = torch.where(is_class, index, 0)
     # Here a bad index raises on the CPU. Elsewhere it would take the process with it: its row becomes NaN instead.
-    rows = F.nll_loss(-surprise, index if x.is_cpu else a_class, ignore_index=ignore_index, reduction="none")
+    rows = F.nll_loss(log_p, index if x.is_cpu else a_class, ignore_index=ignore_index, reduction="none")
     row_weight = kept.to(acc)
     if w is not None:
-        row_weight = w_along.expand_as(x).gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
-    rows = times((1 - label_smoothing) * row_weight, rows)
+        row_weight = w.expand_as(x).gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
+    rows = -times((1 - label_smoothing) * row_weight, -rows)
     if label_smoothing != 0:
-        rows = rows + label_smoothing * times(w_along, surprise).mean(class_dim)
+        of_all = spread * log_p if w is None else times(spread * w, log_p)
+        rows = rows - of_all.sum(class_dim)
     rows = torch.where(kept, rows if x.is_cpu else torch.where(is_class, rows, torch.nan), 0)
     loss = rows if reduction == 0 else rows.sum()
     if reduction == 1:
@@ -118,10 +119,11 @@ def gradients(
         g = g / torch.where(kept, row_weight, 0).sum()
     hot = (1 - label_smoothing) * row_weight
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
-    grad_logits = p * hot - torch.where(is_target, hot, 0)  # a product with 0 would be NaN where hot is infinite
+    h = g * hot
+    grad_logits = p * h - torch.where(is_target, h, 0)  # a product with 0 would be NaN where h is infinite
     if label_smoothing != 0:
-        grad_logits = grad_logits + spread * (p * w.sum() - w)
-    return torch.where(kept, g * grad_logits, 0).to(logits.dtype), None
+        grad_logits = grad_logits + g * spread * (p * w.sum() - w)
+    return torch.where(kept, grad_logits, 0).to(logits.dtype), None
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -168,12 +170,11 @@ class SoftmaxCE(Function):
         inplace_backward: bool,
     ) -> Tensor:
         with ops.BelowAutograd():
-            output = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
-        loss: Tensor = output[0]
-        ctx.save_for_backward(logits, target, weight, *output[1:])
+            loss, statistics, totals = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
+        ctx.save_for_backward(logits, target, weight, statistics, totals)
         ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
-        return loss
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -192,13 +193,24 @@ def softmax_ce(
 ) -> Tensor:
     """The loss of checked inputs, as :func:`torchce.ops.softmax_ce_forward` takes them, differentiable."""
     options = (reduction, ignore_index, label_smoothing)
-    differentiates = torch.is_grad_enabled()
-    if transformed(logits, target, weight) or (differentiates and weight is not None and weight.requires_grad):
+    if (weight is not None and weight.requires_grad and torch.is_grad_enabled()) or transformed(logits, target, weight):
         calls.note_composite()
         return composite(logits, target, weight, *options, dtype)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
         return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]
-    if differentiates and (logits.requires_grad or target.requires_grad):
+    return eager_softmax_ce(logits, target, weight, options, dtype, inplace_backward)
+
+
+def eager_softmax_ce(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    dtype: torch.dtype | None,
+    inplace_backward: bool,
+) -> Tensor:
+    """The loss where nothing transforms or compiles it, of inputs that may be unchecked: the op checks them."""
+    if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
     with ops.BelowAutograd():

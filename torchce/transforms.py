@@ -20,14 +20,21 @@ def in_functorch() -> bool:
 in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def may_be_transformed() -> bool:
+    """Whether :func:`transformed` could be true of some tensor; not for what Dynamo traces."""
+    return _functorch_level() is not None or _is_tracing() or forward_ad._current_level >= 0
+
+
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether what is computed from ``tensors`` must consist of torch's own operations: inside a ``torch.func``
     transform, in ``torch.jit.trace``, and where one of them carries a forward-mode tangent."""
     if torch.compiler.is_compiling():  # Dynamo traces none of the questions below
         return in_functorch() or forward_ad._current_level >= 0
+    if not may_be_transformed():
+        return False
     if _functorch_level() is not None or _is_tracing():
         return True
-    return forward_ad._current_level >= 0 and any(  # a level that is open may be another thread's
+    return any(  # a level that is open may be another thread's
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )
 
@@ -40,7 +47,9 @@ def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
     backward, grad mode is on as well, but what it traces is the first derivative only. A batched backward
     (``is_grads_batched=True``) is none of these: torch runs the kernels once for each gradient of the batch.
     """
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or transformed(grad_output, *saved)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return True
+    return transformed(grad_output, *saved)
 
 
 def is_batched(grad_output: Tensor) -> bool:

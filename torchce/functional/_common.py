@@ -121,6 +121,8 @@ def is_integer(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether torch's argument parser takes ``value`` for a float: numpy's scalars, 0-d tensors, no fractions."""
+    if type(value) is float:
+        return True
     if isinstance(value, Tensor):
         return value.dim() == 0 and not (value.requires_grad or value.is_complex())
     return isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or (
@@ -128,14 +130,16 @@ def is_number(value: object) -> bool:
     )
 
 
-def has_shape(tensor: Tensor, wanted: Sequence[int], exact: bool) -> bool:
+def has_exact_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
+    return tensor.shape == wanted
+
+
+def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
     """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs.
 
-    ``exact``: no size is a symbol (:func:`torchce.sizes.are_numbers`, asked once for a whole call).
+    Where all sizes are numbers (:func:`torchce.sizes.are_numbers`), :func:`has_exact_shape` knows it sooner.
     """
     shape = tensor.shape
-    if exact:
-        return shape == wanted
     return len(shape) == len(wanted) and not any(known(a != b) for a, b in zip(shape, wanted, strict=True))
 
 

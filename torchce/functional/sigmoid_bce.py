@@ -14,6 +14,7 @@ from torchce.functional._common import (
     autocasts,
     broadcasts_to,
     explain,
+    has_exact_shape,
     has_shape,
     have_kernels,
     no_kernels,
@@ -134,7 +135,9 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if not isinstance(target, Tensor) or not have_kernels(input, target, weight, pos_weight):
         return no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
-    if not has_shape(target, input.shape, are_numbers(input.shape, target.shape)):
+    shape = input.shape
+    fits = has_exact_shape if are_numbers(shape, target.shape) else has_shape
+    if not fits(target, shape):
         return f"target: expected the input's shape {list(input.shape)}, got {list(target.shape)}"
     if target.is_complex():
         return f"target: expected a real dtype, got {target.dtype}"

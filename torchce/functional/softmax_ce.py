@@ -16,6 +16,7 @@ from torchce.functional._common import (
     SIXTEEN_BITS,
     autocasts,
     explain,
+    has_exact_shape,
     has_shape,
     have_kernels,
     is_integer,
@@ -27,7 +28,8 @@ from torchce.functional._common import (
     requires_grad,
 )
 from torchce.sizes import are_numbers, known
-from torchce.softmax_ce import softmax_ce
+from torchce.softmax_ce import eager_softmax_ce, softmax_ce
+from torchce.transforms import may_be_transformed
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
@@ -117,7 +119,7 @@ def cross_entropy(
     number = reduction_number(reduction, size_average, reduce)
     if weight is None and not inplace_backward and _looks_plain(input, target, ignore_index, label_smoothing):
         try:
-            return softmax_ce(input, target, None, number, ignore_index, label_smoothing, None, False)
+            return eager_softmax_ce(input, target, None, (number, ignore_index, label_smoothing), None, False)
         except RuntimeError:
             problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
             if problem is None:  # a saved tensor's hook raised it, say
@@ -180,10 +182,11 @@ def _cross_entropy_problem(
     if not shape:
         return "input: expected at least one dimension, got a scalar"
     exact = are_numbers(shape, target.shape)
+    fits = has_exact_shape if exact else has_shape
     classes = shape[0] if len(shape) == 1 else shape[1]
-    if known(classes == 0):
+    if classes == 0 if exact else known(classes == 0):
         return f"input: expected at least one class, got shape {list(shape)}"
-    if has_shape(target, shape, exact):
+    if fits(target, shape):
         if not target.is_floating_point():
             return f"target: expected floating point probabilities for the input's shape, got {target.dtype}"
         if target.dtype not in FLOATS and not autocasts(input):
@@ -192,7 +195,7 @@ def _cross_entropy_problem(
             return f"ignore_index: expected none with probabilities, got {ignore_index}"
     else:
         index_shape = shape[1:] if len(shape) == 1 else shape[:1] + shape[2:]
-        if not has_shape(target, index_shape, exact):
+        if not fits(target, index_shape):
             return (
                 f"target: expected class indices of shape {list(index_shape)} or "
                 f"probabilities of shape {list(shape)}, got shape {list(target.shape)}"
@@ -201,7 +204,7 @@ def _cross_entropy_problem(
             return f"target: expected class indices of dtype int64, int32 or uint8, got {target.dtype}"
         if requires_grad(weight):
             return "weight: expected one that does not require grad beside class indices"
-    if weight is not None and not (has_shape(weight, (classes,), exact) and weight.is_floating_point()):
+    if weight is not None and not (fits(weight, (classes,)) and weight.is_floating_point()):
         return f"weight: expected a floating point tensor of shape [{classes}], got {weight.dtype} {list(weight.shape)}"
     if not label_smoothing <= 1.0:
         return f"label_smoothing: expected at most 1.0, got {label_smoothing}"
@@ -228,4 +231,5 @@ def _looks_plain(input: Tensor, target: Tensor, ignore_index: int, label_smoothi
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0
         and not torch._C._is_any_autocast_enabled()
+        and not may_be_transformed()
     )
