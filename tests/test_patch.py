@@ -267,6 +267,13 @@ def test_torchscript_is_not_reached(name: str) -> None:
         assert not is_ours(scripted(logits, target))
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_a_patch_is_not_copied(copied: Any) -> None:
+    """A copy would let go of a hold that it does not have."""
+    with patch_torch() as patch, pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copied(patch)
+
+
 # --- torch's modules and torchce's ------------------------------------------------------------------------------------
 
 

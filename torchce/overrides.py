@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
+    _get_overridable_functions,
     _pop_mode,
     _push_mode,
     handle_torch_function,
@@ -95,6 +96,9 @@ def ask_handlers(
     """
     defaults = ours.__kwdefaults__ or {}
     used = {name: value for name, value in own.items() if value is not defaults[name]}
+    if used:
+        index = _get_overridable_functions()[1]  # where torch.overrides.resolve_name looks
+        index.setdefault(ours, f"torchce.functional.{ours.__name__}")
     if used or torch.compiler.is_compiling() or any(isinstance(argument, Proxy) for argument in relevant):
         return handle_torch_function(ours, relevant, *args, **kwargs, **used)
     top = _get_current_function_mode()

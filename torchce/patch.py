@@ -143,6 +143,11 @@ class patch_torch:
                 self._holds -= 1
                 _release()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a patch_torch cannot be copied or pickled: a copy would let go of a hold that it does not have"
+        )
+
     @staticmethod
     def calls() -> dict[str, calls.Calls]:
         """What became of the calls since torch was last patched, for each loss.
