@@ -31,6 +31,8 @@ COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # No -march: the kernels choose among SIMD levels at run time (csrc/cpu/levels.h).
 HOST_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 HOST_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+# Where a hot loop lies costs up to a quarter of its time, and any change elsewhere moves it.
+HOST_FLAGS += ["-falign-functions=64", "-falign-loops=32"]
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
 

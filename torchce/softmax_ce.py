@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
 from torchce.composites import decompose_by, differentiate, differentiate_by, times
-from torchce.transforms import differentiates_backward, transformed
+from torchce.transforms import can_be_read, differentiates_backward, transformed
 
 Options = tuple[int, int, float]
 """reduction, ignore_index and label_smoothing, as the ops take them."""
@@ -34,7 +34,7 @@ def composite(
     """The loss of :func:`torchce.ops.softmax_ce_forward` from differentiable operations (``csrc/math/softmax_ce.h``).
 
     An ignored row's logits are masked before the softmax, not its loss after: a NaN or an infinity among them would
-    still reach the second derivatives.
+    still reach the second derivatives. Where there is none, the pass over all logits is spared, if that can be seen.
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x = logits.to(acc)
@@ -53,7 +53,9 @@ def composite(
 
     index = target.to(torch.int64)
     kept = index != ignore_index
-    log_p = torch.log_softmax(torch.where(kept.unsqueeze(class_dim), x, 0), class_dim)
+    if not (can_be_read(target) and bool(kept.all())):
+        x = torch.where(kept.unsqueeze(class_dim), x, 0)
+    log_p = torch.log_softmax(x, class_dim)
     is_class = (index >= 0) & (index < x.shape[class_dim])
     a_class = torch.where(is_class, index, 0)
     # Here a bad index raises on the CPU. Elsewhere it would take the process with it: its row becomes NaN instead.

@@ -52,6 +52,19 @@ def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
     return transformed(grad_output, *saved)
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether a program may depend on the values of ``tensor``: no transform has wrapped it, nothing traces it, and no
+    device has to be waited for."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not _is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def is_batched(grad_output: Tensor) -> bool:
     """In a backward: whether it was asked for with ``is_grads_batched=True``."""
     return torch._C._functorch.is_legacy_batchedtensor(grad_output)
