@@ -24,7 +24,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def words_of_the_import(folder: Path, *path: Path) -> str:
-    code = f"import sys; sys.path[0:0] = {['', *map(str, path)]}; import torchce"
+    """The error, as it is where no torchce is installed but on ``path``; the tests may run on an installed one."""
+    code = (
+        "import pathlib, sys; others = [entry for entry in sys.path if not pathlib.Path(entry, 'torchce').is_dir()]; "
+        f"sys.path[:] = {['', *map(str, path)]} + others; import torchce"
+    )
     command = [sys.executable, "-I", "-c", code]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 1
