@@ -256,7 +256,8 @@ def _decomposition(
         divisor = torch.ones_like(statistics[0]).sum()
     else:
         is_class = (target >= 0) & (target < w.numel()) & (target != ignore_index)
-        divisor = torch.where(is_class, w[torch.where(is_class, target, 0).to(torch.int64)], 0).sum()
+        weights = w.index_select(0, torch.where(is_class, target, 0).to(torch.int64).flatten())
+        divisor = torch.where(is_class.flatten(), weights, 0).sum()
     return loss, torch.stack([rows.flatten() for rows in statistics]), torch.stack([divisor, w.sum()])
 
 

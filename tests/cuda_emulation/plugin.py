@@ -60,7 +60,10 @@ class Emulation:
             namespace, _, op = name.partition("::")
             if namespace == "torchce_emulated":
                 assert hasattr(torchce.ops, f"_{op}"), f"torchce.ops has no _{op}"
-                setattr(torchce.ops, f"_{op}", getattr(torch.ops.torchce_emulated, op).default)
+                overload = getattr(torch.ops.torchce_emulated, op).default
+                setattr(torchce.ops, f"_{op}", overload)
+                if hasattr(torchce.ops, f"eager_{op}"):
+                    setattr(torchce.ops, f"eager_{op}", overload._op)
 
     def start_afresh(self) -> None:
         self.library.cuda_emulation_seed(self.initial_seed)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LOGGED_BYTES = 1 << 18  # of a step's output: its end
+LOGGED_BYTES = 3 << 16  # of a step's output: its end
 SHORTEST = 1.0  # seconds; with less time left than that no step begins
 OK, FAILED, SKIPPED, MISSING, TIMED_OUT, NOT_RUN = "ok", "FAILED", "skipped", "MISSING", "TIMED OUT", "NOT RUN"
 GOOD = (OK, SKIPPED, MISSING)
