@@ -20,6 +20,11 @@ def times(coefficient: Tensor, log_p: Tensor) -> Tensor:
     return coefficient * torch.where(coefficient == 0, finite, log_p)
 
 
+def reduced(losses: Tensor, reduction: int) -> Tensor:
+    """``losses`` themselves, their mean or their sum, by torch's number."""
+    return losses.mean() if reduction == 1 else losses.sum() if reduction == 2 else losses
+
+
 def differentiate(
     name: str,
     composite: Callable[..., Any],
@@ -82,12 +87,13 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
     differentiate(name, formula, set_up, backward)
 
 
-def decompose_by(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
-    """Lets exports to backends that know torch's own operations only, as ONNX, replace ``op`` by ``decomposition``.
+def decompose_by(name: str, decomposition: Callable[..., Any]) -> None:
+    """Lets exports to backends that know torch's own operations only, as ONNX, replace an op by ``decomposition``.
 
     They take it from the table of all decompositions. Fake tensors look there as well, before they ask for an op's
     fake, unless the op is in the table of metas too.
     """
+    op = getattr(torch.ops.torchce, name).default
     register_decomposition(op)(decomposition)
     fake = torch._library.simple_registry.singleton.find(op._schema.name).fake_impl.kernel
     register_decomposition(op, type="meta")(fake)

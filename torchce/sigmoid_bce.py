@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_by, differentiate, differentiate_by, times
+from torchce.composites import decompose_by, differentiate, differentiate_by, reduced, times
 from torchce.transforms import differentiates_backward, transformed
 
 
@@ -27,9 +27,9 @@ def composite(
     reduction: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The loss of :func:`torchce.ops.sigmoid_bce_forward` from differentiable operations, with c = pos_weight::
+    """The loss of :func:`torchce.ops.sigmoid_bce_forward` from differentiable operations.
 
-    w (c t softplus(-x) + (1 - t) softplus(x))
+    With c = pos_weight it is ``w (c t softplus(-x) + (1 - t) softplus(x))``.
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t = logits.to(acc), target.to(acc)
@@ -37,8 +37,7 @@ def composite(
     loss = -(times(positive, F.logsigmoid(x)) + times(1 - t, F.logsigmoid(-x)))
     if weight is not None:
         loss = weight * loss
-    loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
-    return loss.to(dtype or logits.dtype)
+    return reduced(loss, reduction).to(dtype or logits.dtype)
 
 
 def gradients(
@@ -165,4 +164,4 @@ def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 differentiate("sigmoid_bce_forward", composite, _set_up, _op_backward)
 differentiate_by("sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
 differentiate_by("sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
-decompose_by(torch.ops.torchce.sigmoid_bce_forward.default, composite)
+decompose_by("sigmoid_bce_forward", composite)

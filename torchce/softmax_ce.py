@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_by, differentiate, differentiate_by, times
+from torchce.composites import decompose_by, differentiate, differentiate_by, reduced, times
 from torchce.transforms import can_be_read, differentiates_backward, transformed
 
 Options = tuple[int, int, float]
@@ -48,8 +48,7 @@ def composite(
         if label_smoothing != 0:
             u = (1 - label_smoothing) * u + spread
         rows = -times(u if w is None else w * u, torch.log_softmax(x, class_dim)).sum(class_dim)
-        loss = rows.mean() if reduction == 1 else rows.sum() if reduction == 2 else rows
-        return loss.to(dtype or logits.dtype)
+        return reduced(rows, reduction).to(dtype or logits.dtype)
 
     index = target.to(torch.int64)
     kept = index != ignore_index
@@ -278,4 +277,4 @@ def _target_gradient(*saved: Any) -> Tensor:
 differentiate("softmax_ce_forward", _decomposition, _set_up, _op_backward)
 differentiate_by("softmax_ce_backward", _gradient)
 differentiate_by("softmax_ce_backward_target", _target_gradient)
-decompose_by(torch.ops.torchce.softmax_ce_forward.default, _decomposition)
+decompose_by("softmax_ce_forward", _decomposition)
