@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from torchce.ops import BelowAutograd
 from torchce.transforms import transformed
@@ -87,13 +87,17 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
     differentiate(name, formula, set_up, backward)
 
 
-def decompose_by(name: str, decomposition: Callable[..., Any]) -> None:
-    """Lets exports to backends that know torch's own operations only, as ONNX, replace an op by ``decomposition``.
+def decompose_for_onnx(name: str, decomposition: Callable[..., Any]) -> None:
+    """Has the op ``name`` traced as ``decomposition`` while ONNX is exported, which knows torch's own operations only.
 
-    They take it from the table of all decompositions. Fake tensors look there as well, before they ask for an op's
-    fake, unless the op is in the table of metas too.
+    torch's table of decompositions would tell the exporter as well; but with the variable ``CI`` in the environment,
+    Inductor refuses to call an op that has an entry there.
     """
-    op = getattr(torch.ops.torchce, name).default
-    register_decomposition(op)(decomposition)
-    fake = torch._library.simple_registry.singleton.find(op._schema.name).fake_impl.kernel
-    register_decomposition(op, type="meta")(fake)
+
+    def trace(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            with mode:
+                return decomposition(*args, **kwargs or {})
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    torch.library.register_torch_dispatch(f"torchce::{name}", ProxyTorchDispatchMode, trace, lib=_library)

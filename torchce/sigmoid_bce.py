@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_by, differentiate, differentiate_by, reduced, times
+from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
 from torchce.transforms import differentiates_backward, transformed
 
 
@@ -164,4 +164,4 @@ def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 differentiate("sigmoid_bce_forward", composite, _set_up, _op_backward)
 differentiate_by("sigmoid_bce_backward", lambda *saved: gradients(*saved)[0])
 differentiate_by("sigmoid_bce_backward_target", lambda *saved: gradients(*saved)[1])
-decompose_by("sigmoid_bce_forward", composite)
+decompose_for_onnx("sigmoid_bce_forward", composite)

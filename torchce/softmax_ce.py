@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_by, differentiate, differentiate_by, reduced, times
+from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
 from torchce.transforms import can_be_read, differentiates_backward, transformed
 
 Options = tuple[int, int, float]
@@ -277,4 +277,4 @@ def _target_gradient(*saved: Any) -> Tensor:
 differentiate("softmax_ce_forward", _decomposition, _set_up, _op_backward)
 differentiate_by("softmax_ce_backward", _gradient)
 differentiate_by("softmax_ce_backward_target", _target_gradient)
-decompose_by("softmax_ce_forward", _decomposition)
+decompose_for_onnx("softmax_ce_forward", _decomposition)
