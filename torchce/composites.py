@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from torchce.ops import BelowAutograd
+from torchce.ops import below_autograd
 from torchce.transforms import transformed
 
 
@@ -36,13 +36,12 @@ def differentiate(
     ``set_up`` and ``backward`` are what :func:`torch.library.register_autograd` takes. That has no forward mode,
     whose tangents it would drop, and is refused inside :mod:`torch.func`: there ``composite`` computes the op.
     """
-    op = getattr(torch.ops.torchce, name).default
+    op = below_autograd(getattr(torch.ops.torchce, name).default)
 
     class Differentiated(Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            with BelowAutograd():
-                output = op(*arguments)
+            output = op(*arguments)
             set_up(ctx, arguments, output)
             return output
 
@@ -54,8 +53,7 @@ def differentiate(
             return composite(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return Differentiated.apply(*arguments)  # type: ignore[no-untyped-call]
-        with BelowAutograd():
-            return op(*arguments)
+        return op(*arguments)
 
     _library.impl(name, kernel, "Autograd")
 

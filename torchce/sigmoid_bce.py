@@ -80,19 +80,18 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     if differentiates_backward(*saved[:-1]):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    if torch.compiler.is_compiling():  # compiled autograd: Dynamo knows no guard, and needs none
+    if torch.compiler.is_compiling():  # compiled autograd
         grad_target = ops.sigmoid_bce_backward_target(*saved) if needs_target else None
         return ops.sigmoid_bce_backward(*saved) if needs_logits else None, grad_target
-    with ops.BelowAutograd():
-        if needs_target:  # first: the logits it reads may be overwritten next
-            grad_target = ops.sigmoid_bce_backward_target(*saved)
-        if not needs_logits:
-            pass
-        elif overwritten is None:
-            grad_logits = ops.eager_sigmoid_bce_backward(*saved)
-        else:
-            ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
-            grad_logits = overwritten.mark(logits)
+    if needs_target:  # first: the logits it reads may be overwritten next
+        grad_target = ops.eager_sigmoid_bce_backward_target(*saved)
+    if not needs_logits:
+        pass
+    elif overwritten is None:
+        grad_logits = ops.eager_sigmoid_bce_backward(*saved)
+    else:
+        ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
+        grad_logits = overwritten.mark(logits)
     return grad_logits, grad_target
 
 
@@ -113,8 +112,7 @@ class SigmoidBCE(Function):
         ctx.save_for_backward(logits, target, weight, pos_weight)
         ctx.reduction = reduction
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
-        with ops.BelowAutograd():
-            loss: Tensor = ops.eager_sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+        loss: Tensor = ops.eager_sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
         return loss
 
     @staticmethod
@@ -141,8 +139,7 @@ def sigmoid_bce(
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    with ops.BelowAutograd():
-        forward: Tensor = ops.eager_sigmoid_bce_forward(*arguments)
+    forward: Tensor = ops.eager_sigmoid_bce_forward(*arguments)
     return forward
 
 

@@ -141,19 +141,18 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     saved = (grad_output, logits, target, weight, statistics, totals)
     reduction, _, label_smoothing = options
-    if torch.compiler.is_compiling():  # compiled autograd: Dynamo knows no guard, and needs none
+    if torch.compiler.is_compiling():  # compiled autograd
         grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing) if needs_target else None
         return ops.softmax_ce_backward(*saved, *options) if needs_logits else None, grad_target
-    with ops.BelowAutograd():
-        if needs_target:  # first: the logits it reads may be overwritten next
-            grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing)
-        if not needs_logits:
-            pass
-        elif overwritten is None:
-            grad_logits = ops.eager_softmax_ce_backward(*saved, *options)
-        else:
-            ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
-            grad_logits = overwritten.mark(logits)
+    if needs_target:  # first: the logits it reads may be overwritten next
+        grad_target = ops.eager_softmax_ce_backward_target(*saved, reduction, label_smoothing)
+    if not needs_logits:
+        pass
+    elif overwritten is None:
+        grad_logits = ops.eager_softmax_ce_backward(*saved, *options)
+    else:
+        ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
+        grad_logits = overwritten.mark(logits)
     return grad_logits, grad_target
 
 
@@ -170,8 +169,7 @@ class SoftmaxCE(Function):
         dtype: torch.dtype | None,
         inplace_backward: bool,
     ) -> Tensor:
-        with ops.BelowAutograd():
-            loss, statistics, totals = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
+        loss, statistics, totals = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
         ctx.save_for_backward(logits, target, weight, statistics, totals)
         ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
@@ -214,8 +212,7 @@ def eager_softmax_ce(
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    with ops.BelowAutograd():
-        forward: Tensor = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)[0]
+    forward: Tensor = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)[0]
     return forward
 
 

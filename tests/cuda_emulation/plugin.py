@@ -63,7 +63,7 @@ class Emulation:
                 overload = getattr(torch.ops.torchce_emulated, op).default
                 setattr(torchce.ops, f"_{op}", overload)
                 if hasattr(torchce.ops, f"eager_{op}"):
-                    setattr(torchce.ops, f"eager_{op}", overload._op)
+                    setattr(torchce.ops, f"eager_{op}", torchce.ops.below_autograd(overload))
 
     def start_afresh(self) -> None:
         self.library.cuda_emulation_seed(self.initial_seed)

@@ -117,9 +117,9 @@ def cross_entropy(
         )
         return loss
     number = reduction_number(reduction, size_average, reduce)
-    if weight is None and not inplace_backward and _looks_plain(input, target, ignore_index, label_smoothing):
+    if not inplace_backward and _looks_plain(input, target, weight, ignore_index, label_smoothing):
         try:
-            return eager_softmax_ce(input, target, None, (number, ignore_index, label_smoothing), None, False)
+            return eager_softmax_ce(input, target, weight, (number, ignore_index, label_smoothing), None, False)
         except RuntimeError:
             problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
             if problem is None:  # a saved tensor's hook raised it, say
@@ -211,7 +211,9 @@ def _cross_entropy_problem(
     return None
 
 
-def _looks_plain(input: Tensor, target: Tensor, ignore_index: int, label_smoothing: float) -> bool:
+def _looks_plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> bool:
     """Whether nothing that the op does not find out itself can be wrong with a loss of class indices.
 
     It is asked first, because a small loss takes less time than all the questions of :func:`have_kernels` and
@@ -227,9 +229,21 @@ def _looks_plain(input: Tensor, target: Tensor, ignore_index: int, label_smoothi
             if input.is_cpu
             else input.is_cuda and target.is_cuda and ops.has_cuda() and not CHECKS_TARGETS
         )
+        and (weight is None or _is_plain_weight(weight, input))
         and type(ignore_index) is int
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0
         and not torch._C._is_any_autocast_enabled()
         and not may_be_transformed()
+    )
+
+
+def _is_plain_weight(weight: Tensor, input: Tensor) -> bool:
+    """Whether the op takes ``weight`` as it is, or refuses it for its shape, which then has a problem to be named."""
+    return (
+        type(weight) is Tensor
+        and weight.dtype is ops.accumulation_dtype(input.dtype)
+        and weight.is_contiguous()
+        and not weight.requires_grad
+        and not weight.is_meta
     )
