@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import cases
@@ -13,6 +14,7 @@ from comparison import assert_bitwise_equal
 from functorch.compile import aot_function, nop
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import torchce
 from torchce import ops
@@ -109,6 +111,23 @@ def test_a_leaf_is_refused(device: str, loss: str) -> None:
     assert_bitwise_equal(leaf.detach(), before)
 
 
+class Passing(torch.autograd.Function):
+    """Hands its memory on, as a view or behind autograd's back; its other input requires grad too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor, detached: bool) -> Tensor:
+        ctx.variable = None  # a name that autograd's own nodes use
+        return x.detach() if detached else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad, grad.sum().view(1), None
+
+
+def passed(x: Tensor, detached: bool = False) -> Tensor:
+    return Passing.apply(x, torch.ones(1, device=x.device, requires_grad=True), detached)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda leaf: leaf.view(SHAPE),
     "view of a view": lambda leaf: leaf.view(SHAPE[1], SHAPE[0]).view(-1).view(SHAPE),
@@ -121,16 +140,33 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "of a leaf that is a chunk": lambda leaf: torch.cat([leaf, leaf]).detach().chunk(2)[1].requires_grad_().view(SHAPE),
     "of a leaf that is detached": lambda leaf: leaf.detach()[:].requires_grad_().view(-1).view(SHAPE),
+    "of a Function": passed,
+    "of a Function, of a view": lambda leaf: passed(leaf.view(SHAPE)),
+    "of a Function that detaches": lambda leaf: passed(leaf, detached=True),
+    "unsafe_chunk": lambda leaf: leaf.view(SHAPE).unsafe_chunk(1)[0],
+    "_unsafe_view": lambda leaf: torch.ops.aten._unsafe_view(leaf, SHAPE),
+    "of a sparse leaf": lambda leaf: values_of_leaf(leaf.detach().view(SHAPE).to_sparse(1)),
+    "of a nested leaf": lambda leaf: values_of_leaf(torch.nested.nested_tensor([leaf.detach().view(SHAPE)] * 2)),
+    "of a jagged leaf": lambda leaf: values_of_leaf(
+        torch.nested.nested_tensor([leaf.detach().view(SHAPE)] * 2, layout=torch.jagged)
+    ),
 }
 
 
+def values_of_leaf(tensor: Tensor) -> Tensor:
+    tensor = tensor.requires_grad_()
+    return (tensor.coalesce() if tensor.is_sparse else tensor).values().view(-1)[: SHAPE[0] * SHAPE[1]]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_view_of_a_leaf_is_refused(device: str, loss: str, view: str) -> None:
     """Of a view, of a slice, of a parameter: the gradient would overwrite the leaf's own values."""
     function, leaf, target = problem(loss, device)
     parameter = torch.nn.Parameter(leaf.detach().flatten())
-    logits = VIEWS[view](parameter).view(SHAPE)
+    logits = VIEWS[view](parameter)
+    logits = logits if logits.shape == SHAPE else logits.view(SHAPE)
     before = logits.detach().clone()
     with pytest.raises(RuntimeError, match="inplace_backward=True: input is a view of a leaf that requires grad"):
         function(logits, target, inplace_backward=True)
@@ -143,6 +179,57 @@ def test_a_view_of_what_is_no_leaf_is_taken(device: str, loss: str) -> None:
     (expected,) = torch.autograd.grad(function(leaf, target), leaf)
     logits = (leaf * 1).view(-1).view(SHAPE)
     (grad,) = torch.autograd.grad(function(logits, target, inplace_backward=True), leaf)
+    assert_bitwise_equal(grad, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_leaves_without_memory_or_layout(device: str, loss: str) -> None:
+    """They are compared with nothing: on meta, empty, and where a leaf is no strided tensor."""
+    function, leaf, target = problem(loss, device)
+    logits = (leaf.detach().to_sparse().requires_grad_().to_dense() * 1).view(-1).view(SHAPE)
+    function(logits, target, inplace_backward=True).backward()
+    if device == "cpu":
+        logits = leaf.detach().to_mkldnn().requires_grad_().to_dense().view(-1).view(SHAPE)
+        function(logits, target, inplace_backward=True).backward()
+    on_meta = leaf.detach().to("meta").requires_grad_()
+    function((on_meta * 1).view(-1).view(SHAPE), target.to("meta"), inplace_backward=True).backward()
+    if loss == "bce":
+        empty = torch.zeros(3, 0, requires_grad=True)
+        function((empty * 1).view(-1).view(3, 0), torch.zeros(3, 0), inplace_backward=True).backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_view_of_the_negative_is_refused(device: str, loss: str) -> None:
+    """Its memory holds other values than it does."""
+    function, leaf, target = problem(loss, device)
+    with pytest.raises(RuntimeError, match="inplace_backward=True: input is a view of its negative"):
+        function(torch._neg_view(leaf * 1), target, inplace_backward=True)
+
+
+HOOKS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "hooks": lambda total, leaf: run(total, leaf, torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)),
+    "save_on_cpu": lambda total, leaf: run(total, leaf, torch.autograd.graph.save_on_cpu()),
+    "checkpoint": lambda total, leaf: checkpoint(total, leaf, use_reentrant=False),
+}
+
+
+def run(total: Callable[[Tensor], Tensor], leaf: Tensor, context: AbstractContextManager[Any]) -> Tensor:
+    with context:
+        return total(leaf)
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_effect_where_hooks_save(device: str, loss: str, hooks: str) -> None:
+    """Autograd asks no version of what they give back: a z-loss beside it would read the gradient as logits."""
+    function, leaf, target = problem(loss, device)
+
+    def total(x: Tensor, inplace_backward: bool = True) -> Tensor:
+        logits = x * 1
+        return logits.logsumexp(1).square().mean() + function(logits, target, inplace_backward=inplace_backward)
+
+    (expected,) = torch.autograd.grad(total(leaf, inplace_backward=False), leaf)
+    (grad,) = torch.autograd.grad(HOOKS[hooks](total, leaf), leaf)
     assert_bitwise_equal(grad, expected)
 
 

@@ -8,18 +8,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchce import ops
 from torchce.transforms import is_batched
+
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def applies(logits: Tensor) -> bool:
     """Whether the gradient can overwrite ``logits`` where it is asked to.
 
     Not in a compiled graph, whose compiler plans the memory, nor of tensors without memory of their own, as tracers use
-    them: which arguments share it cannot be seen then.
+    them: which arguments share it cannot be seen then. Nor where hooks take what is saved for backward, as in a
+    checkpoint: of what they give back autograd asks no version, and who shares it would read the gradient unnoticed.
     """
-    return not (torch.compiler.is_compiling() or isinstance(logits, (FakeTensor, FunctionalTensor)))
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(logits, (FakeTensor, FunctionalTensor))
+        or _saved_tensors_hooks(False) is not None
+    )
 
 
 def refusal(logits: Tensor, rows: bool) -> str | None:
@@ -27,6 +37,8 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
     if logits.requires_grad and (logits.is_leaf or _is_view_of_a_leaf(logits)):
         what = "a leaf" if logits.is_leaf else "a view of a leaf"
         return f"input is {what} that requires grad: its own values would be lost"
+    if logits.is_neg():
+        return "input is a view of its negative: what is in memory are not its values"
     if not torch.ops.aten.is_non_overlapping_and_dense.default(logits):
         return f"input has overlapping or scattered memory (shape {list(logits.shape)}, strides {logits.stride()})"
     if rows and logits.numel() > 0 and not ops.one_stride(logits):
@@ -35,17 +47,36 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
 
 
 def _is_view_of_a_leaf(tensor: Tensor) -> bool:
-    """Whether a leaf's memory lies below a view of it, or a view of such a view; the leaf may be a view itself."""
-    if tensor._base is None:
-        return False
-    node = tensor.grad_fn
-    while node is not None:
-        leaf = getattr(node, "variable", None)  # where the gradients of a leaf arrive
-        if leaf is not None:
-            return _overlap(leaf, tensor)
+    """Whether a leaf's memory lies below a view of it, or a view of such a view; the leaf may be a view itself.
+
+    Not every view is known as one: a Function may return ``x.data``, and ``unsafe_chunk`` promises to be careful. So
+    whatever could be a view is followed to its leaves, and their memory compared.
+    """
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":  # where the gradients of a leaf arrive
+            if any(_overlap(part, tensor) for part in _parts(node.variable)):  # type: ignore[attr-defined]
+                return True
+            continue
         inputs = [function for function, _ in node.next_functions if function is not None]
-        node = inputs[0] if len(inputs) == 1 else None  # a view has one input
+        if len(inputs) == 1 or isinstance(node, BackwardCFunction):  # torch's own views have one input
+            nodes += inputs
     return False
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The strided tensors that hold the values of ``tensor``."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._values()]
+    if tensor.is_nested or tensor.layout in _COMPRESSED:
+        return [tensor.values()]
+    return [tensor] if tensor.layout == torch.strided else []
 
 
 def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,8 +92,6 @@ def apart(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _is_in_the_way(tensor: Tensor, logits: Tensor) -> bool:
-    if logits.is_meta or 0 in (tensor.numel(), logits.numel()):
-        return False
     if not _overlap(tensor, logits):
         return False
     same_elements = (tensor.dtype, tensor.shape, tensor.stride()) == (logits.dtype, logits.shape, logits.stride())
@@ -70,6 +99,8 @@ def _is_in_the_way(tensor: Tensor, logits: Tensor) -> bool:
 
 
 def _overlap(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.is_meta or other.is_meta or 0 in (tensor.numel(), other.numel()):
+        return False
     begin, end = _extent(tensor)
     other_begin, other_end = _extent(other)
     return begin < other_end and other_begin < end

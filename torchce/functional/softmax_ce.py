@@ -76,8 +76,9 @@ def cross_entropy(
             The logits must be dense, and neither a leaf that requires grad nor a view of one. After backward, a
             backward through what else was computed from them raises, and so does a second backward; but merely
             *reading* them raises nothing and finds the gradient: take what you need of them, such as
-            ``logits.argmax(1)`` for an accuracy, before ``backward()``. Without effect under :func:`torch.compile`
-            and in graphs that are traced with fake tensors. Default: ``False``
+            ``logits.argmax(1)`` for an accuracy, before ``backward()``. Without effect under :func:`torch.compile`,
+            in graphs that are traced with fake tensors, and where hooks take what is saved for backward, as inside
+            :mod:`torch.utils.checkpoint`. Default: ``False``
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
