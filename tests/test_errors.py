@@ -110,6 +110,7 @@ INTEGERS = [2**63, -(2**63) - 1, 2**63 - 1, -(2**63), 10**30, 1.0, "1", None, Tr
 INTEGERS += [numpy.int64(1), numpy.uint8(1), numpy.float32(1), numpy.array([1]), numpy.array([1, 2])]
 INTEGERS += [numpy.uint64(2**63), Whole(2**63), Whole(1), torch.tensor(2**63, dtype=torch.uint64)]
 INTEGERS += [torch.tensor(1), torch.tensor(1.0), torch.tensor([1, 2]), [1]]
+INTEGERS += [torch.tensor(1).to_sparse(), torch.tensor(1, device="meta")]
 
 
 @pytest.mark.parametrize("value", INTEGERS, ids=repr)
@@ -121,6 +122,8 @@ NUMBERS = [numpy.array([0.1]), numpy.array([0.1, 0.2]), numpy.array(0.1), [0.1],
 NUMBERS += [numpy.float32(0.1), numpy.float64(0.1), numpy.float16(0.1), numpy.int64(1), numpy.bool_(True), None, 1j]
 NUMBERS += [True, 1, 0, 2, -0.5, 1.5, float("inf"), float("nan"), torch.tensor(0.1), torch.tensor([0.1]), (0.1,)]
 NUMBERS += [torch.tensor(0.1, requires_grad=True), torch.tensor(0.1 + 1j), torch.tensor(1)]
+NUMBERS += [torch.tensor(0.5).to(dtype) for dtype in FLOAT8] + [torch.tensor(0.1).to_sparse()]
+NUMBERS += [torch.tensor(0.1, device="meta"), torch.tensor(1, device="meta")]
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)

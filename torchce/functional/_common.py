@@ -113,7 +113,7 @@ def is_integer(value: object) -> bool:
     if type(value) is int:  # an abstract class takes longer to ask
         return -(2**63) <= value < 2**63
     if isinstance(value, Tensor):
-        return value.dim() == 0 and value.dtype in _INTEGERS
+        return value.dim() == 0 and value.dtype in _INTEGERS and not value.is_meta
     if isinstance(value, torch.SymInt):  # torch.compile's, where it takes the function that is called for torch's own
         return True
     return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
@@ -124,7 +124,7 @@ def is_number(value: object) -> bool:
     if type(value) is float:
         return True
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not (value.requires_grad or value.is_complex())
+        return value.dim() == 0 and not (value.requires_grad or value.is_complex() or value.is_meta)
     return isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or (
         isinstance(value, Real) and hasattr(value, "dtype")
     )

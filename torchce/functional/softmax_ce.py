@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -165,6 +167,11 @@ def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
 
 
+def _value(number: Any) -> Any:
+    """A scalar tensor's number: sparse and 8-bit floating ones do not compare."""
+    return number.item() if isinstance(number, Tensor) else number
+
+
 def _cross_entropy_problem(
     input: Tensor,
     target: Tensor,
@@ -179,6 +186,7 @@ def _cross_entropy_problem(
         return f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}"
     if not is_number(label_smoothing):
         return f"label_smoothing: expected a number, got {label_smoothing!r}"
+    ignore_index, label_smoothing = _value(ignore_index), _value(label_smoothing)
     shape = input.shape
     if not shape:
         return "input: expected at least one dimension, got a scalar"
