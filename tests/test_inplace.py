@@ -145,6 +145,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a Function that detaches": lambda leaf: passed(leaf, detached=True),
     "unsafe_chunk": lambda leaf: leaf.view(SHAPE).unsafe_chunk(1)[0],
     "_unsafe_view": lambda leaf: torch.ops.aten._unsafe_view(leaf, SHAPE),
+    "made without grad": lambda leaf: torch.no_grad()(leaf.view)(-1).view(SHAPE),
     "of a sparse leaf": lambda leaf: values_of_leaf(leaf.detach().view(SHAPE).to_sparse(1)),
     "of a nested leaf": lambda leaf: values_of_leaf(torch.nested.nested_tensor([leaf.detach().view(SHAPE)] * 2)),
     "of a jagged leaf": lambda leaf: values_of_leaf(

@@ -52,6 +52,9 @@ def _is_view_of_a_leaf(tensor: Tensor) -> bool:
     Not every view is known as one: a Function may return ``x.data``, and ``unsafe_chunk`` promises to be careful. So
     whatever could be a view is followed to its leaves, and their memory compared.
     """
+    base = tensor._base
+    if base is not None and base.is_leaf and base.requires_grad:  # no gradient leads to it from a view under no_grad
+        return True
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()
