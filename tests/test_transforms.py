@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
 import torchce.functional as ours
+from torchce.softmax_ce import gradients
 
 INF = torch.inf
 
@@ -238,6 +239,18 @@ def test_sixteen_bits_beside_a_float32_weight(dtype: torch.dtype) -> None:
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(vmap(problem)(x[None])[0], losses, rtol=eps, atol=0)
         torch.testing.assert_close(grad(problem.total)(x), gradient, rtol=eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**40])
+@pytest.mark.parametrize("reduction", [0, 1, 2], ids=["none", "mean", "sum"])
+def test_a_bad_index_makes_its_row_nan_with_create_graph(reduction: int, bad: int) -> None:
+    """On CUDA, where no forward has raised: an index out of bounds there would take the process with it."""
+    x = torch.randn(4, 5)
+    target, others = torch.tensor([0, bad, 4, -100]), torch.tensor([0, -100, 4, -100])
+    g = torch.randn(4) if reduction == 0 else torch.randn(())
+    result, expected = (gradients(g, x, y, None, (reduction, -100, 0.1))[0] for y in (target, others))
+    assert bool(result[1].isnan().all())
+    torch.testing.assert_close(result[[0, 2, 3]], expected[[0, 2, 3]])
 
 
 def test_index_out_of_range_raises_in_a_transform() -> None:

@@ -113,11 +113,13 @@ def gradients(
 
     index = target.to(torch.int64).unsqueeze(1)
     kept = index != ignore_index
-    index = torch.where(kept, index, 0)
+    is_class = (index >= 0) & (index < classes)
+    g = torch.where(is_class | ~kept, g, torch.nan)  # a bad index, which on the CPU the forward has refused
+    index = torch.where(kept & is_class, index, 0)
     p = torch.softmax(torch.where(kept, x, 0), 1)  # masked before, as in `composite`
     row_weight = w.expand_as(x).gather(1, index)
     if reduction == 1:
-        g = g / torch.where(kept, row_weight, 0).sum()
+        g = g / torch.where(kept & is_class, row_weight, 0).sum()
     hot = (1 - label_smoothing) * row_weight
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
     h = g * hot
