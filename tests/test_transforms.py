@@ -54,6 +54,9 @@ def softmax_problems() -> dict[str, Problem]:
     images = cases.normal((2, 3, 4, 5), torch.float32, "cpu")
     maps = cases.indices((2, 4, 5), 3, torch.int32, "cpu")
     smoothed = {"label_smoothing": 0.1, "weight": weights()}
+    sure = x.clone()
+    sure[0, 1] = 1000  # whose log-probability is rounded to 0
+    infinite = {"label_smoothing": 0.1, "weight": weights(1, INF, 1)}
     problems = {
         "int64": (x, y, {}),
         "int32": (x, y.int(), {}),
@@ -67,7 +70,15 @@ def softmax_problems() -> dict[str, Problem]:
         "ignored rows": (ignored, kept, {}),
         "ignored rows, smoothed": (ignored, kept, smoothed),
         "ignored rows, each": (ignored, kept, {"reduction": "none"}),
-        "infinite weight": (x, torch.tensor([0, 0, 2, 0]), {"label_smoothing": 0.1, "weight": weights(1, INF, 1)}),
+        "infinite weight": (x, torch.tensor([0, 0, 2, 0]), infinite),
+        "infinite weight, its row": (x, y, {"weight": weights(1, INF, 1), "reduction": "none"}),
+        "infinite weight, sure": (sure, torch.tensor([0, 0, 2, 0]), {**infinite, "reduction": "sum"}),
+        "infinite weight, probabilities": (
+            sure,
+            torch.full((4, 3), 0.25),
+            {"weight": weights(1, INF, 1), "reduction": "none"},
+        ),
+        "infinite weight, one class": (x[:, :1], y * 0, {"label_smoothing": 0.1, "weight": weights(INF)}),
     }
     return {name: Problem(ours.cross_entropy, *rest) for name, rest in problems.items()}
 
@@ -87,7 +98,7 @@ def sigmoid_problems() -> dict[str, Problem]:
 
 
 PROBLEMS = {**softmax_problems(), **{f"bce {name}": problem for name, problem in sigmoid_problems().items()}}
-FINITE = [name for name in PROBLEMS if name != "infinite weight"]
+FINITE = [name for name in PROBLEMS if "infinite weight" not in name]
 
 
 @pytest.fixture(params=PROBLEMS)
@@ -121,6 +132,18 @@ def test_vmap(problem: Problem) -> None:
     result = vmap(problem)(stacked)
     for part, logits in zip(result, stacked, strict=True):
         assert_same(part, problem(logits))
+
+
+def test_vmap_of_grad_over_targets(problem: Problem) -> None:
+    """In a batch of targets, too, no row's gradient is a product of 0 and another's infinite weight."""
+
+    def total(logits: Tensor, target: Tensor) -> Tensor:
+        return problem.function(logits, target, **problem.options).sum()
+
+    target = problem.target
+    result = vmap(grad(total))(torch.stack([problem.logits] * 2), torch.stack([target, target]))
+    for part in result:
+        assert_same(part, plain(problem)[1])
 
 
 def test_vmap_of_grad(problem: Problem) -> None:
@@ -239,6 +262,39 @@ def test_sixteen_bits_beside_a_float32_weight(dtype: torch.dtype) -> None:
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(vmap(problem)(x[None])[0], losses, rtol=eps, atol=0)
         torch.testing.assert_close(grad(problem.total)(x), gradient, rtol=eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", ["masked class", "bce certain", "bce certain, pos_weight"])
+def test_gradient_of_the_target_where_a_part_is_certain(name: str, reduction: str) -> None:
+    """The log-probability of a class that costs nothing: infinite, as from the kernels, and no large number."""
+    problem = PROBLEMS[name]
+    x, t = problem.logits, problem.target.clone().requires_grad_()
+
+    def total(logits: Tensor, target: Tensor) -> Tensor:
+        return problem.function(logits, target, **{**problem.options, "reduction": reduction}).sum()
+
+    (expected,) = torch.autograd.grad(total(x, t), t)
+    assert expected.isinf().equal(x.isinf())
+    assert_same(grad(total, argnums=1)(x, problem.target), expected)
+    assert_same(torch.autograd.grad(total(x, t), t, create_graph=True)[0].detach(), expected)
+    one = torch.zeros_like(t).masked_fill_(x.isinf(), 1)
+    assert_same(jvp(lambda t: total(x, t), (problem.target,), (one,))[1], expected[x.isinf()].sum())
+    assert_same(jvp(lambda t: total(x, t), (problem.target,), (1 - one,))[1], expected[x.isfinite()].sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": weights()}], ids=["plain", "smoothed"])
+def test_derivatives_of_a_mean_without_rows_are_zero(options: dict[str, Any]) -> None:
+    """The mean itself is NaN; forward mode agrees with the gradient."""
+    problem = Problem(ours.cross_entropy, torch.randn(2, 3), torch.tensor([-100, -100]), options)
+    loss, gradient = plain(problem)
+    assert bool(loss.isnan())
+    assert not bool(gradient.any())
+    value, derivative = jvp(problem.total, (problem.logits,), (torch.ones(2, 3),))
+    assert bool(value.isnan())
+    assert float(derivative) == 0
+    assert not bool(grad(problem.total)(problem.logits).any())
+    assert not bool(torch.func.jacfwd(torch.func.jacfwd(problem.total))(problem.logits).any())
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**40])

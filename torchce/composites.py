@@ -14,10 +14,18 @@ from torchce.ops import below_autograd
 from torchce.transforms import transformed
 
 
-def times(coefficient: Tensor, log_p: Tensor) -> Tensor:
-    """``coefficient * log_p`` with 0 * inf = 0, in every derivative too; ``log_p`` is at most 0, or NaN."""
-    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
-    return coefficient * torch.where(coefficient == 0, finite, log_p)
+def times(coefficient: Tensor, term: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``weight * coefficient * term`` with 0 * inf = 0, in every derivative too.
+
+    A factor of 0 is differentiated nevertheless: infinite, as the product of two numbers that overflows.
+    """
+    largest = torch.finfo(term.dtype).max
+    killed = (coefficient == 0) & term.isinf()
+    if weight is not None:
+        killed = killed & weight.isfinite()
+    coefficient = torch.where(killed, largest * coefficient, coefficient)
+    product = coefficient * torch.where(killed, term.clamp(-largest, largest), term)
+    return product if weight is None else times(weight, product)
 
 
 def reduced(losses: Tensor, reduction: int) -> Tensor:

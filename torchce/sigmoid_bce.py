@@ -33,8 +33,7 @@ def composite(
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t = logits.to(acc), target.to(acc)
-    positive = t if pos_weight is None else pos_weight * t
-    loss = -(times(positive, F.logsigmoid(x)) + times(1 - t, F.logsigmoid(-x)))
+    loss = -(times(t, F.logsigmoid(x), pos_weight) + times(1 - t, F.logsigmoid(-x)))
     if weight is not None:
         loss = weight * loss
     return reduced(loss, reduction).to(dtype or logits.dtype)

@@ -47,7 +47,7 @@ def composite(
         u = target.to(acc)
         if label_smoothing != 0:
             u = (1 - label_smoothing) * u + spread
-        rows = -times(u if w is None else w * u, torch.log_softmax(x, class_dim)).sum(class_dim)
+        rows = -_over_classes(u, w, torch.log_softmax(x, class_dim), class_dim)
         return reduced(rows, reduction).to(dtype or logits.dtype)
 
     index = target.to(torch.int64)
@@ -57,20 +57,38 @@ def composite(
     log_p = torch.log_softmax(x, class_dim)
     is_class = (index >= 0) & (index < x.shape[class_dim])
     a_class = torch.where(is_class, index, 0)
-    # Here a bad index raises on the CPU. Elsewhere it would take the process with it: its row becomes NaN instead.
-    rows = F.nll_loss(log_p, index if x.is_cpu else a_class, ignore_index=ignore_index, reduction="none")
     row_weight = kept.to(acc)
     if w is not None:
         row_weight = w.expand_as(x).gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
-    rows = -times((1 - label_smoothing) * row_weight, -rows)
+    # Not from nll_loss: inside vmap its gradient is a product with 0 for the other classes, NaN of an infinite weight.
+    log_p_of_target = log_p.gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
+    rows = -times((1 - label_smoothing) * row_weight, log_p_of_target)
     if label_smoothing != 0:
-        of_all = spread * log_p if w is None else times(spread * w, log_p)
-        rows = rows - of_all.sum(class_dim)
-    rows = torch.where(kept, rows if x.is_cpu else torch.where(is_class, rows, torch.nan), 0)
+        rows = rows - spread * _over_classes(None, w, log_p, class_dim)
+    if x.is_cpu:  # nll_loss raises for a bad index and is 0 in an ignored row
+        rows = torch.where(kept, rows, F.nll_loss(log_p.detach(), index, ignore_index=ignore_index, reduction="none"))
+    else:  # there it would take the process with it: the row becomes NaN instead
+        rows = torch.where(kept, torch.where(is_class, rows, torch.nan), 0)
     loss = rows if reduction == 0 else rows.sum()
-    if reduction == 1:
-        loss = loss / torch.where(kept, row_weight, 0).sum()
+    if reduction == 1:  # NaN without a row, but with the gradient and the tangent 0
+        has_rows = kept.any()
+        loss = loss / torch.where(has_rows, torch.where(kept, row_weight, 0).sum(), 1)
+        loss = torch.where(has_rows, loss, torch.nan)
     return loss.to(dtype or logits.dtype)
+
+
+def _over_classes(u: Tensor | None, weight: Tensor | None, log_p: Tensor, class_dim: int) -> Tensor:
+    """``sum_k weight_k u_k log_p_k``, infinite with a weight, even where the log_p beside it is rounded to 0.
+
+    Of a single class log_p is 0 itself, and the sum NaN.
+    """
+    if weight is None:
+        terms = log_p if u is None else times(u, log_p)
+    else:
+        rounded = weight.isinf() & (log_p == 0)
+        log_p = log_p - (log_p.shape[class_dim] - 1) * rounded.to(log_p.dtype)
+        terms = times(weight, log_p) if u is None else times(u, log_p, weight)
+    return terms.sum(class_dim)
 
 
 def gradients(
