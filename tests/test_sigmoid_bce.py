@@ -353,6 +353,23 @@ def test_infinite_logits_with_pos_weight(device: str, pos_weight: float) -> None
     assert grad.tolist() == [0.0, 0.0, 1.0, -pos_weight]
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("shape", [(), (1, 4)], ids=["scalar", "each"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("pos_weight", [1.0, 3.0])
+def test_target_gradient_at_infinite_logits(
+    device: str, pos_weight: float, dtype: torch.dtype, shape: tuple[int, ...], create_graph: bool
+) -> None:
+    """c softplus(-x) - softplus(x), torch's too: no infinity is taken from another at -inf."""
+    logits = torch.tensor([[INF, -INF, -INF, 0.5]] * 3, device=device, dtype=dtype)
+    target = torch.tensor([[1.0, 0.0, 0.25, 0.25]] * 3, device=device, dtype=dtype).requires_grad_()
+    options = {"pos_weight": torch.full(shape, pos_weight, device=device, dtype=dtype)}
+    loss = torchce.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum", **options)
+    (grad,) = torch.autograd.grad(loss, target, create_graph=create_graph)
+    assert grad[:, :3].tolist() == [[-INF, INF, INF]] * 3
+    assert bool(grad[:, 3].isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 def test_infinite_logits_are_rounded_as_others(device: str, dtype: torch.dtype) -> None:
     """Found by fuzzing: weights and soft targets between 0 and 1, whose products round."""

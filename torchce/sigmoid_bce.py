@@ -62,8 +62,10 @@ def gradients(
         g = g * weight
     positive = t if pos_weight is None else pos_weight * t
     grad_logits = g * ((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
-    curved = 0 if pos_weight is None else (1 - pos_weight) * F.logsigmoid(x)
-    grad_target = g * (curved - x)
+    slope = -x
+    if pos_weight is not None:  # at -inf it is c softplus(-x), where the sum takes one infinity from another if c < 1
+        slope = torch.where(x == -torch.inf, -times(pos_weight, x), (1 - pos_weight) * F.logsigmoid(x) - x)
+    grad_target = g * slope
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
 
