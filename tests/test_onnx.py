@@ -9,7 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from test_export import IDS, PROBLEMS, ROWS, Model, target_of
+from test_export import IDS, PROBLEMS, ROWS, Model, target_of, weights
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -82,6 +82,24 @@ def test_other_shapes_of_logits(shape: str, kind: str, tmp_path: Path) -> None:
     model, (logits, target) = torchce.CrossEntropyLoss(label_smoothing=0.1), shaped(shape, target_of(kind))
     export(model, (logits, target), tmp_path / "model.onnx", dynamo=True)
     torch.testing.assert_close(run(tmp_path / "model.onnx", logits, target), model(logits, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("loss", ["index", "probability", "bce"])
+def test_logits_far_from_zero(loss: str, dynamo: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Beyond 18, where onnxruntime rounds a sigmoid to 0 or 1, and where exp is beyond float32; columns are targets."""
+    far = torch.tensor([-200.0, -89.0, -50.0, -18.5, -10.0, 0.0, 10.0, 18.5, 50.0, 89.0, 200.0], dtype=dtype)
+    logits = far.unsqueeze(1) * torch.tensor([1.0, 1.0, -1.0], dtype=dtype)
+    model: torch.nn.Module = torchce.BCEWithLogitsLoss(reduction="none", pos_weight=weights())
+    target = torch.tensor([0.0, 0.25, 1.0], dtype=dtype).expand_as(logits).contiguous()
+    if loss != "bce":
+        model = torchce.CrossEntropyLoss(reduction="none", label_smoothing=0.125)
+        target = target / target.sum(1, keepdim=True) if loss == "probability" else torch.arange(len(far)) % 3
+    export(model, (logits, target), tmp_path / "model.onnx", dynamo=dynamo)
+    torch.testing.assert_close(
+        run(tmp_path / "model.onnx", logits, target), model(logits, target), rtol=1e-6, atol=1e-6
+    )
 
 
 # BCE's weights here are one for each of three columns, which images have not.

@@ -19,6 +19,14 @@ from torchce.composites import decompose_for_onnx, differentiate, differentiate_
 from torchce.transforms import differentiates_backward, transformed
 
 
+def _log_sigmoid(x: Tensor) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        # ONNX's exporters write logsigmoid as log(sigmoid(x)): -inf where onnxruntime rounds the sigmoid to 0, from
+        # x = -18 on. What takes its place here has no right second derivative at 0.
+        return x.clamp(max=0) - x.abs().neg().exp().log1p()
+    return F.logsigmoid(x)
+
+
 def composite(
     logits: Tensor,
     target: Tensor,
@@ -33,7 +41,7 @@ def composite(
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t = logits.to(acc), target.to(acc)
-    loss = -(times(t, F.logsigmoid(x), pos_weight) + times(1 - t, F.logsigmoid(-x)))
+    loss = -(times(t, _log_sigmoid(x), pos_weight) + times(1 - t, _log_sigmoid(-x)))
     if weight is not None:
         loss = weight * loss
     return reduced(loss, reduction).to(dtype or logits.dtype)
