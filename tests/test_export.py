@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparison import assert_bitwise_equal
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -92,6 +93,29 @@ def test_an_exported_program_trains(
     compiled = torch.compile(program.module(), fullgraph=True, backend="aot_eager")
     for grad, wanted in zip(gradients(compiled, data, target), expected, strict=True):
         assert_bitwise_equal(grad, wanted)
+
+
+@every_problem
+def test_a_draft_of_an_export_trains(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+    """``draft_export`` runs the ops on real tensors beside the fake ones, and looks for what they have written."""
+    model, target = Model(loss(**options)), target_of(kind)
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    program = torch.export.draft_export(model, (data, target))
+    assert any("torchce" in str(node.target) for node in program.graph.nodes)
+    for grad, wanted in zip(gradients(program.module(), data, target), gradients(model, data, target), strict=True):
+        assert_bitwise_equal(grad, wanted)
+
+
+@every_problem
+def test_compiled_beside_real_tensors(loss: type[torch.nn.Module], kind: str, options: dict[str, Any]) -> None:
+    """As ``draft_export``, backward ops included."""
+    model, target = Model(loss(**options)), target_of(kind)
+    data = cases.normal((ROWS, 5), torch.float32, "cpu")
+    torch._dynamo.reset()
+    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results = gradients(compiled, data, target)
+    torch.testing.assert_close(results, gradients(model, data, target))
 
 
 @pytest.mark.parametrize("loss", ["index", "probability", "bce"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
@@ -63,7 +64,16 @@ def differentiate(
             return Differentiated.apply(*arguments)  # type: ignore[no-untyped-call]
         return op(*arguments)
 
+    def compute_fake(mode: Any, overload: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not mode.propagate_real_tensors:
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
+        # Beside real tensors, as in torch.export.draft_export, torch checks of ops that are not its own which
+        # arguments they have written, and takes one that is None for written.
+        with mode:
+            return composite(*args, **kwargs or {})
+
     _library.impl(name, kernel, "Autograd")
+    torch.library.register_torch_dispatch(f"torchce::{name}", FakeTensorMode, compute_fake, lib=_library)
 
 
 _library = torch.library.Library("torchce", "IMPL")
