@@ -118,6 +118,21 @@ def test_compiled_beside_real_tensors(loss: type[torch.nn.Module], kind: str, op
     torch.testing.assert_close(results, gradients(model, data, target))
 
 
+def test_gradients_keep_their_layout_beside_real_tensors() -> None:
+    """Inductor checks what the ops return against what their fakes promised."""
+    logits = cases.normal((2, 4, 5, CLASSES), torch.float32, "cpu").permute(0, 3, 1, 2).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        target = torch.full_like(x, 0.25)
+        elements = ours.binary_cross_entropy_with_logits(x, target, reduction="none").sum()
+        return ours.cross_entropy(x, target.argmax(1)) + elements
+
+    torch._dynamo.reset()
+    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+        (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(logits), logits)
+    torch.testing.assert_close(grad, torch.autograd.grad(loss(logits), logits)[0])
+
+
 @pytest.mark.parametrize("loss", ["index", "probability", "bce"])
 def test_an_exported_program_trains_its_optimizer_steps(loss: str) -> None:
     """Three steps of each, and the parameters are the same to the last bit."""

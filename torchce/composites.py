@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from torchce.ops import below_autograd
 from torchce.transforms import transformed
@@ -65,18 +67,28 @@ def differentiate(
         return op(*arguments)
 
     def compute_fake(mode: Any, overload: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = functools.partial(mode.__torch_dispatch__, overload, types, args, kwargs)
         if not mode.propagate_real_tensors:
-            return mode.__torch_dispatch__(overload, types, args, kwargs)
+            return plain()
         # Beside real tensors, as in torch.export.draft_export, torch checks of ops that are not its own which
         # arguments they have written, and takes one that is None for written.
+        mode.propagate_real_tensors = False
+        try:
+            outputs = plain()
+        finally:
+            mode.propagate_real_tensors = True
         with mode:
-            return composite(*args, **kwargs or {})
+            return tree_map(_in_layout_of, outputs, composite(*args, **kwargs or {}))
 
     _library.impl(name, kernel, "Autograd")
     torch.library.register_torch_dispatch(f"torchce::{name}", FakeTensorMode, compute_fake, lib=_library)
 
 
 _library = torch.library.Library("torchce", "IMPL")
+
+
+def _in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tensor)
 
 
 def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
