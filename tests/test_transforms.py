@@ -17,9 +17,11 @@ import torch
 from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import functionalize, grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchce.functional as ours
+from torchce import transforms
 from torchce.softmax_ce import gradients
 
 INF = torch.inf
@@ -207,6 +209,67 @@ def test_jit_trace(problem: Problem) -> None:
     loss = traced(x).sum()
     assert_same(loss.detach(), plain(problem)[0])
     assert_same(torch.autograd.grad(loss, x)[0], plain(problem)[1])
+
+
+@pytest.mark.parametrize("name", ["ignored rows", "ignored rows, smoothed", "masked class", "bce certain"])
+@pytest.mark.parametrize("way", ["grad", "jvp"])
+def test_a_trace_of_ordinary_values_holds_for_others(way: str, name: str) -> None:
+    """Passes are spared where no infinity and no ignored row can be met: not in a graph, which meets other data."""
+    problem = PROBLEMS[name]
+
+    def derivative(logits: Tensor, target: Tensor) -> Tensor:
+        def total(x: Tensor) -> Tensor:
+            return problem.function(x, target, **problem.options)
+
+        return grad(total)(logits) if way == "grad" else jvp(total, (logits,), (torch.ones_like(logits),))[1]
+
+    ordinary = cases.normal(problem.logits.shape, torch.float32, "cpu")
+    target = problem.target.clamp(0, 1) if problem.target.is_floating_point() else problem.target.clamp(0)
+    traced = make_fx(derivative)(ordinary, target)
+    assert_same(traced(problem.logits, problem.target), derivative(problem.logits, problem.target))
+
+
+def values_are_known(way: str) -> tuple[bool, bool]:
+    known = []
+
+    def ask(x: Tensor) -> Tensor:
+        known.append((transforms.all_finite(x), transforms.all_true(x > 0)))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": lambda: ask(x),
+        "grad": lambda: grad(ask)(x),
+        "vmap of grad": lambda: vmap(grad(ask))(x),
+        "jvp of vmap": lambda: jvp(vmap(ask), (x,), (x,)),
+        "jit.trace": lambda: torch.jit.trace(ask, x, check_trace=False),
+        "make_fx": lambda: make_fx(ask)(x),
+        "make_fx of grad": lambda: make_fx(grad(ask))(x),
+        "pre_dispatch": lambda: make_fx(ask, pre_dispatch=True)(x),
+        "functionalize": lambda: functionalize(ask)(x),
+        "compile": lambda: torch.compile(ask, backend="eager", fullgraph=True)(x),
+    }
+    ways[way]()
+    assert len(set(known)) == 1
+    return known[0]
+
+
+@pytest.mark.parametrize("way", ["plain", "grad", "vmap of grad", "jvp of vmap"])
+def test_values_are_known(way: str) -> None:
+    assert values_are_known(way) == (True, True)
+
+
+@pytest.mark.parametrize("way", ["jit.trace", "make_fx", "make_fx of grad", "pre_dispatch", "functionalize", "compile"])
+def test_values_are_not_known_to_a_trace(way: str) -> None:
+    assert values_are_known(way) == (False, False)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, torch.nan])
+def test_what_is_not_finite_is_seen(value: float) -> None:
+    x = torch.ones(2, 3)
+    x[1, 2] = value
+    assert not transforms.all_finite(x)
+    assert not transforms.all_true(x == 1)
 
 
 def test_create_graph(problem: Problem) -> None:

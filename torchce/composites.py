@@ -14,20 +14,23 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from torchce.ops import below_autograd
-from torchce.transforms import transformed
+from torchce.transforms import all_finite, transformed
 
 
 def times(coefficient: Tensor, term: Tensor, weight: Tensor | None = None) -> Tensor:
     """``weight * coefficient * term`` with 0 * inf = 0, in every derivative too.
 
-    A factor of 0 is differentiated nevertheless: infinite, as the product of two numbers that overflows.
+    A factor of 0 is differentiated nevertheless: infinite, as the product of two numbers that overflows. Where no
+    infinity can be met, as can mostly be seen, the passes that look for it are spared.
     """
-    largest = torch.finfo(term.dtype).max
-    killed = (coefficient == 0) & term.isinf()
-    if weight is not None:
-        killed = killed & weight.isfinite()
-    coefficient = torch.where(killed, largest * coefficient, coefficient)
-    product = coefficient * torch.where(killed, term.clamp(-largest, largest), term)
+    if not all_finite(term):
+        largest = torch.finfo(term.dtype).max
+        killed = (coefficient == 0) & term.isinf()
+        if weight is not None:
+            killed = killed & weight.isfinite()
+        coefficient = torch.where(killed, largest * coefficient, coefficient)
+        term = torch.where(killed, term.clamp(-largest, largest), term)
+    product = coefficient * term
     return product if weight is None else times(weight, product)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
 from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
-from torchce.transforms import can_be_read, differentiates_backward, transformed
+from torchce.transforms import all_finite, all_true, differentiates_backward, transformed
 
 Options = tuple[int, int, float]
 """reduction, ignore_index and label_smoothing, as the ops take them."""
@@ -52,7 +52,7 @@ def composite(
 
     index = target.to(torch.int64)
     kept = index != ignore_index
-    if not (can_be_read(target) and bool(kept.all())):
+    if not all_true(kept):
         x = torch.where(kept.unsqueeze(class_dim), x, 0)
     log_p = torch.log_softmax(x, class_dim)
     is_class = (index >= 0) & (index < x.shape[class_dim])
@@ -82,13 +82,12 @@ def _over_classes(u: Tensor | None, weight: Tensor | None, log_p: Tensor, class_
 
     Of a single class log_p is 0 itself, and the sum NaN.
     """
-    if weight is None:
-        terms = log_p if u is None else times(u, log_p)
-    else:
+    if weight is not None and not all_finite(weight):
         rounded = weight.isinf() & (log_p == 0)
         log_p = log_p - (log_p.shape[class_dim] - 1) * rounded.to(log_p.dtype)
-        terms = times(weight, log_p) if u is None else times(u, log_p, weight)
-    return terms.sum(class_dim)
+    if u is not None:
+        return times(u, log_p, weight).sum(class_dim)
+    return (log_p if weight is None else times(weight, log_p)).sum(class_dim)
 
 
 def gradients(

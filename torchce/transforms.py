@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -52,19 +56,37 @@ def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
     return transformed(grad_output, *saved)
 
 
-def can_be_read(tensor: Tensor) -> bool:
-    """Whether a program may depend on the values of ``tensor``: no transform has wrapped it, nothing traces it, and no
-    device has to be waited for."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
-        and tensor.is_cpu
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not _is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+def all_true(mask: Tensor) -> bool:
+    """Whether all of ``mask`` is known to be true, whatever ``torch.func`` has wrapped around it."""
+    return _known_value(mask, Tensor.all) is True
 
 
-def is_batched(grad_output: Tensor) -> bool:
-    """In a backward: whether it was asked for with ``is_grads_batched=True``."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad_output)
+def all_finite(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is known to hold neither infinity nor NaN; a sum that overflows hides it."""
+    total = _known_value(tensor, Tensor.sum)
+    return total is not None and math.isfinite(total)
+
+
+def _known_value(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> float | None:
+    """The number that ``tensor`` reduces to, where a program may depend on it: nothing traces, and no device has to be
+    waited for."""
+    if (
+        torch.compiler.is_compiling()
+        or _is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()  # torch.export's tracer
+    ):
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._is_functional_tensor(tensor):  # what was written to its views may not have reached it
+            return None
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if not (type(tensor) is Tensor and tensor.is_cpu) or is_batched(tensor):
+        return None
+    with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        return reduction(tensor).item()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Of what meets a backward: whether that was asked for with ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
