@@ -112,20 +112,20 @@ def test_a_leaf_is_refused(device: str, loss: str) -> None:
 
 
 class Passing(torch.autograd.Function):
-    """Hands its memory on, as a view or behind autograd's back; its other input requires grad too."""
+    """Hands its memory on as a view; its other input requires grad too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor, detached: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
         ctx.variable = None  # a name that autograd's own nodes use
-        return x.detach() if detached else x.view_as(x)
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return grad, grad.sum().view(1), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad.sum().view(1)
 
 
-def passed(x: Tensor, detached: bool = False) -> Tensor:
-    return Passing.apply(x, torch.ones(1, device=x.device, requires_grad=True), detached)
+def passed(x: Tensor) -> Tensor:
+    return Passing.apply(x, torch.ones(1, device=x.device, requires_grad=True))
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -142,7 +142,6 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a leaf that is detached": lambda leaf: leaf.detach()[:].requires_grad_().view(-1).view(SHAPE),
     "of a Function": passed,
     "of a Function, of a view": lambda leaf: passed(leaf.view(SHAPE)),
-    "of a Function that detaches": lambda leaf: passed(leaf, detached=True),
     "unsafe_chunk": lambda leaf: leaf.view(SHAPE).unsafe_chunk(1)[0],
     "_unsafe_view": lambda leaf: torch.ops.aten._unsafe_view(leaf, SHAPE),
     "made without grad": lambda leaf: torch.no_grad()(leaf.view)(-1).view(SHAPE),

@@ -49,10 +49,12 @@ def refusal(logits: Tensor, rows: bool) -> str | None:
 def _is_view_of_a_leaf(tensor: Tensor) -> bool:
     """Whether a leaf's memory lies below a view of it, or a view of such a view; the leaf may be a view itself.
 
-    Not every view is known as one: a Function may return ``x.data``, and ``unsafe_chunk`` promises to be careful. So
-    whatever could be a view is followed to its leaves, and their memory compared.
+    Not every view is known as one, ``unsafe_chunk``'s are not. So whatever could be a view is followed to its leaves,
+    and their memory compared. But a Function that returns ``x.detach()`` answers for that memory itself.
     """
     base = tensor._base
+    if base is None and isinstance(tensor.grad_fn, BackwardCFunction):
+        return False
     if base is not None and base.is_leaf and base.requires_grad:  # no gradient leads to it from a view under no_grad
         return True
     nodes, seen = [tensor.grad_fn], set()
