@@ -84,7 +84,7 @@ class _OnePass(torch.autograd.Function):
         return ctx.grad, None, None, None
 
 
-def _torchce_one_pass(problem: Problem) -> Loss:
+def _torchce_forward_backward(problem: Problem) -> Loss:
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
@@ -136,7 +136,7 @@ def _apple_cce(problem: Problem) -> Loss:
 
 TORCHCE = "torchce"
 IN_PLACE = "torchce in place"
-ONE_PASS = "torchce one pass"
+FORWARD_BACKWARD = "torchce forward_backward"
 EAGER = "eager"
 COMPILE = "compile"
 LIGER = "Liger"
@@ -146,7 +146,7 @@ APPLE_CCE = "Apple CCE"
 CONTENDERS = [
     Contender(TORCHCE, _torchce),
     Contender(IN_PLACE, _torchce_in_place, overwrites=True, phases=("forward+backward",)),
-    Contender(ONE_PASS, _torchce_one_pass, overwrites=True, phases=("forward+backward",)),
+    Contender(FORWARD_BACKWARD, _torchce_forward_backward, overwrites=True, phases=("forward+backward",)),
     Contender(EAGER, _eager),
     Contender(COMPILE, _compile),
     Contender(
@@ -159,7 +159,7 @@ CONTENDERS = [
     Contender(APPLE_CCE, _apple_cce, ("cuda",), "cut_cross_entropy", "cut-cross-entropy"),
 ]
 
-OURS = {TORCHCE: None, IN_PLACE: "in place", ONE_PASS: "one pass"}
+OURS = {TORCHCE: None, IN_PLACE: "in place", FORWARD_BACKWARD: "forward_backward"}
 """Those of this project; where it is not a phase, what their pass is called."""
 PEERS = tuple(contender.name for contender in CONTENDERS if contender.name not in OURS)
 COPY = "copy"

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COPY, IN_PLACE, ONE_PASS, OURS, PEERS, TORCHCE
+from benchmarks.contenders import COPY, FORWARD_BACKWARD, IN_PLACE, OURS, PEERS, TORCHCE
 from benchmarks.goals import SPEEDUP, TRAINING, verdicts
 from benchmarks.ledger import Row
 from benchmarks.problems import CROSS_ENTROPY, DTYPES
@@ -26,7 +26,7 @@ from benchmarks.problems import CROSS_ENTROPY, DTYPES
 COLOURS = {
     TORCHCE: "#0072B2",
     IN_PLACE: "#56B4E9",
-    ONE_PASS: "#000000",
+    FORWARD_BACKWARD: "#000000",
     "eager": "#D55E00",
     "compile": "#E69F00",
     "Liger": "#009E73",

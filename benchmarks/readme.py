@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COMPILE, EAGER, IN_PLACE, LIGER, ONE_PASS, QUACK, TORCHCE
+from benchmarks.contenders import COMPILE, EAGER, FORWARD_BACKWARD, IN_PLACE, LIGER, QUACK, TORCHCE
 from benchmarks.goals import BACKWARD, FORWARD, TRAINING
 from benchmarks.ledger import RESULTS, ROOT, Row, folder, latest
 from benchmarks.problems import DTYPES, GRIDS, LABELS, LINEAR_CROSS_ENTROPY
@@ -88,7 +88,7 @@ def measured(results: Path = RESULTS) -> str:
     for case in cases(rows):
         if case.op != LINEAR_CROSS_ENTROPY:
             passes.setdefault((case.name, case.dtype), {})[case.phase] = case
-    header = ["problem", "dtype", FORWARD, BACKWARD, "one pass", *(f"vs {peer}" for peer in PEERS["cuda"])]
+    header = ["problem", "dtype", FORWARD, BACKWARD, "forward_backward", *(f"vs {peer}" for peer in PEERS["cuda"])]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for (name, dtype), found in passes.items():
         training = found.get(TRAINING)
@@ -96,7 +96,7 @@ def measured(results: Path = RESULTS) -> str:
             [
                 *(name, dtype),
                 *(_speed(found.get(phase), TORCHCE) for phase in (FORWARD, BACKWARD)),
-                _speed(training, ONE_PASS),
+                _speed(training, FORWARD_BACKWARD),
                 *(ratio(training.speedup(TORCHCE, peer) if training else None) for peer in PEERS["cuda"]),
             ]
         )

@@ -7,7 +7,7 @@ three for probability targets; none for BCE) and k the share of rows that are no
     backward            k L + k' T + W + S read,   L written
     forward+backward    the sum of both: softmax needs a whole row before its first gradient
     in place            as much
-    one pass            k L + k' T + W     read,   S + L written: a row is kept on the chip until its gradient is
+    forward_backward    k L + k' T + W     read,   S + L written: a row is kept on the chip until its gradient is
 
 k' is k for probability targets, 1 for class indices: those are what says that a row is ignored. An ignored row's
 gradient is written, as zeros. What in place saves is memory, and on CPU the zeroing of fresh pages by the system, which
@@ -48,5 +48,5 @@ def traffic_bytes(problem: Problem, phase: str, element_bytes: int) -> int | Non
         "backward": reads + statistics + logits,
         "forward+backward": both,
         "in place": both,
-        "one pass": reads + statistics + logits,
+        "forward_backward": reads + statistics + logits,
     }[phase]

@@ -95,7 +95,7 @@ def compared(first: dict[tuple[str, str], float], other: dict[tuple[str, str], f
         after = other.get((phase, contender))
         if contender in OURS and after is not None:
             copy = min(times.get((phase, COPY), before) for times in (first, other))
-            share = "" if OURS[contender] == "one pass" else f", {copy / after:.0%} of copy"
+            share = "" if OURS[contender] == "forward_backward" else f", {copy / after:.0%} of copy"
             parts.append(
                 f"{OURS[contender] or phase} {before / after:.2f}x ({seconds(before)} -> {seconds(after)}{share})"
             )

@@ -7,6 +7,7 @@
 namespace torchce {
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // torch's numbers
+enum class GradientOf { logits, target };                        // which one a backward computes
 
 // Element types the kernels read. The accumulation type is double for float64 and float for the rest.
 enum class DType : int { float64, float32, bfloat16, float16, int64, int32, uint8 };

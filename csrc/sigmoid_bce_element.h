@@ -3,7 +3,7 @@
 #pragma once
 
 #include "math/sigmoid_bce.h"
-#include "math/storage.h"
+#include "storage.h"
 
 namespace torchce::sigmoid_bce {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "math/softmax_ce.h"
-#include "math/storage.h"
+#include "storage.h"
 
 namespace torchce::softmax_ce {
 

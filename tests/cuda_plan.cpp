@@ -20,11 +20,11 @@ int main() {
     } else if (question == "backward") {
       const BackwardPlan p = plan_backward(rows, classes, int(pack), slots);
       std::cout << p.team << ' ' << p.parts << ' ' << p.part << ' ' << p.blocks << '\n';
-    } else if (question == "fused") {
+    } else if (question == "forward_backward") {
       torchce::cuda::Properties device;
       device.multiprocessors = int(multiprocessors);
       std::cin >> device.shared_memory_of_block >> device.largest_cluster;
-      const FusedPlan p = plan_fused(rows, classes, int(pack), device, device.largest_cluster);
+      const ForwardBackwardPlan p = plan_forward_backward(rows, classes, int(pack), device, device.largest_cluster);
       std::cout << p.lanes << ' ' << p.cluster << ' ' << p.kept << ' ' << p.blocks << '\n';
     } else if (question == "backward_across") {
       const BackwardPlan p = plan_backward_across(rows / pack, classes, int(multiprocessors));

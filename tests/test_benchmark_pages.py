@@ -53,7 +53,7 @@ def test_the_measured_section_is_made_from_the_cuda_ledger(tmp_path: Path) -> No
     times = {"forward": {"torchce": 0.004, "copy": 0.003}, "backward": {"torchce": 0.006}}
     times["forward+backward"] = {
         "torchce": 0.010,
-        "torchce one pass": 0.008,
+        "torchce forward_backward": 0.008,
         "copy": 0.006,
         "eager": 0.04,
         "QuACK": 0.02,

@@ -13,12 +13,12 @@ import pytest
 from cuda_sass import tools
 from cuda_sass.tools import CUOBJDUMP, EXTENSION, dump
 
-# 256 threads of 128 registers leave room for two blocks on a multiprocessor (kBlocksToFit in csrc/cuda/pack.cuh).
+# 256 threads of 128 registers leave room for two blocks on a multiprocessor (kBlocksToFit in csrc/cuda/launch_shape.h).
 MOST_REGISTERS = 128
 # What the plan of forward_backward leaves to the kernels' own variables (kDeclaredSharedMemory in softmax_ce_plan.h).
 MOST_SHARED_MEMORY = 2048
 # Gradients of float32 targets beside float64 logits come two at a time, as these do: 8 bytes.
-NARROW = "8backwardIdfLNS1_2OfE1E"
+NARROW = "8backwardIdfLNS_10GradientOfE1E"
 KERNELS = {
     "forward_by_lanes",
     "forward_by_block",

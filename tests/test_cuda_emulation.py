@@ -28,7 +28,7 @@ pytestmark = [
 PARTS = [
     [
         "tests/test_cuda_regimes.py",
-        "tests/test_softmax_ce_fused.py",
+        "tests/test_softmax_ce_forward_backward.py",
         "tests/test_infinite_weights.py",
         "tests/test_ops.py",
     ],
@@ -66,7 +66,7 @@ def test_the_emulation_itself(tmp_path: Path, flags: list[str]) -> None:
 def kernels_of(library: Path) -> set[str]:
     """Every instantiation of every ``__global__`` template, as reports name them."""
     sources = "".join(path.read_text() for path in build.CSRC.glob("cuda/*.cuh"))
-    names = re.findall(r"__global__[^;{]*?\b(\w+)\((?!kThreads|kBackwardThreads)", sources)
+    names = re.findall(r"__global__[^;{]*?\b(\w+)\((?!kThreads)", sources)
     assert len(names) == sources.count("__global__"), names
     symbols = subprocess.check_output(["nm", "-C", "--defined-only", str(library)], text=True)
     kernel = re.compile(rf"^\w+ [WTt] (void torchce::cuda::\w+::(?:{'|'.join(names)})<.*\))$", re.MULTILINE)

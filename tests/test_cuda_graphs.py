@@ -107,21 +107,21 @@ def test_in_place_backward(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3001, 10), (257, 5000), (8, 128256), (3, 19, 64, 64)], ids=str)
-def test_forward_and_gradient_in_one_pass(shape: tuple[int, ...]) -> None:
+def test_forward_backward(shape: tuple[int, ...]) -> None:
     """Captured while a kernel is given more shared memory than it gets unasked."""
     source = cases.normal(shape, torch.float32, "cuda", scale=3)
     target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, "cuda")
     grad_output = torch.full((), -2.625, device="cuda")
 
-    def one_pass() -> list[Tensor]:
+    def forward_backward() -> list[Tensor]:
         logits = source.clone()
         return [
             torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, 2, -100, 0.0, None),
             logits,
         ]
 
-    expected = one_pass()
-    graph, results = capture(one_pass)
+    expected = forward_backward()
+    graph, results = capture(forward_backward)
     for _ in range(2):
         graph.replay()
         assert_all_equal(results, expected, "replay")

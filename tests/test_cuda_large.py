@@ -142,7 +142,7 @@ def test_many_short_rows(boundary: int) -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_forward_and_gradient_in_one_pass(layout: str, boundary: int) -> None:
+def test_forward_backward(layout: str, boundary: int) -> None:
     """The gradient is where the logits were."""
     need(3, boundary)
     rows, few = rows_for(boundary), rows_of_interest(boundary)

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
 ]
 
-BLOCK = 256  # kBlock
+BLOCK = 256  # kThreads
 PART = 64  # packs, kThreadsAtWork
 BATCH = 1024  # packs that a block has in flight
 LANES, WHOLE_BLOCK, PARTS = range(3)  # Regime
@@ -194,12 +194,12 @@ DEVICES = {"H200": H200, "H200 in small clusters": PORTABLE, "Ada": ADA, "Ampere
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_fused(ask: Ask, device: tuple[int, int, int]) -> None:
+def test_forward_backward(ask: Ask, device: tuple[int, int, int]) -> None:
     multiprocessors, of_block, largest_cluster = device
     questions = [question for question in QUESTIONS if question.multiprocessors == question.slots == 1]
     asked = [question._replace(multiprocessors=multiprocessors) for question in questions]
     extra = [of_block << 10, largest_cluster]
-    for question, (lanes, cluster, kept, blocks) in zip(asked, ask("fused", asked, extra), strict=True):
+    for question, (lanes, cluster, kept, blocks) in zip(asked, ask("forward_backward", asked, extra), strict=True):
         packs = ceil_div(question.classes, question.pack)
         assert kept >= 1, question
         assert kept * BLOCK * 16 <= (of_block - 2) << 10, f"{question}: more shared memory than a block can have"
@@ -221,7 +221,7 @@ def test_rows_stay_in_the_shared_memory_of_an_h200(ask: Ask, rows: int) -> None:
     """Up to a MiB, as 262144 float32 logits: one read and one write. Few rows take more blocks each."""
     for classes, pack in [(32000, 8), (128256, 8), (128256, 4), (262144, 4)]:
         question = Question(rows, classes, pack, 132, 396)
-        ((lanes, cluster, kept, blocks),) = ask("fused", [question], [227 << 10, 16])
+        ((lanes, cluster, kept, blocks),) = ask("forward_backward", [question], [227 << 10, 16])
         assert kept * (lanes or cluster * BLOCK) * pack >= classes, question
         assert kept <= 16, f"{question}: shared memory for fewer than three blocks"
         assert blocks >= min(128, 4 * rows), question
@@ -235,10 +235,10 @@ def test_the_gpu_tests_know_every_change_of_plan(ask: Ask, dtype: torch.dtype) -
     questions = [Question(3, classes, pack, 132, 396) for classes in range(1, 1024 * pack + 2)]
     forward = [(regime, lanes) for regime, lanes, *_ in ask("forward", questions)]
     backward = [(team, min(parts, 2)) for team, parts, *_ in ask("backward", questions)]
-    fused = [tuple(plan[:3]) for plan in ask("fused", questions, [14 << 10, 1])]
+    forward_backward = [tuple(plan[:3]) for plan in ask("forward_backward", questions, [14 << 10, 1])]
     changes = [
         classes
-        for plans in (forward, backward, fused)
+        for plans in (forward, backward, forward_backward)
         for classes in range(2, len(plans) + 1)
         if plans[classes - 1] != plans[classes - 2]
     ]

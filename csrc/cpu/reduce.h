@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../host/tensor.h"
-#include "../math/storage.h"
+#include "../storage.h"
 #include "levels.h"
 
 namespace torchce::cpu {

@@ -73,9 +73,9 @@ TORCHCE_SIMD void for_each_vector(int64_t i, int64_t length, F body) {
   if (i < length) body(i, int(length - i));
 }
 
-// The order of elements in packs where all operands are dense: the one of 16-bit types only where all have it.
+// The order of elements in pairs where all operands are dense: the one of 16-bit types only where all have it.
 template <class T, class U>
-using DensePack = Pack<std::conditional_t<kSixteenBits<T> && kSixteenBits<U>, T, Accumulate<T>>>;
+using DensePair = VectorPair<std::conditional_t<kSixteenBits<T> && kSixteenBits<U>, T, Accumulate<T>>>;
 
 // Upstream gradients of kLanes elements.
 template <class A>
@@ -137,15 +137,15 @@ constexpr int kFew = 16;
 template <class T, class U, class Few>
 TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int64_t length, const Few empty) {
   using A = Accumulate<T>;
-  using P = DensePack<T, U>;
-  constexpr int64_t kBlock = kFew * kLanes<A>;
+  using P = DensePair<T, U>;
+  constexpr int64_t kFewElements = kFew * kLanes<A>;
   static_assert(kFew % P::kVectors == 0);
   SumInDouble<A> total;
   int64_t i = 0;
   if (logits.stride == 1 && target.stride == 1) {
-    for (; i + kBlock <= length; i += kBlock) {
+    for (; i + kFewElements <= length; i += kFewElements) {
       Few few = empty;
-      for (int64_t j = i; j < i + kBlock; j += P::kSize) {
+      for (int64_t j = i; j < i + kFewElements; j += P::kSize) {
         const P x = P::load(logits.data + j), t = P::load(target.data + j);
         for (int v = 0; v < P::kVectors; ++v) few.add(x.v[v], t.v[v]);
       }
@@ -154,7 +154,7 @@ TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int6
   }
   while (i < length) {
     Few few = empty;
-    const int64_t end = i + kBlock < length ? i + kBlock : length;
+    const int64_t end = i + kFewElements < length ? i + kFewElements : length;
     for_each_vector<A>(i, end, [&](int64_t j, int count) {
       few.add(logits.template at<A>(j, count), target.template at<A>(j, count), count);
     });
@@ -164,10 +164,10 @@ TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int6
   return total.value();
 }
 
-// Writes gradient(x, target) of the whole packs of a dense run; says how many elements that were.
+// Writes gradient(x, target) of the whole pairs of a dense run; says how many elements that were.
 template <class T, class U, class F>
 TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
-  using P = DensePack<T, U>;
+  using P = DensePair<T, U>;
   int64_t i = 0;
   for (; i + P::kSize <= length; i += P::kSize) {
     const P x = P::load(logits + i), t = P::load(target + i);

@@ -14,7 +14,6 @@ namespace {
 using namespace host;
 using host::softmax_ce::BackwardCall;
 using host::softmax_ce::ForwardCall;
-using host::softmax_ce::GradientOf;
 using torchce::softmax_ce::RowPosition;
 using torchce::softmax_ce::TargetClass;
 
@@ -77,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::op
 }
 
 Tensor run_backward(BackwardCall call, GradientOf of) {
-  if (of != GradientOf::logits_in_place) advise_huge_pages(call.grad);
+  if (call.grad.const_data_ptr() != call.problem.logits.const_data_ptr()) advise_huge_pages(call.grad);
   const auto kernel = of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
   for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
@@ -86,24 +85,26 @@ Tensor run_backward(BackwardCall call, GradientOf of) {
 
 Tensor backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
                 Tensor totals, int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return run_backward(host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight,
-                                                         statistics, totals, reduction, ignore_index, label_smoothing),
-                      GradientOf::logits);
+  return run_backward(
+      host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/false, grad_output, logits, target, weight,
+                                         statistics, totals, reduction, ignore_index, label_smoothing),
+      GradientOf::logits);
 }
 
 void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                        Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
                        double label_smoothing) {
-  run_backward(host::softmax_ce::prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
-                                                  statistics, totals, reduction, ignore_index, label_smoothing),
-               GradientOf::logits_in_place);
+  run_backward(host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target,
+                                                  weight, statistics, totals, reduction, ignore_index, label_smoothing),
+               GradientOf::logits);
 }
 
 Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                        Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
-  return run_backward(host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight,
-                                                         statistics, totals, reduction, 0, label_smoothing),
-                      GradientOf::target);
+  return run_backward(
+      host::softmax_ce::prepare_backward(GradientOf::target, /*in_place=*/false, grad_output, logits, target, weight,
+                                         statistics, totals, reduction, 0, label_smoothing),
+      GradientOf::target);
 }
 
 // The first row whose target is no class, or -1; looked for on all cores.

@@ -14,7 +14,7 @@ template <class T, class Target, int W>
 class StripSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
-  static constexpr int kSpreadVectors = Sums<Target, A, W>::kSpreadVectors;
+  static constexpr int kSpreadVectors = SumsPerRow<Target, A, W>::kSpreadVectors;
 
   math::ExpInSum<V> exp;
   // By how much a logit may exceed what its row's sum is against: raised for every block, a sum of many would gather
@@ -24,7 +24,7 @@ class StripSums {
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
 
   TORCHCE_SIMD void add(const Strip<A, const T, W>& logits, int64_t k, int count, const Block<A, W>& x,
-                        const Coefficients<Target, A, W>& u) {
+                        const StripCoefficients<Target, A, W>& u) {
     for (int w = 0; w < W; ++w) {
       V max = largest[w];
       for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
@@ -58,8 +58,8 @@ class StripSums {
  public:
   // `look` sees every block of logits: look(first class, classes, block).
   template <class Look>
-  TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, Coefficients<Target, A, W>& u, int64_t classes,
-                         Look look) {
+  TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
+                                Look look) {
     for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) {
       Block<A, W> x;
@@ -70,7 +70,7 @@ class StripSums {
     });
   }
 
-  TORCHCE_SIMD void write(Sums<Target, A, W>& sums) const {
+  TORCHCE_SIMD void write(SumsPerRow<Target, A, W>& sums) const {
     for (int w = 0; w < W; ++w) {
       sums.reference.set(w, reference[w]);
       sums.max.set(w, largest[w]);
@@ -88,8 +88,8 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
-  Coefficients<Target, A, W> coefficients(rows, row, count);
-  Sums<Target, A, W> sums;
+  StripCoefficients<Target, A, W> coefficients(rows, row, count);
+  SumsPerRow<Target, A, W> sums;
   PerRow<A, W> hot_logits{};
   const auto sum_up = [&](auto look) TORCHCE_HD_LAMBDA {
     StripSums<T, Target, W>(logits, coefficients, rows.classes, look).write(sums);
@@ -98,7 +98,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
     sum_up([](int64_t, int, Block<A, W>&) {});
     write_losses<Target, A, W>(call, row, count, sums, nullptr, hot_logits, partial);
   } else {
-    const IndexedStrip<A, W> targets(rows, row, count);
+    const IndexedRows<A, W> targets(rows, row, count);
     sum_up([&](int64_t k, int classes, Block<A, W>& block) {
       for_each_hot(targets, k, classes, block, [&](int l, A x) { hot_logits[l] = x; });
     });
@@ -120,7 +120,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   const Rows& rows = call.rows;
   const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
   const Strip<A, T, W> grad(rows, static_cast<T*>(call.grad), call.grad_strides, row, count);
-  Coefficients<Target, A, W> coefficients(rows, row, count);
+  StripCoefficients<Target, A, W> coefficients(rows, row, count);
   const bool in_place = call.grad == rows.logits;
   const auto write_classes = [&](const Factors<A, W>& factors, auto finish) {
     for_each_block(rows.classes, [&](int64_t k, int classes) {
@@ -147,7 +147,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   if constexpr (Target::kProbabilities) {
     write_classes(Factors<A, W>(call, row, count, nullptr), [](int64_t, int, Block<A, W>&) {});
   } else {
-    const IndexedStrip<A, W> targets(rows, row, count);
+    const IndexedRows<A, W> targets(rows, row, count);
     const Factors<A, W> factors(call, row, count, &targets);
     write_classes(factors, [&](int64_t k, int classes, Block<A, W>& block) {
       for_each_hot(targets, k, classes, block, [&](int l, A& g) { g -= factors.hot[l]; });

@@ -1,8 +1,8 @@
-// Softmax cross entropy with lanes along each row. Rows have at least one full pack (vector.h) of adjacent classes.
+// Softmax cross entropy with lanes along each row. Rows have at least one full pair (vector.h) of adjacent classes.
 //
-// Bulk and remainder: packs start at 0, P, 2P, ... and the last one at C - P, so it overlaps its neighbour unless P
+// Bulk and remainder: pairs start at 0, P, 2P, ... and the last one at C - P, so it overlaps its neighbour unless P
 // divides C (C = 1001, P = 32: it covers 969..1000, of which 969..991 were done before). Sums mask what was done
-// before. A gradient that overwrites its logits would transform the overlap twice, so the last pack is read before any
+// before. A gradient that overwrites its logits would transform the overlap twice, so the last pair is read before any
 // is written.
 #pragma once
 
@@ -10,16 +10,16 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
 
-// Calls body(first row, rows) for strips.
+// Calls body(first row, rows) for groups.
 template <class A, class F>
-TORCHCE_SIMD void for_each_strip(int64_t row_begin, int64_t row_end, F body) {
-  constexpr int kRows = kStrip * kLanes<A>;
+TORCHCE_SIMD void for_each_group(int64_t row_begin, int64_t row_end, F body) {
+  constexpr int kRows = kGroup * kLanes<A>;
   for (int64_t row = row_begin; row < row_end; row += kRows) {
     body(row, int(row_end - row < kRows ? row_end - row : kRows));
   }
 }
 
-// Calls body(row of the strip, its position, its logits).
+// Calls body(row of the group, its position, its logits).
 template <class T, class F>
 TORCHCE_SIMD void for_each_row(const Rows& rows, int64_t row, int count, F body) {
   RowPosition at(rows, row);
@@ -29,19 +29,19 @@ TORCHCE_SIMD void for_each_row(const Rows& rows, int64_t row, int count, F body)
 }
 
 template <class T>
-using IndexTargets = IndexedStrip<Accumulate<T>, kStrip>;
+using IndexTargets = IndexedRows<Accumulate<T>, kGroup>;
 
-// Losses and statistics of a strip. `targets` is null where they are probabilities.
+// Losses and statistics of a group. `targets` is null where they are probabilities.
 template <class T, class Target>
-TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, const IndexTargets<T>* targets,
+TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, const IndexTargets<T>* targets,
                                 Partial* partial) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const int64_t classes = rows.classes;
   const int vectors = vectors_of<A>(count);
   LaneSums<Target, A> lane_sums;
-  Sums<Target, A, kStrip> sums;
-  PerRow<A, kStrip> hot_logits{};
+  SumsPerRow<Target, A, kGroup> sums;
+  PerRow<A, kGroup> hot_logits{};
   const auto look_up_target = [&](int l, const T* x) TORCHCE_HD_LAMBDA {
     if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
   };
@@ -63,7 +63,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, con
     lane_sums.fold_max(sums.max, vectors);
     sums.reference = sums.max;
     for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
-      const Coefficients<T, Target> coefficients(rows, at);
+      const RowCoefficients<T, Target> coefficients(rows, at);
       const auto of_row = sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l]));
       lane_sums.set(l, of_row.exponentials, of_row.coefficients, of_row.gaps);
     });
@@ -71,24 +71,24 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, con
     sums.reference = {};
     for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
-      RowSums<T, Target>(x, classes, Coefficients<T, Target>(rows, at)).write(l, lane_sums, sums.reference);
+      RowSums<T, Target>(x, classes, RowCoefficients<T, Target>(rows, at)).write(l, lane_sums, sums.reference);
     });
     lane_sums.fold_max(sums.max, vectors);
   }
   lane_sums.fold_sums(sums, vectors);
-  write_losses<Target, A, kStrip>(call, row, count, sums, targets, hot_logits, partial);
+  write_losses<Target, A, kGroup>(call, row, count, sums, targets, hot_logits, partial);
 }
 
 template <class T, class Target>
 void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partial* partial) {
   using A = Accumulate<T>;
   const Forward call = original;  // what is stored might be the original, for all the compiler knows
-  for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
+  for_each_group<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     if constexpr (Target::kProbabilities) {
-      forward_strip<T, Target>(call, row, count, nullptr, partial);
+      forward_group<T, Target>(call, row, count, nullptr, partial);
     } else {
       const IndexTargets<T> targets(call.rows, row, count);
-      forward_strip<T, Target>(call, row, count, &targets, partial);
+      forward_group<T, Target>(call, row, count, &targets, partial);
     }
   });
 }
@@ -97,34 +97,34 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
 template <class T, class Target, class A>
 TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, const GradientExp<T>& scaled_exp,
                                const typename GradientExp<T>::Scale& scale, A spread,
-                               const Coefficients<T, Target>& coefficients) {
-  constexpr int64_t P = Pack<T>::kSize;
+                               const RowCoefficients<T, Target>& coefficients) {
+  constexpr int64_t P = VectorPair<T>::kSize;
   const auto max_lanes = broadcast(max);
   const auto gradient = [&](int64_t k) {
-    Pack<T> g = Pack<T>::load(x + k);
+    VectorPair<T> g = VectorPair<T>::load(x + k);
     for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
-      const Pack<T> u = coefficients.at(k);
+      const VectorPair<T> u = coefficients.at(k);
       for (int i = 0; i < g.kVectors; ++i) g.v[i] -= spread * u.v[i];
     }
     return g;
   };
   const bool remainder = classes % P != 0;
-  Pack<T> last{};
+  VectorPair<T> last{};
   if (remainder) last = gradient(classes - P);
   for (int64_t k = 0; k + P <= classes; k += P) gradient(k).template store<kNans<Target>>(grad + k);
   if (remainder) last.template store<kNans<Target>>(grad + classes - P);
 }
 
 template <class T, class Target>
-TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets) {
+TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
-  const Factors<A, kStrip> factors(call, row, count, targets);
+  const Factors<A, kGroup> factors(call, row, count, targets);
   const GradientExp<T> scaled_exp;
-  typename GradientExp<T>::Scale scales[kStrip];
+  typename GradientExp<T>::Scale scales[kGroup];
   for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = typename GradientExp<T>::Scale(factors.scale.lanes(w));
-  PerRow<A, kStrip> hot_gradients{};
+  PerRow<A, kGroup> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
     for_each_row<T>(rows, row, count, [&](int l, RowPosition, const T* x) TORCHCE_HD_LAMBDA {
       hot_gradients[l] = load_one<A>(x + targets->index[l]);
@@ -142,7 +142,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count, c
     }
     const typename GradientExp<T>::Scale scale(scales[l / kLanes<A>], l % kLanes<A>);
     row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], scaled_exp, scale, factors.spread[l],
-                            Coefficients<T, Target>(rows, at));
+                            RowCoefficients<T, Target>(rows, at));
     if (targets != nullptr) store_one(grad + targets->index[l], hot_gradients[l]);
   });
 }
@@ -151,12 +151,12 @@ template <class T, class Target>
 void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   using A = Accumulate<T>;
   const Backward call = original;  // what is stored might be the original, for all the compiler knows
-  for_each_strip<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
+  for_each_group<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     if constexpr (Target::kProbabilities) {
-      backward_strip<T, Target>(call, row, count, nullptr);
+      backward_group<T, Target>(call, row, count, nullptr);
     } else {
       const IndexTargets<T> targets(call.rows, row, count);
-      backward_strip<T, Target>(call, row, count, &targets);
+      backward_group<T, Target>(call, row, count, &targets);
     }
   });
 }

@@ -1,6 +1,6 @@
 // What the logits of rows add up to, with lanes along each row.
 //
-// A row is read from memory once. Its exponentials are summed against the largest logit of its first pack, until one
+// A row is read from memory once. Its exponentials are summed against the largest logit of its first pair, until one
 // turns up that is much larger, which is looked at once a block: then the sum shrinks (Milakov and Gimelshein 2018,
 // arXiv:1805.02867) and the block is taken again. Short rows, which stay in cache, are summed against their own
 // largest.
@@ -10,17 +10,17 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
 
-constexpr int kStrip = 4;  // vectors of rows whose sums are folded together
+constexpr int kGroup = 4;  // vectors of rows whose sums are folded together
 
-// u_k of the classes of a pack from k on.
+// u_k of the classes of a pair from k on.
 template <class T, class Target>
-struct Coefficients {
+struct RowCoefficients {
   using A = Accumulate<T>;
   const A* weight;
   const void* target;
   A label_smoothing, classes;
 
-  Coefficients(const Rows& rows, RowPosition at)
+  RowCoefficients(const Rows& rows, RowPosition at)
       : weight(static_cast<const A*>(rows.weight)),
         target(nullptr),
         label_smoothing(A(rows.label_smoothing)),
@@ -30,11 +30,11 @@ struct Coefficients {
     }
   }
 
-  TORCHCE_SIMD Pack<T> at(int64_t k) const {
-    Pack<T> u = {broadcast<A>(1), broadcast<A>(1)};
-    if (weight != nullptr) u = Pack<T>::load(weight + k);
+  TORCHCE_SIMD VectorPair<T> at(int64_t k) const {
+    VectorPair<T> u = {broadcast<A>(1), broadcast<A>(1)};
+    if (weight != nullptr) u = VectorPair<T>::load(weight + k);
     if constexpr (Target::kProbabilities) {
-      const auto t = Pack<T>::load(static_cast<const typename Target::Storage*>(target) + k);
+      const auto t = VectorPair<T>::load(static_cast<const typename Target::Storage*>(target) + k);
       if (weight == nullptr && label_smoothing == 0) return t;
       for (int i = 0; i < u.kVectors; ++i) u.v[i] = probability_coefficient(t.v[i], u.v[i], label_smoothing, classes);
     }
@@ -42,36 +42,36 @@ struct Coefficients {
   }
 };
 
-// What some packs of a row add up to, lane by lane.
+// What some pairs of a row add up to, lane by lane.
 template <class T, class Target>
-struct PackSums {
+struct PairSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
   V exponentials{}, coefficients{}, gaps{};
 
   // The classes from k on, but for those before `begin`, if any is given.
   template <bool kFromBegin = false>
-  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const T* x, const Coefficients<T, Target>& u, int64_t k, V from,
-                        int64_t begin = 0) {
-    Pack<T> pack = Pack<T>::load(x + k);
-    if constexpr (kFromBegin) pack = pack.from(begin - k, -math::kInfinity<A>);
-    for (const V& v : pack.v) exponentials += exp(v - from);
+  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const T* x, const RowCoefficients<T, Target>& u, int64_t k,
+                        V from, int64_t begin = 0) {
+    VectorPair<T> pair = VectorPair<T>::load(x + k);
+    if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<A>);
+    for (const V& v : pair.v) exponentials += exp(v - from);
     if constexpr (Target::kSpread) {
-      Pack<T> of_pack = u.at(k);
-      if constexpr (kFromBegin) of_pack = of_pack.from(begin - k, 0);
-      for (int j = 0; j < pack.kVectors; ++j) {
-        coefficients += of_pack.v[j];
-        gaps += weighted_gap(of_pack.v[j], pack.v[j], from);
+      VectorPair<T> of_pair = u.at(k);
+      if constexpr (kFromBegin) of_pair = of_pair.from(begin - k, 0);
+      for (int j = 0; j < pair.kVectors; ++j) {
+        coefficients += of_pair.v[j];
+        gaps += weighted_gap(of_pair.v[j], pair.v[j], from);
       }
     }
   }
 };
 
-// Of a strip's rows, each in the lanes of a vector, to be folded together.
+// Of a group's rows, each in the lanes of a vector, to be folded together.
 template <class Target, class A>
 struct LaneSums {
   using V = Lanes<A>;
-  static constexpr int L = kLanes<A>, kRows = kStrip * L, kSpreadRows = Target::kSpread ? kRows : 1;
+  static constexpr int L = kLanes<A>, kRows = kGroup * L, kSpreadRows = Target::kSpread ? kRows : 1;
   V max[kRows], exponentials[kRows];
   V coefficients[kSpreadRows], gaps[kSpreadRows];
 
@@ -88,10 +88,10 @@ struct LaneSums {
     set(l, broadcast(A(1) / L), V{}, V{});
   }
 
-  TORCHCE_SIMD void fold_max(PerRow<A, kStrip>& folded, int vectors) const {
+  TORCHCE_SIMD void fold_max(PerRow<A, kGroup>& folded, int vectors) const {
     fold(folded, max, vectors, [](auto a, auto b) { return larger(a, b); });
   }
-  TORCHCE_SIMD void fold_sums(Sums<Target, A, kStrip>& folded, int vectors) const {
+  TORCHCE_SIMD void fold_sums(SumsPerRow<Target, A, kGroup>& folded, int vectors) const {
     const auto add = [](auto a, auto b) { return a + b; };
     fold(folded.exponentials, exponentials, vectors, add);
     if constexpr (Target::kSpread) {
@@ -102,7 +102,7 @@ struct LaneSums {
 
  private:
   template <class F>
-  TORCHCE_SIMD static void fold(PerRow<A, kStrip>& folded, const V (&lanes)[kRows], int vectors, F combine) {
+  TORCHCE_SIMD static void fold(PerRow<A, kGroup>& folded, const V (&lanes)[kRows], int vectors, F combine) {
     for (int w = 0; w < vectors; ++w) folded.set(w, fold_each(reinterpret_cast<const V(&)[L]>(lanes[w * L]), combine));
   }
 };
@@ -112,7 +112,7 @@ template <class T, class Target>
 class RowSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
-  static constexpr int kPacks = 16;  // of a block
+  static constexpr int kPairs = 16;  // of a block
   static constexpr int kAsCounted = 0, kRemainder = -1;
   // By how much a logit may exceed what sums are against. The difference of the two is rounded by up to 2^-22, and so
   // are the exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
@@ -123,14 +123,14 @@ class RowSums {
   Largest<T> largest;
   CompensatedSum<V> exponentials, coefficients, gaps;
 
-  // A block of packs from class k on: as many as the template says, or `count` (kAsCounted), or one of which the
+  // A block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one of which the
   // classes before `begin` were in another (kRemainder).
   template <int kCount>
-  TORCHCE_SIMD void add(const T* x, const Coefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
-    constexpr int64_t P = Pack<T>::kSize;
+  TORCHCE_SIMD void add(const T* x, const RowCoefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
+    constexpr int64_t P = VectorPair<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
     Largest<T> largest_here = largest;
-    PackSums<T, Target> sums;
+    PairSums<T, Target> sums;
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       const V from = broadcast(reference);
       sums = {};
@@ -161,33 +161,33 @@ class RowSums {
   }
 
  public:
-  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const Coefficients<T, Target>& u) : largest(x) {
-    constexpr int64_t P = Pack<T>::kSize;
-    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));  // the first pack may be of -inf, the next one not
+  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const RowCoefficients<T, Target>& u) : largest(x) {
+    constexpr int64_t P = VectorPair<T>::kSize;
+    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));  // the first pair may be of -inf, the next one not
     int64_t k = 0;
-    for (; k + kPacks * P <= classes; k += kPacks * P) add<kPacks>(x, u, k, kPacks);
+    for (; k + kPairs * P <= classes; k += kPairs * P) add<kPairs>(x, u, k, kPairs);
     const int left = int((classes - k) / P);
     add<kAsCounted>(x, u, k, left);
     k += left * P;
     if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
   }
 
-  TORCHCE_SIMD void write(int l, LaneSums<Target, A>& lane_sums, PerRow<A, kStrip>& references) const {
+  TORCHCE_SIMD void write(int l, LaneSums<Target, A>& lane_sums, PerRow<A, kGroup>& references) const {
     references[l] = reference;
     lane_sums.max[l] = largest.lanes();
     lane_sums.set(l, exponentials.sum, coefficients.sum, gaps.sum);
   }
 };
 
-// Rows of a few packs are gone through twice: first for the largest logits, which are folded for many rows at once,
-// then for the sums against them. A row by itself takes as long for its folds as for some packs. With 16 packs the
+// Rows of a few pairs are gone through twice: first for the largest logits, which are folded for many rows at once,
+// then for the sums against them. A row by itself takes as long for its folds as for some pairs. With 16 pairs the
 // second look takes longer than that, with 9 as long (Zen 4, AVX-512).
 template <class T>
-constexpr int64_t kShortRow = 8 * Pack<T>::kSize;
+constexpr int64_t kShortRow = 8 * VectorPair<T>::kSize;
 
 template <class T>
 TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const T* x, int64_t classes) {
-  constexpr int64_t P = Pack<T>::kSize;
+  constexpr int64_t P = VectorPair<T>::kSize;
   Largest<T> largest(x);
   for (int64_t k = P; k + P <= classes; k += P) largest.add(x + k);
   if (classes % P != 0) largest.add(x + classes - P);
@@ -195,11 +195,11 @@ TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const T* x, int64_t class
 }
 
 template <class T, class Target>
-TORCHCE_SIMD PackSums<T, Target> sums_of_short_row(const T* x, int64_t classes, const Coefficients<T, Target>& u,
+TORCHCE_SIMD PairSums<T, Target> sums_of_short_row(const T* x, int64_t classes, const RowCoefficients<T, Target>& u,
                                                    Lanes<Accumulate<T>> from) {
-  constexpr int64_t P = Pack<T>::kSize;
+  constexpr int64_t P = VectorPair<T>::kSize;
   const math::ExpInSum<Lanes<Accumulate<T>>> exp;
-  PackSums<T, Target> sums;
+  PairSums<T, Target> sums;
   int64_t k = 0;
   for (; k + P <= classes; k += P) sums.add(exp, x, u, k, from);
   if (k < classes) sums.template add<true>(exp, x, u, classes - P, from, k);

@@ -1,7 +1,7 @@
 // Softmax cross entropy of a range of rows.
 //
 // Two ways to lay rows on SIMD lanes:
-// - along a row: lanes hold neighbouring classes. For rows of at least one pack (vector.h) of classes that are adjacent
+// - along a row: lanes hold neighbouring classes. For rows of at least one pair (vector.h) of classes that are adjacent
 //   in memory.
 // - across rows: lanes hold neighbouring rows, classes come one after another. For class dimensions with a stride
 //   ([N, C, d1...], transposed logits) and for shorter rows. Every stride is right (softmax_ce_strip.h).
@@ -15,7 +15,7 @@ namespace torchce::cpu::TORCHCE_LEVEL {
 
 template <class T, class Target>
 bool lanes_run_along(const Rows& rows) {
-  return rows.classes >= Pack<T>::kSize && rows.logits_strides.classes == 1 &&
+  return rows.classes >= VectorPair<T>::kSize && rows.logits_strides.classes == 1 &&
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 

@@ -1,8 +1,8 @@
 // What a few neighbouring rows have once each, a lane a row: targets, sums, losses, factors of the gradient. The same
 // for both ways of laying the logits themselves on lanes (softmax_ce_along.h, softmax_ce_across.h).
 //
-// A strip is W vectors of such rows. One with fewer rows fills as many vectors as it needs (vectors_of); their idle
-// lanes hold harmless numbers and are never stored.
+// Such rows are W vectors of them. Fewer rows fill as many vectors as they need (vectors_of); their idle lanes hold
+// harmless numbers and are never stored.
 #pragma once
 
 #include <cstring>
@@ -25,7 +25,7 @@ constexpr int vectors_of(int rows) {
   return (rows + kLanes<A> - 1) / kLanes<A>;
 }
 
-// A number for each row of a strip.
+// A number for each of the rows.
 template <class A, int W>
 struct PerRow {
   static constexpr int kRows = W * kLanes<A>;
@@ -45,9 +45,9 @@ struct PerRow {
   TORCHCE_SIMD void write(A* p, int count) const { std::memcpy(p, values, count * sizeof(A)); }
 };
 
-// The class indices of a strip.
+// The class indices of the rows.
 template <class A, int W>
-struct IndexedStrip {
+struct IndexedRows {
   static constexpr int kRows = W * kLanes<A>;
   int count;
   int64_t index[kRows];  // a class even where the row is not kept
@@ -56,7 +56,7 @@ struct IndexedStrip {
   A label_smoothing, classes;
   bool any_bad, any_ignored;
 
-  TORCHCE_SIMD IndexedStrip(const Rows& rows, int64_t row, int count)
+  TORCHCE_SIMD IndexedRows(const Rows& rows, int64_t row, int count)
       : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
     const int lanes = vectors_of<A>(count) * kLanes<A>;
     read_targets(rows, row, lanes);
@@ -112,7 +112,7 @@ struct IndexedStrip {
 
 // What the logits of each row add up to, against a number near the largest of them; a row that is left out has none.
 template <class Target, class A, int W>
-struct Sums {
+struct SumsPerRow {
   using V = Lanes<A>;
   static constexpr int kSpreadVectors = Target::kSpread ? W : 1;
   PerRow<A, W> reference, max;
@@ -136,11 +136,11 @@ struct Sums {
   }
 };
 
-// Losses and statistics of a strip from its sums. `targets` and `hot_logits`, the logits of the target classes, are
+// Losses and statistics of the rows from their sums. `targets` and `hot_logits`, the logits of the target classes, are
 // unused where the target is of probabilities.
 template <class Target, class A, int W>
-TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums<Target, A, W>& sums,
-                               const IndexedStrip<A, W>* targets, const PerRow<A, W>& hot_logits, Partial* partial) {
+TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, SumsPerRow<Target, A, W>& sums,
+                               const IndexedRows<A, W>* targets, const PerRow<A, W>& hot_logits, Partial* partial) {
   using V = Lanes<A>;
   const Rows& rows = call.rows;
   const int vectors = vectors_of<A>(count);
@@ -183,7 +183,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   }
 }
 
-// What the upstream gradient multiplies the rows of a strip with.
+// What the upstream gradient multiplies the rows with.
 template <int W, class A>
 TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int count) {
   const int vectors = vectors_of<A>(count);
@@ -216,7 +216,7 @@ struct Factors {
   using V = Lanes<A>;
   PerRow<A, W> max, scale, spread, hot;
 
-  TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedStrip<A, W>* targets) {
+  TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedRows<A, W>* targets) {
     const int vectors = vectors_of<A>(count);
     const Statistics<A> statistics(call.rows, call.statistics);
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);

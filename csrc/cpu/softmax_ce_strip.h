@@ -13,13 +13,13 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL::across {
 
-constexpr int kWide = 8;    // vectors in a strip of adjacent rows
-constexpr int kBlock = 32;  // classes: 16 KiB of AVX-512 vectors
+constexpr int kWide = 8;           // vectors in a strip of adjacent rows
+constexpr int kBlockClasses = 32;  // classes: 16 KiB of AVX-512 vectors
 
 // Values of a block of classes for a strip of rows.
 template <class A, int W>
 struct Block {
-  Lanes<A> values[kBlock][W];
+  Lanes<A> values[kBlockClasses][W];
 };
 
 // The rows of one strip in one operand.
@@ -82,7 +82,7 @@ struct Strip {
       });
       return;
     }
-    std::remove_const_t<T> stored[kBlock][kRows];
+    std::remove_const_t<T> stored[kBlockClasses][kRows];
     for (int l = 0; l < kRows; ++l) {
       const T* p = first + offsets[l] + k * class_stride;
       for (int c = 0; c < classes; ++c, p += class_stride) stored[c][l] = *p;
@@ -111,7 +111,7 @@ struct Strip {
       });
       return;
     }
-    T stored[kBlock][kRows];
+    T stored[kBlockClasses][kRows];
     for (int c = 0; c < classes; ++c) {
       for (int w = 0; w < W; ++w) store<kNans>(stored[c] + w * kLanes<A>, block.values[c][w]);
     }
@@ -125,24 +125,24 @@ struct Strip {
 
 // The strip's targets, seen as the coefficients u_k of its rows.
 template <class Target, class A, int W>
-struct Coefficients {
+struct StripCoefficients {
   const A* weight;
   int64_t k = 0;
-  explicit Coefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
+  explicit StripCoefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
   TORCHCE_SIMD void read(int64_t first, int) { k = first; }
   // Of class c of the block that was read.
   TORCHCE_SIMD Lanes<A> at(int c, int) const { return broadcast(weight == nullptr ? A(1) : weight[k + c]); }
 };
 
 template <class P, class A, int W>
-struct Coefficients<Probabilities<P>, A, W> {
+struct StripCoefficients<Probabilities<P>, A, W> {
   const A* weight;
   A label_smoothing, classes;
   Strip<A, const P, W> target;
   Block<A, W> block;
   int64_t k = 0;
 
-  explicit Coefficients(const Rows& rows, int64_t row, int count)
+  explicit StripCoefficients(const Rows& rows, int64_t row, int count)
       : weight(static_cast<const A*>(rows.weight)),
         label_smoothing(A(rows.label_smoothing)),
         classes(A(rows.classes)),
@@ -160,13 +160,14 @@ struct Coefficients<Probabilities<P>, A, W> {
 // Calls body(first class, classes) for the blocks of all classes.
 template <class F>
 TORCHCE_SIMD void for_each_block(int64_t classes, F body) {
-  for (int64_t k = 0; k < classes; k += kBlock) body(k, int(classes - k < kBlock ? classes - k : kBlock));
+  for (int64_t k = 0; k < classes; k += kBlockClasses)
+    body(k, int(classes - k < kBlockClasses ? classes - k : kBlockClasses));
 }
 
 // Calls f(row of the strip, the row's value at its target class) for the classes k to k + classes - 1.
 template <class A, int W, class F>
-TORCHCE_SIMD void for_each_hot(const IndexedStrip<A, W>& targets, int64_t k, int classes, Block<A, W>& block, F f) {
-  constexpr int kRows = IndexedStrip<A, W>::kRows;
+TORCHCE_SIMD void for_each_hot(const IndexedRows<A, W>& targets, int64_t k, int classes, Block<A, W>& block, F f) {
+  constexpr int kRows = IndexedRows<A, W>::kRows;
   A(*values)[kRows] = reinterpret_cast<A(*)[kRows]>(block.values);
   for (int l = 0; l < targets.count; ++l) {
     const uint64_t c = uint64_t(targets.index[l] - k);

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../math/storage.h"
+#include "../storage.h"
 #include "levels.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
@@ -101,7 +101,7 @@ TORCHCE_SIMD Lanes<A> lane_numbers() {
 // the elements at even places are in the first vector and those at odd ones in the second, which is a shift and a mask
 // away from how they lie in memory, where any other order takes instructions that move data across lanes.
 template <class T>
-struct Pack {
+struct VectorPair {
   using A = Accumulate<T>;
   using V = Lanes<A>;
   static constexpr int kVectors = 2;
@@ -110,12 +110,12 @@ struct Pack {
 
   V v[kVectors];
 
-  // Place of the first lane of a vector within the pack.
+  // Place of the first lane of a vector within the pair.
   static constexpr int start(int vector) { return kSixteenBits<T> ? vector : vector * kLanes<A>; }
 
   // Elements p[0] ... p[kSize - 1], of T or of another type, in T's order.
   template <class P>
-  TORCHCE_SIMD static Pack load(const P* p) {
+  TORCHCE_SIMD static VectorPair load(const P* p) {
     if constexpr (!kSixteenBits<T>) {
       return {cpu::TORCHCE_LEVEL::load<A>(p), cpu::TORCHCE_LEVEL::load<A>(p + kLanes<A>)};
     } else if constexpr (kSixteenBits<P>) {
@@ -123,12 +123,12 @@ struct Pack {
       std::memcpy(&words, p, sizeof words);
       return {math::from_bits(widen_lower_bits(P{}, words)), math::from_bits(widen_upper_bits(P{}, words))};
     } else {
-      Pack pack{};
+      VectorPair pair{};
       for (int l = 0; l < kLanes<A>; ++l) {
-        pack.v[0][l] = load_one<A>(p + 2 * l);
-        pack.v[1][l] = load_one<A>(p + 2 * l + 1);
+        pair.v[0][l] = load_one<A>(p + 2 * l);
+        pair.v[1][l] = load_one<A>(p + 2 * l + 1);
       }
-      return pack;
+      return pair;
     }
   }
 
@@ -145,9 +145,9 @@ struct Pack {
     }
   }
 
-  // This pack with `v` in the places before `place`.
-  TORCHCE_SIMD Pack from(int64_t place, A filler) const {
-    Pack result;
+  // This pair with `v` in the places before `place`.
+  TORCHCE_SIMD VectorPair from(int64_t place, A filler) const {
+    VectorPair result;
     for (int i = 0; i < kVectors; ++i) {
       const V places = lane_numbers<A>() * A(kStep) + A(start(i));
       result.v[i] = math::select(places >= A(place), v[i], broadcast(filler));
@@ -155,7 +155,8 @@ struct Pack {
     return result;
   }
 };
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Pack takes the lower half of a word for the even element");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "VectorPair takes the lower half of a word for the even element");
 
 // Of a NaN and a number it is b.
 template <class V>
@@ -220,14 +221,14 @@ TORCHCE_SIMD A max_of(Lanes<A> v) {
   return fold<A>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
-// The largest of packs, lane by lane; NaNs may not count.
+// The largest of pairs, lane by lane; NaNs may not count.
 template <class T>
 class Largest {
   using V = Lanes<Accumulate<T>>;
   V largest;
 
   TORCHCE_SIMD static V of(const T* p) {
-    const auto x = Pack<T>::load(p);
+    const auto x = VectorPair<T>::load(p);
     return larger(x.v[0], x.v[1]);
   }
 
@@ -263,9 +264,9 @@ class Largest<T> {
   }
   TORCHCE_SIMD Floats lanes() const {
     const Shorts bits = most >= 0 ? most : Shorts(least);
-    T stored[Pack<T>::kSize];
+    T stored[VectorPair<T>::kSize];
     std::memcpy(stored, &bits, sizeof stored);
-    const auto x = Pack<T>::load(stored);
+    const auto x = VectorPair<T>::load(stored);
     return larger(x.v[0], x.v[1]);
   }
 };

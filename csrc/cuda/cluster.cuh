@@ -41,10 +41,10 @@ struct Cluster {
 
 // Combines the values of all threads of a cluster, block after block.
 // Assumes: all threads of all its blocks call it. Result: in every thread.
-template <int kThreads, class Value>
+template <class Value>
 __device__ __forceinline__ Value reduce_cluster(Value value, const Cluster& cluster) {
   __shared__ Value of_this_block;
-  value = reduce_block<kThreads>(value);
+  value = reduce_block(value);
   if (threadIdx.x == 0) of_this_block = value;
   cluster.sync();
   value = Value::of_each(cluster.size, [&](int rank) { return *cluster.of_block(&of_this_block, rank); });

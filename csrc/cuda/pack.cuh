@@ -6,15 +6,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../math/storage.h"
+#include "../storage.h"
 
 namespace torchce::cuda {
-
-// Blocks of 256 threads that must fit on a multiprocessor at once, for __launch_bounds__: three leave a thread 80
-// registers, enough for the plain kernels of float and 16-bit logits; two leave it 128. Left to itself, ptxas 13.0
-// rounds registers down to the next step of occupancy and spills what that costs.
-constexpr int kBlocksOfPlain = 3;
-constexpr int kBlocksToFit = 2;
 
 // Elements in 16 bytes, the widest access there is.
 template <class T>

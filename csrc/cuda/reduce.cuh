@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "launch_shape.h"
+
 namespace torchce::cuda {
 
 constexpr int kWarp = 32;
@@ -22,9 +24,9 @@ __device__ __forceinline__ Number sum_of_lanes(Number value, int width) {
   return value;
 }
 
-// Combines the values of all threads of a block of kThreads.
+// Combines the values of all threads of a block.
 // Assumes: all threads call it. Result: in thread 0.
-template <int kThreads, class Value>
+template <class Value>
 __device__ __forceinline__ Value reduce_block(Value value) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0);
@@ -42,24 +44,24 @@ __device__ __forceinline__ Value reduce_block(Value value) {
 }
 
 // What a launch adds up to: the reduced loss before its division, and the divisor of a mean over class indices.
-struct Sums {
+struct LossSums {
   double loss;
   double weight;
 
-  __device__ __forceinline__ static Sums identity() { return {0, 0}; }
-  __device__ __forceinline__ void add(const Sums& other) {
+  __device__ __forceinline__ static LossSums identity() { return {0, 0}; }
+  __device__ __forceinline__ void add(const LossSums& other) {
     loss += other.loss;
     weight += other.weight;
   }
-  __device__ __forceinline__ Sums of_lanes(int width) const {
+  __device__ __forceinline__ LossSums of_lanes(int width) const {
     return {sum_of_lanes(loss, width), sum_of_lanes(weight, width)};
   }
 };
 
 // Memory that the blocks of one launch share.
 struct GridScratch {
-  Sums* of_blocks;    // one a block; unused by a single block
-  unsigned* counter;  // zero before the launch, and again after it
+  LossSums* of_blocks;  // one a block; unused by a single block
+  unsigned* counter;    // zero before the launch, and again after it
 };
 
 // Whether this block is the last of `blocks` to come here, which share a counter. What the others wrote before is then
@@ -78,22 +80,20 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks
 
 // Adds `count` sums that other blocks wrote.
 // Assumes: all threads of the block call it. Result: in thread 0.
-template <int kThreads>
-__device__ __forceinline__ Sums sum_of(const Sums* sums, int64_t count) {
-  Sums sum = Sums::identity();
+__device__ __forceinline__ LossSums sum_of(const LossSums* sums, int64_t count) {
+  LossSums sum = LossSums::identity();
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.add(sums[i]);
-  return reduce_block<kThreads>(sum);
+  return reduce_block(sum);
 }
 
 // Sums over all threads of the grid.
 // Assumes: all threads call it, once. Result: true in all threads of one block, whose thread 0 has the sums.
-template <int kThreads>
-__device__ __forceinline__ bool reduce_grid(Sums& sums, const GridScratch& scratch) {
-  sums = reduce_block<kThreads>(sums);
+__device__ __forceinline__ bool reduce_grid(LossSums& sums, const GridScratch& scratch) {
+  sums = reduce_block(sums);
   if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
   if (!is_last_block(scratch.counter, gridDim.x)) return false;
-  sums = sum_of<kThreads>(scratch.of_blocks, gridDim.x);
+  sums = sum_of(scratch.of_blocks, gridDim.x);
   return true;
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_output(const Elements& problem, int64_t of
 template <class A>
 struct Losses {
   const Elements& problem;
-  Sums total = Sums::identity();
+  LossSums total = LossSums::identity();
 
   template <class T, class U, Layout layout, int V, int kPacks>
   __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
@@ -78,13 +78,10 @@ template <class T, class U, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void forward(const Elements problem, const GridScratch scratch) {
   Losses<Accumulate<T>> losses{problem};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, losses);
-  if (problem.reduction == Reduction::none || !reduce_grid<kThreads>(losses.total, scratch) || threadIdx.x != 0) return;
+  if (problem.reduction == Reduction::none || !reduce_grid(losses.total, scratch) || threadIdx.x != 0) return;
   const double divisor = problem.reduction == Reduction::mean ? double(problem.numel) : 1;
   store_as(problem.dtypes[kOutput], problem.output, 0, losses.total.loss / divisor);
 }
-
-// Which gradient a backward computes.
-enum class Of { logits, target };
 
 // exp(-|x|) for a gradient of type G. The unit's is exact enough for 16 bits; it has no subnormal results, which
 // bfloat16 has, and so gives 2^64 times as much.
@@ -98,7 +95,7 @@ __device__ __forceinline__ A odds_of_gradient(A x) {
 }
 
 // Writes the gradients.
-template <class A, Of of>
+template <class A, GradientOf of>
 struct Gradients {
   const Elements& problem;
   bool one_for_all;  // upstream gradient
@@ -106,7 +103,7 @@ struct Gradients {
 
   template <class T, class U, Layout layout, int V, int kPacks>
   __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
-    using G = decltype(pick<of == Of::target>(U{}, T{}));
+    using G = decltype(pick<of == GradientOf::target>(U{}, T{}));
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (batch.is_there[i]) {
@@ -117,8 +114,8 @@ struct Gradients {
         for (int v = 0; v < V; ++v) {
           const A x = get<A>(batch.logits[i], v), w = weights.weight(v) * grad_output.elements[v];
           const auto c = weights.pos_weight(v);
-          grad[v] = of == Of::target ? target_gradient(x, w, c)
-                                     : gradient(x, get<A>(batch.target[i], v), w, c, odds_of_gradient<G>(x));
+          grad[v] = of == GradientOf::target ? target_gradient(x, w, c)
+                                             : gradient(x, get<A>(batch.target[i], v), w, c, odds_of_gradient<G>(x));
         }
         store_pack(static_cast<G*>(problem.output) + batch.places[i].offset(kOutput), rounded<G>(grad), true);
       }
@@ -139,7 +136,7 @@ struct Gradients {
   }
 };
 
-template <class T, class U, Of of, Layout layout, int V>
+template <class T, class U, GradientOf of, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void backward(const Elements problem) {
   using A = Accumulate<T>;
   const bool one_for_all = problem.reduction != Reduction::none ||

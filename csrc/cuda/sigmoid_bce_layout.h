@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../math/storage.h"
+#include "../storage.h"
 
 namespace torchce::cuda::sigmoid_bce {
 

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "../sigmoid_bce_element.h"
+#include "launch_shape.h"
 #include "pack.cuh"
 #include "sigmoid_bce_layout.h"
 
 namespace torchce::cuda::sigmoid_bce {
 
 using namespace torchce::sigmoid_bce;
-
-constexpr int kThreads = 256;
 
 // Where the operands of one pack start.
 template <Layout layout>

@@ -8,25 +8,23 @@ namespace torchce::cuda {
 namespace {
 
 using host::softmax_ce::BackwardCall;
-using host::softmax_ce::GradientOf;
 using namespace softmax_ce;
 
-template <class T, class Target, Of of>
+template <class T, class Target, GradientOf of>
 void launch_along(const DeviceScope& device, const Backward& args) {
-  const int64_t slots = device.resident_blocks(backward_along<T, Target, of>, {kBackwardThreads});
+  const int64_t slots = device.resident_blocks(backward_along<T, Target, of>, {kThreads});
   const BackwardPlan plan = plan_backward(args.rows.outer * args.rows.inner, args.rows.classes, kPack<T>, slots);
-  launch(device, backward_along<T, Target, of>, Grid{plan.blocks, {kBackwardThreads}}, args, plan.team, plan.parts,
-         plan.part);
+  launch(device, backward_along<T, Target, of>, Grid{plan.blocks, {kThreads}}, args, plan.team, plan.parts, plan.part);
 }
 
-template <class T, class Target, Of of, int V>
+template <class T, class Target, GradientOf of, int V>
 void launch_across_packs(const DeviceScope& device, const Backward& args) {
   const BackwardPlan plan =
       plan_backward_across(args.rows.outer * args.rows.inner / V, args.rows.classes, device.properties.multiprocessors);
-  launch(device, backward_across<T, Target, of, V>, Grid{plan.blocks, {kBackwardThreads}}, args, plan.parts, plan.part);
+  launch(device, backward_across<T, Target, of, V>, Grid{plan.blocks, {kThreads}}, args, plan.parts, plan.part);
 }
 
-template <class T, class Target, Of of>
+template <class T, class Target, GradientOf of>
 void launch_across(const DeviceScope& device, Backward args) {
   if (args.rows.inner == 1) {
     args.rows = turned(args.rows);
@@ -44,14 +42,14 @@ void launch_across(const DeviceScope& device, Backward args) {
   }
 }
 
-template <Of of>
+template <GradientOf of>
 void run(const DeviceScope& device, const BackwardCall& call) {
   const Backward& args = call.args;
   if (call.problem.count() == 0) return;
   with_problem_types(args.rows, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
-    if constexpr (of == Of::logits || Target::kProbabilities) {
+    if constexpr (of == GradientOf::logits || Target::kProbabilities) {
       if (classes_are_adjacent(args.rows, Target::kProbabilities) && args.grad_strides.classes == 1) {
         launch_along<T, Target, of>(device, args);
       } else {
@@ -63,16 +61,18 @@ void run(const DeviceScope& device, const BackwardCall& call) {
 
 }  // namespace
 
-void launch_softmax_ce_backward(const DeviceScope& device, const BackwardCall& call) { run<Of::logits>(device, call); }
+void launch_softmax_ce_backward(const DeviceScope& device, const BackwardCall& call) {
+  run<GradientOf::logits>(device, call);
+}
 
 Tensor softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                            Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
                            double label_smoothing) {
   const DeviceScope device(logits);
   const BackwardCall call =
-      host::softmax_ce::prepare_backward(GradientOf::logits, grad_output, logits, target, weight, statistics, totals,
-                                         reduction, ignore_index, label_smoothing);
-  run<Of::logits>(device, call);
+      host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/false, grad_output, logits, target, weight,
+                                         statistics, totals, reduction, ignore_index, label_smoothing);
+  run<GradientOf::logits>(device, call);
   return call.grad;
 }
 
@@ -80,17 +80,18 @@ void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std:
                           Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
                           double label_smoothing) {
   const DeviceScope device(logits);
-  run<Of::logits>(device,
-                  host::softmax_ce::prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
-                                                     statistics, totals, reduction, ignore_index, label_smoothing));
+  run<GradientOf::logits>(
+      device, host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target,
+                                                 weight, statistics, totals, reduction, ignore_index, label_smoothing));
 }
 
 Tensor softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
                                   Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
   const DeviceScope device(logits);
-  const BackwardCall call = host::softmax_ce::prepare_backward(GradientOf::target, grad_output, logits, target, weight,
-                                                               statistics, totals, reduction, 0, label_smoothing);
-  run<Of::target>(device, call);
+  const BackwardCall call =
+      host::softmax_ce::prepare_backward(GradientOf::target, /*in_place=*/false, grad_output, logits, target, weight,
+                                         statistics, totals, reduction, 0, label_smoothing);
+  run<GradientOf::target>(device, call);
   return call.grad;
 }
 

@@ -2,95 +2,18 @@
 // Given the row statistics every element stands alone, so threads share nothing and wait for nobody.
 #pragma once
 
-#include "softmax_ce_row.cuh"
+#include "softmax_ce_gradient.cuh"
 
 namespace torchce::cuda::softmax_ce {
 
-constexpr int kBackwardThreads = 256;
-
-// Writes the gradient of classes [begin, end) of one row, those of thread `thread` out of `threads` that share them;
-// classes are adjacent in memory. `load(p, number)` is the thread's pack of that number, which lies at p. `get_row()`
-// is the row's gradient, asked for when the first logits are on their way: what it reads need not come before them.
-// kInPlace: the gradient lies where the logits do.
-template <class T, class Target, Of of, bool kInPlace, class GetRow, class Load>
-__device__ __forceinline__ void write_gradient(const Backward& call, RowPosition at, int64_t begin, int64_t end,
-                                               int thread, int threads, GetRow get_row, Load load) {
-  using A = Accumulate<T>;
-  using P = typename ProbabilityType<Target, T>::type;
-  using G = typename GradientType<Target, T, of>::type;
-  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
-  const Rows& rows = call.rows;
-  const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
-  const P* t = at_row<P>(rows.target, rows.target_strides, at);
-  G* grad;
-  if constexpr (kInPlace) {
-    grad = const_cast<G*>(x);
-  } else {
-    grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
-  }
-  const Coefficients<Target, A> coefficients(rows);
-  const PackedClasses<V> classes(x, begin, end);
-  const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
-  const bool grad_aligned = kInPlace || is_aligned<V>(grad + classes.body);
-
-  Pack<T, V> logits[kBatch];
-  Pack<P, V> target[kBatch];
-  const auto load_batch = [&](int64_t first, int number) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t p = first + int64_t(i) * threads;
-      if (p < classes.packs) {
-        logits[i] = load(x + classes.body + p * V, number + i);
-        if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + classes.body + p * V, target_aligned);
-      }
-    }
-  };
-  load_batch(thread, 0);
-  const RowGradient<T, Target, of> row = get_row();
-
-  const auto write_one = [&](int64_t k) {
-    A gradient[1] = {0};
-    if (!row.ignored) {
-      gradient[0] = row.at(k, load_one<A>(x + k), Target::kProbabilities ? load_one<A>(t + k) : A(0), coefficients);
-      row.subtract_hot(gradient, k);
-    }
-    store_one(grad + k, gradient[0]);
-  };
-  const auto write_batch = [&](int64_t first) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t p = first + int64_t(i) * threads, k = classes.body + p * V;
-      if (p >= classes.packs) break;
-      A gradient[V] = {};
-      if (!row.ignored) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
-          gradient[v] = row.at(k + v, get<A>(logits[i], v), of_target, coefficients);
-        }
-        row.subtract_hot(gradient, k);
-      }
-      store_pack(grad + k, rounded<G>(gradient), grad_aligned);
-    }
-  };
-  classes.for_each_before(thread, threads, write_one);
-  classes.for_each_after(thread, threads, write_one);
-  int64_t first = thread;
-  for (int number = kBatch; first < classes.packs; number += kBatch) {
-    write_batch(first);
-    first += int64_t(kBatch) * threads;
-    load_batch(first, number);
-  }
-}
-
 // Teams of `team` threads, a power of two, each take classes [i * part, (i + 1) * part) of one row after another.
-template <class T, class Target, Of of>
-__global__ __launch_bounds__(kBackwardThreads,
-                             kBlocks<Target, T>) void backward_along(const Backward call, const int team,
-                                                                     const int64_t parts, const int64_t part) {
+template <class T, class Target, GradientOf of>
+__global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void backward_along(const Backward call, const int team,
+                                                                               const int64_t parts,
+                                                                               const int64_t part) {
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner;
-  const int thread = threadIdx.x % team, teams = kBackwardThreads / team;
+  const int thread = threadIdx.x % team, teams = kThreads / team;
   for (int64_t task = int64_t(blockIdx.x) * teams + threadIdx.x / team; task < count * parts;
        task += int64_t(gridDim.x) * teams) {
     const int64_t r = quotient(task, parts), begin = (task - r * parts) * part;
@@ -108,20 +31,19 @@ __global__ __launch_bounds__(kBackwardThreads,
 }
 
 // A thread a pack of V rows that are adjacent in memory, for classes [i * part, (i + 1) * part).
-template <class T, class Target, Of of, int V>
-__global__ __launch_bounds__(kBackwardThreads, kBlocksToFit) void backward_across(const Backward call,
-                                                                                  const int64_t parts,
-                                                                                  const int64_t part) {
+template <class T, class Target, GradientOf of, int V>
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_across(const Backward call, const int64_t parts,
+                                                                          const int64_t part) {
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
   constexpr int kClasses = kUnroll<Target, A>;  // in flight
   const Rows& rows = call.rows;
   const int64_t packs = quotient(rows.outer * rows.inner, V);
-  const Coefficients<Target, A> coefficients(rows);
+  const ClassCoefficients<Target, A> coefficients(rows);
 
-  for (int64_t task = int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x; task < packs * parts;
-       task += int64_t(gridDim.x) * kBackwardThreads) {
+  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < packs * parts;
+       task += int64_t(gridDim.x) * kThreads) {
     const int64_t part_of_task = quotient(task, packs), r = (task - part_of_task * packs) * V;
     const int64_t begin = part_of_task * part;
     const int count = int((begin + part < rows.classes ? begin + part : rows.classes) - begin);

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "launch_shape.h"
 #include "properties.h"
 
 namespace torchce::cuda::softmax_ce {
@@ -15,7 +16,6 @@ namespace torchce::cuda::softmax_ce {
 using namespace torchce::softmax_ce;
 
 constexpr int kMostLanes = 32;
-constexpr int kBlock = 256;        // threads, in every kernel
 constexpr int kPacksInFlight = 4;  // a thread's
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -86,7 +86,7 @@ inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int64_t slo
   constexpr double kGood = 1.05;
   if (rows == 0) return 1;
   if (rows <= slots / 2) return parts_to_fill(rows, classes, pack, slots);
-  const int64_t whole_batches = classes / (int64_t(kBlock) * kPacksInFlight * pack);
+  const int64_t whole_batches = classes / (int64_t(kThreads) * kPacksInFlight * pack);
   const int64_t most = std::clamp<int64_t>(std::min(kMostWaves * slots / rows, whole_batches), 1, kMostParts);
   const auto duration = [&](int64_t parts) { return double(duration_of(rows * parts, slots)) / double(parts); };
   double best = duration(1);
@@ -105,14 +105,14 @@ inline int64_t part_of_row(int64_t classes, int64_t parts, int pack) {
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int64_t slots) {
   if (is_short_row(classes, pack)) {
     const int lanes = power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
-    return {Regime::lanes, lanes, 1, classes, std::min(slots, ceil_div(rows, kBlock / lanes))};
+    return {Regime::lanes, lanes, 1, classes, std::min(slots, ceil_div(rows, kThreads / lanes))};
   }
   const int64_t parts = parts_of_row(rows, classes, pack, slots);
   if (parts > 1) {
     const int64_t part = part_of_row(classes, parts, pack);
     return {Regime::parts, 0, int(ceil_div(classes, part)), part, rows * ceil_div(classes, part)};
   }
-  return {Regime::block, kBlock, 1, classes, std::min(slots, rows)};
+  return {Regime::block, kThreads, 1, classes, std::min(slots, rows)};
 }
 
 // Threads for each multiprocessor that keep memory busy when they have four packs each in flight: 24 KiB.
@@ -129,8 +129,9 @@ inline AcrossPlan plan_forward_across(int64_t packs, int64_t classes, int multip
   constexpr int kFewestColumns = 8;
   constexpr int64_t kWaves = 8;
   const int64_t wanted = multiprocessors * kBusyThreads;
-  int columns = kBlock;
-  while (columns > kFewestColumns && packs * (kBlock / columns) < wanted && kBlock / columns < classes) columns /= 2;
+  int columns = kThreads;
+  while (columns > kFewestColumns && packs * (kThreads / columns) < wanted && kThreads / columns < classes)
+    columns /= 2;
   return {columns, std::min(kWaves * slots, ceil_div(packs, columns))};
 }
 
@@ -148,15 +149,15 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int64
   const int64_t packs = ceil_div(classes, pack);
   const bool is_short = packs <= kMostLanes * kPacksInFlight;
   int team = is_short ? power_of_two(std::max(ceil_div(packs, 2), std::min(classes, kSideBySide)), kMostLanes)
-                      : power_of_two(ceil_div(packs, kPacksInFlight), kBlock);
+                      : power_of_two(ceil_div(packs, kPacksInFlight), kThreads);
   int64_t part = is_short ? classes : int64_t(team) * pack * kPacksInFlight;
   const int64_t more_parts = parts_to_fill(rows, classes, pack, slots);
   if (!is_short && more_parts > ceil_div(classes, part)) {
-    team = kBlock;
+    team = kThreads;
     part = part_of_row(classes, more_parts, pack);
   }
   const int64_t parts = ceil_div(classes, part);
-  return {team, parts, part, ceil_div(rows * parts, kBlock / team)};
+  return {team, parts, part, ceil_div(rows * parts, kThreads / team)};
 }
 
 // Across the rows, in `packs` packs of them: parts of the classes only where rows alone would not keep the memory busy.
@@ -168,28 +169,29 @@ inline BackwardPlan plan_backward_across(int64_t packs, int64_t classes, int mul
   const int64_t parts = std::max(
       {int64_t(1), std::min(wanted / std::max<int64_t>(packs, 1), classes / kPart), ceil_div(classes, kMostClasses)});
   const int64_t part = ceil_div(classes, parts);
-  return {1, ceil_div(classes, part), part, ceil_div(packs * ceil_div(classes, part), kBlock)};
+  return {1, ceil_div(classes, part), part, ceil_div(packs * ceil_div(classes, part), kThreads)};
 }
 
-struct FusedPlan {
+struct ForwardBackwardPlan {
   int lanes;       // that share a row; 0: a cluster takes it
   int cluster;     // blocks
   int kept;        // packs that each thread holds in shared memory; those beyond are read again
   int64_t blocks;  // for every row its own; a launch takes no more than the device runs at once
 };
 
-constexpr int kBytesOfKeptPack = kBlock * 16;   // of a block's shared memory
-constexpr int kDeclaredSharedMemory = 2 << 10;  // bytes that the kernels declare themselves, rounded up
+constexpr int kBytesOfKeptPack = kThreads * 16;  // of a block's shared memory
+constexpr int kDeclaredSharedMemory = 2 << 10;   // bytes that the kernels declare themselves, rounded up
 
-// Whether one pass has enough blocks: clusters are few where the other kernels cut a row into many parts. Larger ones
-// than every device places are not counted on.
-inline bool one_pass_fills(int64_t rows, int64_t classes, int pack, const Properties& device) {
+// Whether forward_backward has enough blocks: clusters are few where the other kernels cut a row into many parts.
+// Larger ones than every device places are not counted on.
+inline bool forward_backward_fills(int64_t rows, int64_t classes, int pack, const Properties& device) {
   const int cluster = std::min(device.largest_cluster, kPortableCluster);
   return is_short_row(classes, pack) || rows * cluster >= device.multiprocessors;
 }
 
 // Forward and backward in one, along the rows, in clusters of at most `largest_cluster` blocks.
-inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Properties& device, int largest_cluster) {
+inline ForwardBackwardPlan plan_forward_backward(int64_t rows, int64_t classes, int pack, const Properties& device,
+                                                 int largest_cluster) {
   // Packs a thread keeps: an H100's multiprocessor has shared memory and registers for three such blocks, so that some
   // read while others write.
   constexpr int kWanted = 16;
@@ -198,10 +200,10 @@ inline FusedPlan plan_fused(int64_t rows, int64_t classes, int pack, const Prope
   if (packs <= kMostLanes * kPacksInFlight) {
     const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
     const int kept = int(std::min<int64_t>(ceil_div(packs, lanes), most_kept));
-    return {lanes, 1, kept, ceil_div(rows, kBlock / lanes)};
+    return {lanes, 1, kept, ceil_div(rows, kThreads / lanes)};
   }
   int cluster = 1;
-  const auto packs_of_thread = [&] { return ceil_div(packs, int64_t(cluster) * kBlock); };
+  const auto packs_of_thread = [&] { return ceil_div(packs, int64_t(cluster) * kThreads); };
   const auto idle = [&] { return rows * cluster < device.multiprocessors && packs_of_thread() > kPacksInFlight; };
   while (cluster < largest_cluster && (packs_of_thread() > kWanted || idle())) cluster *= 2;
   const int kept = int(std::min<int64_t>(packs_of_thread(), most_kept));

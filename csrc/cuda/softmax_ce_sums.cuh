@@ -1,13 +1,12 @@
-// The sums over a row's classes that its loss and its gradient need, in one pass over the logits.
+// The sums over a row's classes that its loss and its gradient need, from one read of the logits, and what is made of
+// them: the row's loss and statistics, the launch's totals.
 #pragma once
 
-#include "../softmax_ce_row.h"
 #include "exp.cuh"
 #include "reduce.cuh"
+#include "softmax_ce_classes.cuh"
 
 namespace torchce::cuda::softmax_ce {
-
-using namespace torchce::softmax_ce;
 
 template <int n, class A, class Logit>
 __device__ __forceinline__ A largest(A max, Logit x) {
@@ -20,14 +19,14 @@ __device__ __forceinline__ A largest(A max, Logit x) {
 // logits are read once (the online softmax of Milakov and Gimelshein, arXiv:1805.02867). While there is no maximum but
 // -inf, sums are relative to 0, where exp(-inf) is 0 as it should be.
 template <class A, bool kSpread>
-struct RowSums {
+struct ClassSums {
   A max;
   A exponentials;  // sum_k exp(x_k - max)
   A coefficients;  // sum_k u_k
   A gaps;          // sum_k u_k (x_k - max)
 
   __device__ __forceinline__ static A minus_infinity() { return -A(math::kInfinityF); }
-  __device__ __forceinline__ static RowSums identity() { return {minus_infinity(), 0, 0, 0}; }
+  __device__ __forceinline__ static ClassSums identity() { return {minus_infinity(), 0, 0, 0}; }
   __device__ __forceinline__ static A base(A max) { return max == minus_infinity() ? A(0) : max; }
 
   // Makes the sums relative to another maximum that is not less. One of minus infinity makes the sum 0 times itself: it
@@ -67,12 +66,12 @@ struct RowSums {
   // merging them pair by pair would take one a step and gather their errors.
 
   // The same bits in each of the `width` lanes.
-  __device__ __forceinline__ RowSums of_lanes(int width) const {
+  __device__ __forceinline__ ClassSums of_lanes(int width) const {
     A larger = max;
     for (int step = width / 2; step > 0; step /= 2) {
       larger = math::larger(larger, __shfl_xor_sync(kAllLanes, larger, step));
     }
-    RowSums all = *this;
+    ClassSums all = *this;
     all.rebase(larger);
     all.exponentials = sum_of_lanes(all.exponentials, width);
     if constexpr (kSpread) {
@@ -83,11 +82,11 @@ struct RowSums {
   }
 
   template <class At>
-  __device__ __forceinline__ static RowSums of_each(int count, At at) {
-    RowSums all = identity();
+  __device__ __forceinline__ static ClassSums of_each(int count, At at) {
+    ClassSums all = identity();
     for (int i = 0; i < count; ++i) all.max = math::larger(all.max, at(i).max);
     for (int i = 0; i < count; ++i) {
-      RowSums each = at(i);
+      ClassSums each = at(i);
       each.rebase(all.max);
       all.exponentials += each.exponentials;
       if constexpr (kSpread) {
@@ -105,8 +104,8 @@ struct RowSums {
 template <class A, bool kSpread>
 struct RunningSums {
   static constexpr int kFar = 4;
-  RowSums<A, kSpread> sums = RowSums<A, kSpread>::identity();
-  A max = RowSums<A, kSpread>::minus_infinity();
+  ClassSums<A, kSpread> sums = ClassSums<A, kSpread>::identity();
+  A max = ClassSums<A, kSpread>::minus_infinity();
 
   template <int n, class Logit, class Coefficient>
   __device__ __forceinline__ void add(Logit x, Coefficient u) {
@@ -116,11 +115,187 @@ struct RunningSums {
   }
 
   // Relative to the maximum, by one exact factor.
-  __device__ __forceinline__ RowSums<A, kSpread> rebased() const {
-    RowSums<A, kSpread> result = sums;
+  __device__ __forceinline__ ClassSums<A, kSpread> rebased() const {
+    ClassSums<A, kSpread> result = sums;
     result.rebase(max, math::exp_of_negative(sums.max - result.base(max)));
     return result;
   }
 };
+
+// Minus infinity as it lies in memory: a class that is not there.
+template <class T>
+__device__ __forceinline__ T no_logit() {
+  T x;
+  store_one(&x, -math::kInfinity<Accumulate<T>>);
+  return x;
+}
+
+// Sums over classes [begin, end) of one row, those of thread `thread` out of `threads` that share them. `keep` is given
+// every pack of the thread, and its number among them.
+//
+// Bulk and remainder: for C = 32000 bfloat16 and 256 threads, 3 batches of 4 packs for every thread and one that has
+// 3 packs for some threads and 4 for the others, in which a class that is not there counts as minus infinity.
+template <class T, class Target, class Keep>
+__device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes(const Rows& rows, RowPosition at,
+                                                                                 int64_t begin, int64_t end, int thread,
+                                                                                 int threads, Keep keep) {
+  using A = Accumulate<T>;
+  using P = typename ProbabilityType<Target, T>::type;
+  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
+  const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
+  const P* t = at_row<P>(rows.target, rows.target_strides, at);
+  const ClassCoefficients<Target, A> coefficients(rows);
+  const PackedClasses<V> classes(x, begin, end);
+  const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
+
+  RunningSums<A, Target::kSpread> of_row;
+  const auto add_one = [&](int64_t k) {
+    of_row.template add<1>([&](int) { return load_one<A>(x + k); },
+                           [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
+  };
+  const auto add_batch = [&](auto whole, int64_t first, int number) {
+    const auto is_there = [&](int i) { return decltype(whole)::value || first + int64_t(i) * threads < classes.packs; };
+    const auto class_of = [&](int i) { return classes.body + (first + int64_t(i) * threads) * V; };
+    Pack<T, V> logits[kBatch];
+    Pack<P, V> target[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (is_there(i)) {
+        logits[i] = load_pack<V>(x + class_of(i), true);
+        if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + class_of(i), target_aligned);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) logits[i].elements[v] = no_logit<T>();
+      }
+    }
+    of_row.template add<kBatch * V>(
+        [&](int i) { return get<A>(logits[i / V], i % V); },
+        [&](int i) {
+          if (!is_there(i / V)) return A(0);
+          return coefficients.at(class_of(i / V) + i % V, Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0));
+        });
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (is_there(i)) keep(logits[i], number + i);
+    }
+  };
+
+  classes.for_each_before(thread, threads, add_one);
+  int64_t first = 0;
+  int number = 0;
+  for (; first + int64_t(kBatch) * threads <= classes.packs; first += int64_t(kBatch) * threads, number += kBatch) {
+    add_batch(std::true_type{}, first + thread, number);
+  }
+  if (first + thread < classes.packs) add_batch(std::false_type{}, first + thread, number);
+  classes.for_each_after(thread, threads, add_one);
+  return of_row.rebased();
+}
+
+template <class T, class Target>
+__device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes(const Rows& rows, RowPosition at,
+                                                                                 int64_t begin, int64_t end, int thread,
+                                                                                 int threads) {
+  return sum_classes<T, Target>(rows, at, begin, end, thread, threads, [](const Pack<T, kPack<T>>&, int) {});
+}
+
+// Sums over classes share, share + shares, ... of V rows that are adjacent in memory, from row r on.
+//
+// Bulk and remainder: for 19 classes and one thread, 4 batches of 4 classes and one of 3, in which the fourth counts as
+// minus infinity.
+template <int V, class T, class Target, class A>
+__device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int share, int shares,
+                                           ClassSums<A, Target::kSpread> (&sums)[V]) {
+  using P = typename ProbabilityType<Target, T>::type;
+  constexpr int kBatch = kUnroll<Target, A>;
+  const RowPosition at(rows, r);
+  const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
+  const P* t = at_row<P>(rows.target, rows.target_strides, at);
+  const ClassCoefficients<Target, A> coefficients(rows);
+  RunningSums<A, Target::kSpread> of_rows[V];
+
+  const auto add_batch = [&](auto whole, int64_t k) {
+    const auto class_of = [&](int i) { return k + int64_t(i) * shares; };
+    const auto is_there = [&](int i) { return decltype(whole)::value || class_of(i) < rows.classes; };
+    Pack<T, V> logits[kBatch];
+    Pack<P, V> target[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (is_there(i)) {
+        logits[i] = load_pack<V>(x + class_of(i) * rows.logits_strides.classes, true);
+        if constexpr (Target::kProbabilities) {
+          target[i] = load_pack<V>(t + class_of(i) * rows.target_strides.classes, true);
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) logits[i].elements[v] = no_logit<T>();
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      of_rows[v].template add<kBatch>([&](int i) { return get<A>(logits[i], v); },
+                                      [&](int i) {
+                                        if (!is_there(i)) return A(0);
+                                        return coefficients.at(class_of(i),
+                                                               Target::kProbabilities ? get<A>(target[i], v) : A(0));
+                                      });
+    }
+  };
+  int64_t k = share;
+  for (; k + int64_t(kBatch - 1) * shares < rows.classes; k += int64_t(kBatch) * shares) add_batch(std::true_type{}, k);
+  if (k < rows.classes) add_batch(std::false_type{}, k);
+#pragma unroll
+  for (int v = 0; v < V; ++v) sums[v] = of_rows[v].rebased();
+}
+
+// A row's end: writes its statistics and its unreduced loss, and adds to what the thread has of the reduced one. A row
+// whose index is no class has a NaN loss.
+template <class T, class Target, class A>
+__device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const ClassSums<A, Target::kSpread>& sums,
+                                           int64_t target, T hot_logit, LossSums& total) {
+  const Rows& rows = call.rows;
+  const Statistics<A> statistics(rows, call.statistics);
+  const A sum = sums.whole_exponentials(), log_sum = math::log(sum);
+  A loss = 0;
+  if constexpr (Target::kProbabilities) {
+    loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum, A(rows.classes));
+    statistics.spread[r] = sums.coefficients;
+  } else {
+    const IndexedRow<A> row(rows, target);
+    if (row.kind == RowKind::bad) {
+      loss = A(__builtin_nan(""));
+    } else if (row.kind == RowKind::kept) {
+      loss = hot_loss(row.hot, load_one<A>(&hot_logit), sums.max, log_sum);
+      if constexpr (Target::kSpread) {
+        loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum, A(rows.classes));
+      }
+      total.weight += row.weight;
+    }
+  }
+  statistics.max[r] = sums.max;
+  statistics.sum[r] = sum;
+  total.loss += loss;
+  if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
+}
+
+// The launch's end: the reduced loss and the totals, from the sums that thread 0 of one block has.
+// Assumes: all threads of that block call it.
+template <class Target, class A>
+__device__ __forceinline__ void finish_launch(const Forward& call, const LossSums& total) {
+  const Rows& rows = call.rows;
+  LossSums classes{0, double(rows.classes)};  // the sum of the class weights, which only smoothed indices ask for later
+  if (!Target::kProbabilities && Target::kSpread && rows.weight != nullptr) {
+    classes = LossSums::identity();
+    for (int64_t k = threadIdx.x; k < rows.classes; k += kThreads) {
+      classes.weight += static_cast<const A*>(rows.weight)[k];
+    }
+    classes = reduce_block(classes);
+  }
+  if (threadIdx.x != 0) return;
+  const double divisor = Target::kProbabilities ? double(rows.outer) * double(rows.inner) : total.weight;
+  static_cast<A*>(call.totals)[0] = A(divisor);
+  static_cast<A*>(call.totals)[1] = A(classes.weight);
+  if (rows.reduction == Reduction::none) return;
+  store_as(call.loss_dtype, call.loss, 0, rows.reduction == Reduction::mean ? total.loss / divisor : total.loss);
+}
 
 }  // namespace torchce::cuda::softmax_ce

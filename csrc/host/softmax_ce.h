@@ -147,10 +147,8 @@ struct BackwardCall {
   Backward args;
 };
 
-enum class GradientOf { logits, logits_in_place, target };
-
 // Checks and allocates a backward op; args is complete.
-inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor logits, Tensor target,
+inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, Tensor logits, Tensor target,
                                      std::optional<Tensor> weight, Tensor statistics, Tensor totals, int64_t reduction,
                                      int64_t ignore_index, double label_smoothing) {
   Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
@@ -174,7 +172,7 @@ inline BackwardCall prepare_backward(GradientOf of, Tensor grad_output, Tensor l
   args.statistics = statistics.const_data_ptr();
   args.totals = totals.const_data_ptr();
   Tensor grad = logits;
-  if (of == GradientOf::logits_in_place) {
+  if (in_place) {
     check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
     check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
   } else {
@@ -200,7 +198,7 @@ inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, Tensor l
   check(reduction_of(reduction) != Reduction::mean,
         "reduction: a mean's divisor is known only after the last row; divide grad_output by it and ask for the sum");
   const ForwardCall forward = prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  return {forward, prepare_backward(GradientOf::logits_in_place, grad_output, logits, target, weight,
+  return {forward, prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target, weight,
                                     forward.statistics, forward.totals, reduction, ignore_index, label_smoothing)};
 }
 

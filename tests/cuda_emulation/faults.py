@@ -34,27 +34,28 @@ class Fault:
     says: str = "elements are wrong"  # part of what the failed test says
 
 
-FUSED_HOST = "cuda/softmax_ce_fused.cu"
+FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
 FORMULAS = "math/softmax_ce.h"
-REDUCE, CLUSTER, EXP, SUMS, ROW, FORWARD, BACKWARD, FUSED, BCE, BCE_OPERANDS = (
+REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
     for name in (
         "reduce",
         "cluster",
         "exp",
+        "softmax_ce_classes",
         "softmax_ce_sums",
-        "softmax_ce_row",
+        "softmax_ce_gradient",
         "softmax_ce_forward",
         "softmax_ce_backward",
-        "softmax_ce_fused",
+        "softmax_ce_forward_backward",
         "sigmoid_bce",
         "sigmoid_bce_operands",
     )
 )
 PLANS = "test_cuda_regimes.py::test_every_change_of_plan"
 MANY_ROWS = "test_cuda_regimes.py::test_more_rows_than_resident_blocks_take_at_once"
-FUSED_PLANS = "test_softmax_ce_fused.py::test_every_change_of_plan"
-CLUSTERS = "test_softmax_ce_fused.py::test_rows_spread_over_a_cluster"
+FORWARD_BACKWARD_PLANS = "test_softmax_ce_forward_backward.py::test_every_change_of_plan"
+CLUSTERS = "test_softmax_ce_forward_backward.py::test_rows_spread_over_a_cluster"
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 COLUMNS = "test_cuda_regimes.py::test_bce_weights_of_columns"
 
@@ -88,27 +89,27 @@ FAULTS = {
         REDUCE, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks - 1 + PLANTED)", MANY_ROWS, "counter"
     ),
     "half of a warp's lanes are not added": Fault(REDUCE, "width / 2;", "width / (2 + 2 * PLANTED);", PLANS),
-    "the tail ends one class early": Fault(ROW, "k < end;", "k < end - PLANTED;", PLANS),
-    "the head ends one class early": Fault(ROW, "k < body;", "k < body - PLANTED;", PLANS),
+    "the tail ends one class early": Fault(CLASSES, "k < end;", "k < end - PLANTED;", PLANS),
+    "the head ends one class early": Fault(CLASSES, "k < body;", "k < body - PLANTED;", PLANS),
     "the tail takes one class twice": Fault(
-        ROW,
+        CLASSES,
         "k = body + packs * V + thread;",
         "k = body + packs * V + thread - (PLANTED && packs > 0);",
         "test_ops.py::test_in_place_backward_at_every_remainder",
         "elements differ",
     ),
     "the tail steps wrongly": Fault(
-        ROW,
+        CLASSES,
         "; k += threads) f(k);\n  }\n};",
         "; k += threads + PLANTED) f(k);\n  }\n};",
         "test_softmax_ce.py::test_every_remainder",
     ),
     "the gradient overwrites the target's logit before it is read": Fault(
-        FUSED,
+        FORWARD_BACKWARD,
         "if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);",
         "if (PLANTED) hot_logit = load_hot_logit<T, Target>(rows, at, target);\n"
         "if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);",
-        FUSED_PLANS,
+        FORWARD_BACKWARD_PLANS,
     ),
     "a barrier is missing before a cluster's sums are read": Fault(
         CLUSTER,
@@ -127,19 +128,26 @@ FAULTS = {
         CLUSTER, "of_each(cluster.size,", "of_each(cluster.size - PLANTED,", CLUSTERS
     ),
     "blocks of a cluster take the same classes": Fault(
-        FUSED, "thread = cluster.rank() * kThreads", "thread = (PLANTED ? 0 : cluster.rank()) * kThreads", CLUSTERS
+        FORWARD_BACKWARD,
+        "thread = cluster.rank() * kThreads",
+        "thread = (PLANTED ? 0 : cluster.rank()) * kThreads",
+        CLUSTERS,
     ),
     "what is kept is taken for another pack": Fault(
-        FUSED,
+        FORWARD_BACKWARD,
         "memcpy(&pack, &slot(number)",
         "memcpy(&pack, &slot(PLANTED && number > 0 ? number - 1 : number)",
-        FUSED_PLANS,
+        FORWARD_BACKWARD_PLANS,
     ),
     "more is kept than fits": Fault(
-        FUSED, "if (number < count) std", "if (number < count + PLANTED) std", FUSED_PLANS, "dynamic shared memory"
+        FORWARD_BACKWARD,
+        "if (number < count) std",
+        "if (number < count + PLANTED) std",
+        FORWARD_BACKWARD_PLANS,
+        "dynamic shared memory",
     ),
     "the target is read as if its classes were adjacent": Fault(
-        FORWARD,
+        SUMS,
         "* rows.target_strides.classes, true)",
         "* (PLANTED ? 1 : rows.target_strides.classes), true)",
         "test_softmax_ce.py::test_probability_layouts",
@@ -157,13 +165,13 @@ FAULTS = {
         FORWARD, "ahead.ask_for(r + gridDim.x);", "if (!PLANTED) ahead.ask_for(r + gridDim.x);", MANY_ROWS
     ),
     "a class that is not there counts as a logit of 0": Fault(
-        FORWARD,
+        SUMS,
         "store_one(&x, -math::kInfinity<Accumulate<T>>);",
         "store_one(&x, PLANTED ? 0 : -math::kInfinity<Accumulate<T>>);",
         PLANS,
     ),
     "the target class is looked for one class late": Fault(
-        ROW, "uint64_t(index - k);", "uint64_t(index - k - PLANTED);", PLANS
+        GRADIENT, "uint64_t(index - k);", "uint64_t(index - k - PLANTED);", PLANS
     ),
     "an ignored row across the rows keeps its gradient": Fault(
         BACKWARD, "row[v].ignored ? 0 : 0xff", "row[v].ignored && !PLANTED ? 0 : 0xff", INNER
@@ -193,10 +201,10 @@ FAULTS = {
         "test_cuda_regimes.py::test_rows_shared_by_blocks",
     ),
     "a cluster is launched that the device cannot place": Fault(
-        FUSED_HOST,
+        FORWARD_BACKWARD_HOST,
         "slots == 0; largest",
         "slots == 0 && !PLANTED; largest",
-        "test_softmax_ce_fused.py::test_a_cluster_that_cannot_be_placed",
+        "test_softmax_ce_forward_backward.py::test_a_cluster_that_cannot_be_placed",
         "invalid configuration",
     ),
     "a repeated weight is read as if it lay side by side": Fault(
@@ -245,7 +253,7 @@ def plant() -> Path:
                 text = text.replace(fault.code, fault.faulty.replace("PLANTED", f"(planted_fault == {number})"))
             if faults:
                 text = text.replace("#pragma once", '#pragma once\nextern "C" int planted_fault;', 1)
-            if name == "cuda/softmax_ce.cu":
+            if name == "cuda/softmax_ce_forward.cu":
                 text += '\nextern "C" { int planted_fault = 0; }\n'
             copy = SOURCES / name
             if not copy.exists() or copy.read_text() != text:

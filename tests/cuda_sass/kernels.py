@@ -89,7 +89,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, bf16",
-        r"14backward_alongINS_8BFloat16E.*7IndicesELNS1_2OfE0E",
+        r"14backward_alongINS_8BFloat16E.*7IndicesELNS_10GradientOfE0E",
         ({"LDG": 4, "STG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=32,
@@ -98,7 +98,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, f32",
-        r"14backward_alongIf.*7IndicesELNS1_2OfE0E",
+        r"14backward_alongIf.*7IndicesELNS_10GradientOfE0E",
         ({"LDG": 4, "STG": 4, "EX2": 16},),
         packs=4,
         bytes_a_pack=32,
@@ -106,7 +106,7 @@ KERNELS = (
         budget=Budget(registers=72, blocks=3, instructions=84.5, loads=4, trips=2),
     ),
     Kernel(
-        "CE forward and backward, one pass, bf16",
+        "CE forward_backward, bf16",
         r"27forward_backward_by_clusterINS_8BFloat16E.*7IndicesE",
         ({"LDG": 4, "STS": 4, "EX2": 32}, {"LDS": 4, "STG": 4, "EX2": 32}),
         packs=4,
@@ -129,7 +129,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, across, bf16",
-        r"15backward_acrossINS_8BFloat16E.*7IndicesELNS1_2OfE0ELi8E",
+        r"15backward_acrossINS_8BFloat16E.*7IndicesELNS_10GradientOfE0ELi8E",
         ({"LDG": 4, "STG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=32,
@@ -156,7 +156,7 @@ KERNELS = (
     ),
     Kernel(
         "BCE backward, bf16",
-        r"sigmoid_bce8backwardINS_8BFloat16ES3_LNS1_2OfE0ELNS1_6LayoutE0ELi8E",
+        r"sigmoid_bce8backwardINS_8BFloat16ES3_LNS_10GradientOfE0ELNS1_6LayoutE0ELi8E",
         ({"LDG": 8, "STG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=48,
@@ -165,7 +165,7 @@ KERNELS = (
     ),
     Kernel(
         "BCE backward, f32",
-        r"sigmoid_bce8backwardIffLNS1_2OfE0ELNS1_6LayoutE0ELi4E",
+        r"sigmoid_bce8backwardIffLNS_10GradientOfE0ELNS1_6LayoutE0ELi4E",
         ({"LDG": 8, "STG": 4, "EX2": 16},),
         packs=4,
         bytes_a_pack=48,

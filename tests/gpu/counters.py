@@ -61,7 +61,7 @@ def problems(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         saved = (one.to(x.dtype), x, target, None, *forward[1:], MEAN)
         yield f"CE backward {name}", lambda saved=saved: ops.softmax_ce_backward(*saved, IGNORED, 0.0)
         yield (
-            f"CE one pass {name}",
+            f"CE forward_backward {name}",
             lambda x=x, y=target: ops.softmax_ce_forward_backward_(one, x, y, None, SUM, IGNORED, 0.0, torch.float32),
         )
     x = normal(8192, 8192)

@@ -123,8 +123,11 @@ def softmax(problem: Softmax, device: str) -> Results:
         yield "gradient in place", overwritten
         overwritten = logits()
         options = (NONE if reduction == NONE else SUM, IGNORED, smoothing, None)
-        yield "loss of one pass", ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *options)
-        yield "gradient of one pass", overwritten
+        yield (
+            "loss of forward_backward",
+            ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *options),
+        )
+        yield "gradient of forward_backward", overwritten
 
 
 def bce(problem: Bce, device: str) -> Results:
@@ -172,8 +175,8 @@ def bad_targets() -> Iterator[str]:
         loss, statistics, totals = ops.softmax_ce_forward(x, target, None, NONE, IGNORED, 0.1, None)
         grad_output = torch.ones(cases.index_shape(shape)).to("cuda")
         grad = ops.softmax_ce_backward(grad_output, x, target, None, statistics, totals, NONE, IGNORED, 0.1)
-        one_pass = ops.softmax_ce_forward_backward_(grad_output, x, target, None, NONE, IGNORED, 0.1, None)
-        if not all(result.cpu().isnan().all() for result in (loss, grad, one_pass, x)):
+        forward_backward = ops.softmax_ce_forward_backward_(grad_output, x, target, None, NONE, IGNORED, 0.1, None)
+        if not all(result.cpu().isnan().all() for result in (loss, grad, forward_backward, x)):
             yield f"bad targets {list(shape)}: expected NaN everywhere"
 
 

@@ -13,10 +13,10 @@ using namespace softmax_ce;
 
 template <class T, class Target>
 void launch_parts(const DeviceScope& device, const ForwardCall& call, const ForwardPlan& plan) {
-  using Part = RowSums<Accumulate<T>, Target::kSpread>;
-  const int64_t count = call.problem.count(), of_rows = count * int64_t(sizeof(Sums));
+  using Part = ClassSums<Accumulate<T>, Target::kSpread>;
+  const int64_t count = call.problem.count(), of_rows = count * int64_t(sizeof(LossSums));
   const Scratch scratch(device, call.loss, of_rows + plan.blocks * int64_t(sizeof(Part)), unsigned(count) + 1);
-  const auto rows = reinterpret_cast<Sums*>(scratch.data);
+  const auto rows = reinterpret_cast<LossSums*>(scratch.data);
   launch(device, forward_by_parts<T, Target>, Grid{plan.blocks, {kThreads}}, call.args, plan.parts, plan.part,
          PartScratch{rows + count, rows, scratch.counters + 1, scratch.counters});
 }
@@ -29,8 +29,8 @@ void launch_along(const DeviceScope& device, const ForwardCall& call) {
                             : device.resident_blocks(forward_by_block<T, Target>, {kThreads});
   const ForwardPlan plan = plan_forward(call.problem.count(), classes, kPack<T>, slots);
   if (plan.regime == Regime::parts) return launch_parts<T, Target>(device, call, plan);
-  const Scratch scratch(device, call.loss, plan.blocks * int64_t(sizeof(Sums)));
-  const GridScratch shared{reinterpret_cast<Sums*>(scratch.data), scratch.counters};
+  const Scratch scratch(device, call.loss, plan.blocks * int64_t(sizeof(LossSums)));
+  const GridScratch shared{reinterpret_cast<LossSums*>(scratch.data), scratch.counters};
   const Grid grid{plan.blocks, {kThreads}};
   if (plan.regime == Regime::lanes) {
     launch(device, forward_by_lanes<T, Target>, grid, call.args, plan.lanes, shared);
@@ -44,9 +44,9 @@ void launch_across_packs(const DeviceScope& device, const ForwardCall& call, con
   const int64_t slots = device.resident_blocks(forward_across<T, Target, V>, {kThreads});
   const AcrossPlan plan =
       plan_forward_across(call.problem.count() / V, args.rows.classes, device.properties.multiprocessors, slots);
-  const Scratch scratch(device, call.loss, plan.blocks * int64_t(sizeof(Sums)));
+  const Scratch scratch(device, call.loss, plan.blocks * int64_t(sizeof(LossSums)));
   launch(device, forward_across<T, Target, V>, Grid{plan.blocks, {kThreads}}, args, plan.columns,
-         GridScratch{reinterpret_cast<Sums*>(scratch.data), scratch.counters});
+         GridScratch{reinterpret_cast<LossSums*>(scratch.data), scratch.counters});
 }
 
 template <class T, class Target>

@@ -2,8 +2,8 @@
 // once, ties to even, on store.
 #pragma once
 
-#include "../problem.h"
-#include "elementary.h"
+#include "math/elementary.h"
+#include "problem.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

@@ -14,8 +14,8 @@ template <class T, class U, Layout layout, int V>
 void launch_forward(const DeviceScope& device, const Elements& problem, const Tensor& loss) {
   const auto kernel = forward<T, U, layout, V>;
   const Grid grid = grid_for(device, kernel, problem.numel / V);
-  const Scratch scratch(device, loss, grid.blocks * int64_t(sizeof(Sums)));
-  launch(device, kernel, grid, problem, GridScratch{reinterpret_cast<Sums*>(scratch.data), scratch.counters});
+  const Scratch scratch(device, loss, grid.blocks * int64_t(sizeof(LossSums)));
+  launch(device, kernel, grid, problem, GridScratch{reinterpret_cast<LossSums*>(scratch.data), scratch.counters});
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The op of softmax_ce on CUDA that gives the loss and writes the gradient over the logits.
 #include "ops.h"
 #include "scratch.h"
-#include "softmax_ce_fused.cuh"
+#include "softmax_ce_forward_backward.cuh"
 #include "softmax_ce_launch.h"
 #include "softmax_ce_plan.h"
 
@@ -16,19 +16,19 @@ void launch_along(const DeviceScope& device, const ForwardBackwardCall& call) {
   const Forward& forward = call.forward.args;
   const Backward& backward = call.backward.args;
   const int64_t count = call.forward.problem.count(), classes = forward.rows.classes;
-  FusedPlan plan{};
+  ForwardBackwardPlan plan{};
   BlockShape shape{};
   int64_t slots = 0;
   for (int largest = device.properties.largest_cluster; slots == 0; largest = plan.cluster / 2) {  // until one fits
-    plan = plan_fused(count, classes, kPack<T>, device.properties, largest);
+    plan = plan_forward_backward(count, classes, kPack<T>, device.properties, largest);
     shape = {kThreads, plan.kept * kBytesOfKeptPack, plan.cluster};
     slots = plan.lanes > 0 ? device.resident_blocks(forward_backward_by_lanes<T, Target>, shape)
                            : device.resident_blocks(forward_backward_by_cluster<T, Target>, shape);
     host::check(slots > 0 || plan.cluster > 1, "softmax_ce_forward_backward_: no block fits on the device");
   }
   const Grid grid{std::clamp<int64_t>(plan.blocks, plan.cluster, slots), shape};
-  const Scratch scratch(device, call.forward.loss, grid.blocks * int64_t(sizeof(Sums)));
-  const GridScratch shared{reinterpret_cast<Sums*>(scratch.data), scratch.counters};
+  const Scratch scratch(device, call.forward.loss, grid.blocks * int64_t(sizeof(LossSums)));
+  const GridScratch shared{reinterpret_cast<LossSums*>(scratch.data), scratch.counters};
   if (plan.lanes > 0) {
     launch(device, forward_backward_by_lanes<T, Target>, grid, forward, backward, plan.lanes, plan.kept, shared);
   } else {
@@ -49,7 +49,7 @@ Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor ta
     using Target = decltype(target_type);
     const Rows& rows = call.forward.args.rows;
     if (classes_are_adjacent(rows, Target::kProbabilities) &&
-        one_pass_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
+        forward_backward_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
       launch_along<T, Target>(device, call);
     } else {
       launch_softmax_ce_forward(device, call.forward);

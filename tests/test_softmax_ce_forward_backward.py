@@ -18,7 +18,7 @@ WithClusters = Callable[..., None]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-class Fused(torch.autograd.Function):
+class ForwardBackward(torch.autograd.Function):
     """The op as a loss, so that the suite's one comparison takes it: its upstream gradient is the one it will get."""
 
     @staticmethod
@@ -38,7 +38,7 @@ class Fused(torch.autograd.Function):
         return ctx.grad, None, None, None, None, None
 
 
-def fused(
+def forward_backward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -48,13 +48,13 @@ def fused(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     weight = None if weight is None else weight.to(ops.accumulation_dtype(logits.dtype))
-    return Fused.apply(logits, target, weight, reduction, ignore_index, label_smoothing)
+    return ForwardBackward.apply(logits, target, weight, reduction, ignore_index, label_smoothing)
 
 
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
     """Loss and gradient."""
     target, options = cases.kernel_problem(kind, logits)
-    check_softmax_ce(logits, target, reduction=reduction, function=fused, **options)
+    check_softmax_ce(logits, target, reduction=reduction, function=forward_backward, **options)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -83,7 +83,9 @@ def test_index_options(device: str, index_dtype: torch.dtype, ignore_index: int)
         target = cases.indices(cases.index_shape(shape), shape[1], index_dtype, device)
         target.view(-1)[1] = 3
         weight = cases.uniform(shape[1:2], torch.float32, device)
-        check_softmax_ce(logits, target, weight=weight, ignore_index=ignore_index, reduction="none", function=fused)
+        check_softmax_ce(
+            logits, target, weight=weight, ignore_index=ignore_index, reduction="none", function=forward_backward
+        )
 
 
 def test_expanded_grad_output(device: str) -> None:
@@ -106,7 +108,7 @@ def test_extreme_logits(device: str, kind: str, scale: float) -> None:
     target = cases.probabilities((5, 1001), torch.float32, device).masked_fill(logits == -torch.inf, 0)
     if kind != "probability":
         target = logits.argmax(1)
-    check_softmax_ce(logits, target, reduction="sum", function=fused)
+    check_softmax_ce(logits, target, reduction="sum", function=forward_backward)
 
 
 @pytest.mark.parametrize("classes", [3, 100, 5000])
@@ -118,7 +120,9 @@ def test_infinite_weights(device: str, kind: str, classes: int) -> None:
     for places in (0, classes - 1, slice(None, None, 3)):
         weight = options["weight"].clone()
         weight[places] = torch.inf
-        loss = check_softmax_ce(logits, target, reduction="none", function=fused, **(options | {"weight": weight}))
+        loss = check_softmax_ce(
+            logits, target, reduction="none", function=forward_backward, **(options | {"weight": weight})
+        )
         assert loss.isinf().tolist() == [kind == "probability" or row != 1 for row in range(5)]
 
 

@@ -14,8 +14,6 @@
 
 namespace torchce::cuda::softmax_ce {
 
-static_assert(kThreads == kBackwardThreads);
-
 extern __shared__ uint4 dynamic_shared_memory[];  // [kept, kThreads]
 
 // Blocks of a cluster's kernel that must fit on a multiprocessor at once. Three where its shared memory holds as many
@@ -51,16 +49,16 @@ struct KeptPacks {
 // Writes the gradient of a row whose sums are known, those classes of it that the thread has read.
 template <class T, class Target, class A>
 __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, int thread, int threads,
-                                          const RowSums<A, Target::kSpread>& sums, int64_t target,
+                                          const ClassSums<A, Target::kSpread>& sums, int64_t target,
                                           const KeptPacks<T>& packs) {
   const auto row = [&] {
     uint64_t grad_output[1];
     load_grad_output_bits(call, at, grad_output);
     const RowInputs<A> inputs{grad_output[0],   1,  // no mean, whose divisor would be known only after the last row
                               uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients};
-    return RowGradient<T, Target, Of::logits>(call, inputs);
+    return RowGradient<T, Target, GradientOf::logits>(call, inputs);
   };
-  write_gradient<T, Target, Of::logits, /*kInPlace=*/true>(
+  write_gradient<T, Target, GradientOf::logits, /*kInPlace=*/true>(
       call, at, 0, call.rows.classes, thread, threads, row,
       [&](const T* p, int number) { return packs.load(p, number); });
 }
@@ -78,10 +76,10 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
   const KeptPacks<T> packs{kept};
   int64_t r = blockIdx.x * rows_of_block + threadIdx.x / lanes;
   TargetAhead<Target> ahead(rows, r);
-  Sums total = Sums::identity();
+  LossSums total = LossSums::identity();
   for (int64_t first = blockIdx.x * rows_of_block; first < count; first += step, r += step) {
     const int64_t target = ahead.get();
-    auto sums = RowSums<A, Target::kSpread>::identity();
+    auto sums = ClassSums<A, Target::kSpread>::identity();
     T hot_logit{};
     const RowPosition at(rows, r < count ? r : 0);
     if (r < count && !is_ignored<Target>(rows, target)) {
@@ -96,7 +94,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
     if (lane == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);
     write_row<T, Target>(backward, at, lane, lanes, sums, target, packs);
   }
-  if (reduce_grid<kThreads>(total, scratch)) finish_launch<Target, A, kThreads>(forward, total);
+  if (reduce_grid(total, scratch)) finish_launch<Target, A>(forward, total);
 }
 
 // A cluster of `blocks_of_row` blocks a row.
@@ -112,11 +110,11 @@ __global__ __launch_bounds__(kThreads, kBlocksOfClusters<Target, T>) void forwar
   const KeptPacks<T> packs{kept};
   const int64_t first = blockIdx.x / unsigned(blocks_of_row);
   TargetAhead<Target> ahead(rows, first);
-  __shared__ Sums total;  // thread 0's, kept out of the registers that a row's logits need
-  if (threadIdx.x == 0) total = Sums::identity();
+  __shared__ LossSums total;  // thread 0's, kept out of the registers that a row's logits need
+  if (threadIdx.x == 0) total = LossSums::identity();
   for (int64_t r = first; r < count; r += clusters) {
     const int64_t target = ahead.get();
-    auto sums = RowSums<A, Target::kSpread>::identity();
+    auto sums = ClassSums<A, Target::kSpread>::identity();
     T hot_logit{};
     if (!is_ignored<Target>(rows, target)) {
       const RowPosition at(rows, r);
@@ -125,12 +123,12 @@ __global__ __launch_bounds__(kThreads, kBlocksOfClusters<Target, T>) void forwar
                                     [&](const auto& pack, int number) { packs.keep(pack, number); });
     }
     ahead.ask_for(r + clusters);
-    sums = reduce_cluster<kThreads>(sums, cluster);
+    sums = reduce_cluster(sums, cluster);
     if (thread == 0) finish_row<T, Target>(forward, r, sums, target, hot_logit, total);
     write_row<T, Target>(backward, RowPosition(rows, r), thread, threads, sums, target, packs);
   }
-  Sums sums_of_grid = threadIdx.x == 0 ? total : Sums::identity();
-  if (reduce_grid<kThreads>(sums_of_grid, scratch)) finish_launch<Target, A, kThreads>(forward, sums_of_grid);
+  LossSums sums_of_grid = threadIdx.x == 0 ? total : LossSums::identity();
+  if (reduce_grid(sums_of_grid, scratch)) finish_launch<Target, A>(forward, sums_of_grid);
 }
 
 }  // namespace torchce::cuda::softmax_ce

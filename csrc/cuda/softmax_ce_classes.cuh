@@ -1,0 +1,177 @@
+// The classes of a row as the softmax_ce kernels read them: in packs, with their coefficients, and the row's target.
+#pragma once
+
+#include "../softmax_ce_row.h"
+#include "launch_shape.h"
+#include "pack.cuh"
+
+namespace torchce::cuda::softmax_ce {
+
+using namespace torchce::softmax_ce;
+
+// Blocks of a kernel that must fit on a multiprocessor at once. Three only where nothing else needs the registers: the
+// exponentials of float64, and the coefficients of every class.
+template <class Target, class T>
+constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
+
+// Packs of logits a thread has in flight. Half as many where something else needs the registers: the exponentials of
+// float64, and the coefficients of every class.
+template <class Target, class A>
+constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
+
+// Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
+//
+// Bulk and remainder: for C = 1001 bfloat16 and a row that starts 2 bytes after such a place, 7 single classes,
+// 124 packs of 8, 2 single classes.
+template <int V>
+struct PackedClasses {
+  int64_t begin, end;
+  int64_t body;  // the first class in a pack
+  int64_t packs;
+
+  template <class T>
+  __device__ __forceinline__ PackedClasses(const T* x, int64_t begin, int64_t end) : begin(begin), end(end) {
+    const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(x + begin) % (V * sizeof(T)) / sizeof(T));
+    body = begin + (misaligned == 0 ? 0 : V - misaligned);
+    if (body > end) body = end;
+    packs = (end - body) / V;
+  }
+
+  // Calls f(class) for the single classes of thread `thread` out of `threads`, of those before the packs or after them.
+  template <class F>
+  __device__ __forceinline__ void for_each_before(int thread, int threads, F f) const {
+#pragma unroll 1
+    for (int64_t k = begin + thread; k < body; k += threads) f(k);
+  }
+  template <class F>
+  __device__ __forceinline__ void for_each_after(int thread, int threads, F f) const {
+#pragma unroll 1
+    for (int64_t k = body + packs * V + thread; k < end; k += threads) f(k);
+  }
+};
+
+// u_k of one row.
+template <class Target, class A>
+struct ClassCoefficients {
+  static constexpr bool kUsed = Target::kSpread;
+  const A* weight;
+  A label_smoothing, classes;
+
+  __device__ __forceinline__ explicit ClassCoefficients(const Rows& rows)
+      : weight(static_cast<const A*>(rows.weight)),
+        label_smoothing(A(rows.label_smoothing)),
+        classes(A(rows.classes)) {}
+
+  __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
+
+  // `probability` is the target's, where it has one.
+  __device__ __forceinline__ A at(int64_t k, A probability) const {
+    if constexpr (Target::kProbabilities) {
+      return probability_coefficient(probability, weight_of(k), label_smoothing, classes);
+    } else {
+      return weight_of(k);
+    }
+  }
+};
+
+// The element type of probabilities; of logits where there are none, so that a pointer has a type.
+template <class Target, class T>
+struct ProbabilityType {
+  using type = T;
+};
+template <class P, class T>
+struct ProbabilityType<Probabilities<P>, T> {
+  using type = P;
+};
+
+template <class T>
+__device__ __forceinline__ const T* at_row(const void* data, const RowStrides& strides, RowPosition at) {
+  return static_cast<const T*>(data) + at.offset(strides);
+}
+
+// The bits of n elements of `bytes` bytes each, from number `first` on, `step` apart. Nothing waits for them before a
+// number is made of them. Their width is asked once for all: loads on both sides of a branch would wait for each other.
+template <int n>
+__device__ __forceinline__ void load_bits(const void* data, int bytes, int64_t first, int64_t step,
+                                          uint64_t (&bits)[n]) {
+  const auto load = [&](auto storage) {
+#pragma unroll
+    for (int v = 0; v < n; ++v) bits[v] = static_cast<const decltype(storage)*>(data)[first + v * step];
+  };
+  if (bytes == 8) {
+    load(uint64_t{});
+  } else if (bytes == 4) {
+    load(uint32_t{});
+  } else if (bytes == 2) {
+    load(uint16_t{});
+  } else {
+    load(uint8_t{});
+  }
+}
+template <class A>
+__device__ __forceinline__ A float_of(DType dtype, uint64_t bits) {
+  A value{};
+  with_float_type(dtype, [&](auto element) {
+    std::memcpy(&element, &bits, sizeof element);
+    value = A(load_one<A>(&element));
+  });
+  return value;
+}
+
+// The targets of n neighbouring rows.
+template <class Target, int n>
+__device__ __forceinline__ void load_target_bits(const Rows& rows, RowPosition at, uint64_t (&bits)[n]) {
+  if constexpr (Target::kProbabilities) {
+#pragma unroll
+    for (int v = 0; v < n; ++v) bits[v] = 0;
+  } else {
+    load_bits(rows.target, bytes_of(rows.target_dtype), at.offset(rows.target_strides), rows.target_strides.inner,
+              bits);
+  }
+}
+template <class Target>
+__device__ __forceinline__ uint64_t load_target_bits(const Rows& rows, RowPosition at) {
+  uint64_t bits[1];
+  load_target_bits<Target>(rows, at, bits);
+  return bits[0];
+}
+__device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
+  return rows.target_dtype == DType::int32 ? int64_t(int32_t(uint32_t(bits))) : int64_t(bits);
+}
+
+// Rows that need no pass over their classes.
+template <class Target>
+__device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
+  return !Target::kProbabilities && target == rows.ignore_index;
+}
+
+// The target of the row whose turn it is, of the rows that a thread goes through. It is asked for while the row before
+// is worked on: whether a row is ignored must be known before its logits are asked for, which would wait for it
+// otherwise.
+template <class Target>
+class TargetAhead {
+  const Rows& rows_;
+  const int64_t count_;
+  uint64_t bits_;
+
+ public:
+  __device__ __forceinline__ TargetAhead(const Rows& rows, int64_t first)
+      : rows_(rows), count_(rows.outer * rows.inner) {
+    ask_for(first);
+  }
+  __device__ __forceinline__ void ask_for(int64_t r) {
+    bits_ = r < count_ ? load_target_bits<Target>(rows_, RowPosition(rows_, r)) : 0;
+  }
+  __device__ __forceinline__ int64_t get() const { return target_of(rows_, bits_); }
+};
+
+// The logit at a row's target, asked for before the row's sums and looked at after them, and before a gradient is
+// written there. Class 0's where the target is no class.
+template <class T, class Target>
+__device__ __forceinline__ T load_hot_logit(const Rows& rows, RowPosition at, int64_t target) {
+  if constexpr (Target::kProbabilities) return T{};
+  const int64_t index = TargetClass(rows, target).index;
+  return at_row<T>(rows.logits, rows.logits_strides, at)[index * rows.logits_strides.classes];
+}
+
+}  // namespace torchce::cuda::softmax_ce

@@ -1,0 +1,195 @@
+// The gradient of a row, given its statistics: what it is made of, and how threads write their classes of it.
+#pragma once
+
+#include "exp.cuh"
+#include "softmax_ce_classes.cuh"
+
+namespace torchce::cuda::softmax_ce {
+
+// Of a gradient: the logits' type, or the target's for the gradient of the target.
+template <class Target, class T, GradientOf of>
+struct GradientType {
+  using type = T;
+};
+template <class P, class T>
+struct GradientType<Probabilities<P>, T, GradientOf::target> {
+  using type = P;
+};
+
+// What the upstream gradient, the forward's statistics and the target say of a row: all that is read of it beside its
+// logits.
+template <class A>
+struct RowInputs {
+  uint64_t grad_output_bits;
+  A divisor;  // of a mean
+  uint64_t target_bits;
+  A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
+};
+
+// The upstream gradients of n neighbouring rows.
+template <int n>
+__device__ __forceinline__ void load_grad_output_bits(const Backward& call, RowPosition at, uint64_t (&bits)[n]) {
+  const bool each = call.rows.reduction == Reduction::none;
+  load_bits(call.grad_output, bytes_of(call.grad_output_dtype), each ? at.offset(call.grad_output_strides) : 0,
+            each ? call.grad_output_strides.inner : 0, bits);
+}
+
+// The inputs of n neighbouring rows from row r on, in loads of which none waits for another.
+template <class Target, GradientOf of, int n, class A>
+__device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r, RowPosition at,
+                                                RowInputs<A> (&inputs)[n]) {
+  const Rows& rows = call.rows;
+  const Statistics<A> statistics(rows, call.statistics);
+  uint64_t targets[n], grad_outputs[n];
+  load_target_bits<Target>(rows, at, targets);
+  load_grad_output_bits(call, at, grad_outputs);
+  const A divisor = static_cast<const A*>(call.totals)[0];
+  A coefficients_of_all = 0;
+  if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_class_weights<A>(call);
+#pragma unroll
+  for (int v = 0; v < n; ++v) {
+    inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
+                 coefficients_of_all};
+    if constexpr (Target::kProbabilities && of == GradientOf::logits) inputs[v].coefficients = statistics.spread[r + v];
+  }
+}
+
+// A row's gradient, given its logits. T: their type.
+template <class T, class Target, GradientOf of>
+struct RowGradient {
+  using A = Accumulate<T>;
+  static constexpr bool kShort = kSixteenBits<typename GradientType<Target, T, of>::type>;
+  ScaledExp<A, kShort> probability;
+  A max;
+  A scale;        // of the target's gradient: the upstream gradient
+  A spread;       // of the target's gradient: log sum
+  A hot;          // subtracted at the target class
+  int64_t index;  // the target class, or -1
+  bool ignored;
+
+  __device__ __forceinline__ RowGradient() {}
+  __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
+      : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
+    const Rows& rows = call.rows;
+    A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
+    if (rows.reduction == Reduction::mean) g /= in.divisor;
+    if constexpr (of == GradientOf::target) {
+      scale = g;
+      spread = math::log(in.sum);
+    } else if constexpr (Target::kProbabilities) {
+      probability = ScaledExp<A, kShort>(g * in.coefficients / in.sum);
+      spread = g;
+    } else {
+      const IndexedRow<A> row(rows, target_of(rows, in.target_bits));
+      ignored = row.kind == RowKind::ignored;
+      index = row.index;
+      const A kept = row.kind == RowKind::bad ? A(__builtin_nan("")) : g;
+      hot = kept * row.hot;
+      A sum_of_coefficients = hot;
+      if constexpr (Target::kSpread) {
+        spread = kept * row.uniform;
+        sum_of_coefficients += spread * in.coefficients;
+      }
+      probability = ScaledExp<A, kShort>(sum_of_coefficients / in.sum);
+    }
+  }
+
+  // Of class k, all but the part that only the target class has.
+  __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
+    if constexpr (of == GradientOf::target) {
+      return scale * target_gradient(x, coefficients.weight_of(k), max, spread, coefficients.label_smoothing);
+    } else {
+      A g = probability(x - max);
+      if constexpr (Target::kSpread) g -= spread * coefficients.at(k, target);
+      return g;
+    }
+  }
+
+  // The target class's own part, where it is one of the V classes from k on: asked once for all of them.
+  template <int V>
+  __device__ __forceinline__ void subtract_hot(A (&gradient)[V], int64_t k) const {
+    if constexpr (!Target::kProbabilities) {
+      const uint64_t place = uint64_t(index - k);
+      if (place >= uint64_t(V)) return;
+#pragma unroll
+      for (int v = 0; v < V; ++v) gradient[v] -= v == int(place) ? hot : A(0);
+    }
+  }
+};
+
+// Writes the gradient of classes [begin, end) of one row, those of thread `thread` out of `threads` that share them;
+// classes are adjacent in memory. `load(p, number)` is the thread's pack of that number, which lies at p. `get_row()`
+// is the row's gradient, asked for when the first logits are on their way: what it reads need not come before them.
+// kInPlace: the gradient lies where the logits do.
+template <class T, class Target, GradientOf of, bool kInPlace, class GetRow, class Load>
+__device__ __forceinline__ void write_gradient(const Backward& call, RowPosition at, int64_t begin, int64_t end,
+                                               int thread, int threads, GetRow get_row, Load load) {
+  using A = Accumulate<T>;
+  using P = typename ProbabilityType<Target, T>::type;
+  using G = typename GradientType<Target, T, of>::type;
+  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
+  const Rows& rows = call.rows;
+  const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
+  const P* t = at_row<P>(rows.target, rows.target_strides, at);
+  G* grad;
+  if constexpr (kInPlace) {
+    grad = const_cast<G*>(x);
+  } else {
+    grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
+  }
+  const ClassCoefficients<Target, A> coefficients(rows);
+  const PackedClasses<V> classes(x, begin, end);
+  const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
+  const bool grad_aligned = kInPlace || is_aligned<V>(grad + classes.body);
+
+  Pack<T, V> logits[kBatch];
+  Pack<P, V> target[kBatch];
+  const auto load_batch = [&](int64_t first, int number) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t p = first + int64_t(i) * threads;
+      if (p < classes.packs) {
+        logits[i] = load(x + classes.body + p * V, number + i);
+        if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + classes.body + p * V, target_aligned);
+      }
+    }
+  };
+  load_batch(thread, 0);
+  const RowGradient<T, Target, of> row = get_row();
+
+  const auto write_one = [&](int64_t k) {
+    A gradient[1] = {0};
+    if (!row.ignored) {
+      gradient[0] = row.at(k, load_one<A>(x + k), Target::kProbabilities ? load_one<A>(t + k) : A(0), coefficients);
+      row.subtract_hot(gradient, k);
+    }
+    store_one(grad + k, gradient[0]);
+  };
+  const auto write_batch = [&](int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t p = first + int64_t(i) * threads, k = classes.body + p * V;
+      if (p >= classes.packs) break;
+      A gradient[V] = {};
+      if (!row.ignored) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
+          gradient[v] = row.at(k + v, get<A>(logits[i], v), of_target, coefficients);
+        }
+        row.subtract_hot(gradient, k);
+      }
+      store_pack(grad + k, rounded<G>(gradient), grad_aligned);
+    }
+  };
+  classes.for_each_before(thread, threads, write_one);
+  classes.for_each_after(thread, threads, write_one);
+  int64_t first = thread;
+  for (int number = kBatch; first < classes.packs; number += kBatch) {
+    write_batch(first);
+    first += int64_t(kBatch) * threads;
+    load_batch(first, number);
+  }
+}
+
+}  // namespace torchce::cuda::softmax_ce
