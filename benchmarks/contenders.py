@@ -75,7 +75,7 @@ class _OnePass(torch.autograd.Function):
             divisor = weight[target].sum()
         ctx.grad = logits.detach()
         loss = torchce.ops.softmax_ce_forward_backward_(
-            divisor.reciprocal(), ctx.grad, target, weight, 2, IGNORE_INDEX, label_smoothing, torch.float32
+            divisor.reciprocal(), ctx.grad, target, weight, torch.float32, 2, IGNORE_INDEX, label_smoothing
         )
         return (loss / divisor).to(logits.dtype)
 

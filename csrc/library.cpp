@@ -1,11 +1,14 @@
-// Defines the ops, and the module torchce._C.
+// Defines the ops, registers the CPU's, and the module torchce._C.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
 
+#include "cpu/backend.h"
 #include "cpu/levels.h"
+#include "ops.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(torchce, m) { torchce::define_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(torchce, CPU, m) { torchce::implement_ops<torchce::cpu::Backend>(m); }
 
 namespace {
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 namespace torchce {
 
@@ -21,6 +22,16 @@ struct RowStrides {
 
 namespace softmax_ce {
 
+// What a call asks for beside its tensors. kFields is the order of the schemas' fragment (schemas.h) and of the Options
+// in torchce/softmax_ce.py; a new option comes last, with a default.
+struct Options {
+  Reduction reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing};
+};
+
 // Rows of logits [N, C, S]; row r = n * S + s. Shared by forward and backward.
 struct Rows {
   int64_t outer;       // N
@@ -33,9 +44,7 @@ struct Rows {
   RowStrides target_strides;
   DType target_dtype;  // an integer type: indices
   const void* weight;  // [C] of the accumulation type, or null: all ones
-  int64_t ignore_index;
-  double label_smoothing;
-  Reduction reduction;
+  Options options;
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
@@ -64,6 +73,13 @@ struct Backward {
 
 namespace sigmoid_bce {
 
+// As softmax_ce::Options.
+struct Options {
+  Reduction reduction;
+
+  static constexpr std::tuple kFields{&Options::reduction};
+};
+
 constexpr int kMaxDims = 16;
 
 // Elements of one shape, after dimensions that all operands step through evenly were merged: the last is the innermost.
@@ -77,7 +93,7 @@ struct Elements {
   int64_t numel;
   const void* data[kOperands];  // null: an operand that is absent (weights of one; no unreduced loss)
   DType dtypes[kOperands];      // weights are of the accumulation type
-  Reduction reduction;
+  Options options;
   void* output;  // unreduced loss, gradient (may be the logits themselves), or the one reduced loss
 };
 

@@ -1,38 +1,56 @@
-// The op schemas: the contract between Python and every device's kernels. torchce/ops.py gives the shapes.
+// The op schemas: the contract between Python and every device's kernels.
+//
+// A loss's options are one fragment, of the same fields in the same order as its Options in problem.h and in Python.
+// They stand last, so that a new one is appended with a default. Shapes and meanings, with acc the accumulation dtype
+// (float64 for float64 logits, else float32):
+//
+//   softmax_ce
+//     logits       [C], [N, C] or [N, C, d1...dk], any strides
+//     target       class indices, the logits' shape without C; or probabilities, the logits' shape
+//     weight       [C], acc
+//     loss         the index target's shape for reduction 0, else a scalar; of dtype, or the logits'
+//     statistics   [2, rows] acc, max and sum of exp(x - max); a third row for probabilities, their total
+//     totals       [2] acc, the divisor of the mean and the sum of the class weights
+//   sigmoid_bce
+//     logits       any shape, any strides
+//     target       the logits' shape; the logits' dtype, float32, bool, uint8 or int64
+//     weight, pos_weight   broadcast to the logits' shape, acc
+//     loss         the logits' shape and layout for reduction 0, else a scalar; of dtype, or the logits'
+//   both
+//     grad_output  the loss's shape
+//     a gradient   the shape, dtype and layout of the logits, or of the target
+//     reduction    0 none, 1 mean, 2 sum
+//
+// A name that ends in _ writes the gradient over the logits, whose memory must be dense. The CPU raises IndexError for
+// a class index that is out of range and not ignore_index; CUDA makes that row NaN.
 #pragma once
+
+#define TORCHCE_SOFTMAX_CE_OPTIONS "int reduction, int ignore_index, float label_smoothing"
+#define TORCHCE_SIGMOID_BCE_OPTIONS "int reduction"
+
+#define TORCHCE_SOFTMAX_CE_TARGET "Tensor target, Tensor? weight, "
+#define TORCHCE_SOFTMAX_CE_BACKWARD \
+  TORCHCE_SOFTMAX_CE_TARGET "Tensor statistics, Tensor totals, " TORCHCE_SOFTMAX_CE_OPTIONS
+#define TORCHCE_SIGMOID_BCE_TARGET "Tensor target, Tensor? weight, Tensor? pos_weight, "
+#define TORCHCE_SIGMOID_BCE_BACKWARD TORCHCE_SIGMOID_BCE_TARGET TORCHCE_SIGMOID_BCE_OPTIONS
 
 namespace torchce {
 
-// Defines the ops in a library's namespace. reduction: 0 none, 1 mean, 2 sum.
+// Defines the ops in a library's namespace.
 template <class Library>
 void define_ops(Library& m) {
-  m.def(
-      "softmax_ce_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype) -> (Tensor loss, Tensor statistics, Tensor totals)");
-  m.def(
-      "softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "
-      "Tensor totals, int reduction, int ignore_index, float label_smoothing) -> Tensor");
-  m.def(
-      "softmax_ce_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor statistics, "
-      "Tensor totals, int reduction, int ignore_index, float label_smoothing) -> ()");
-  m.def(
-      "softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor statistics, Tensor totals, int reduction, float label_smoothing) -> Tensor");
-  m.def(
-      "softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, "
-      "int reduction, int ignore_index, float label_smoothing, ScalarType? dtype) -> Tensor");
-  m.def(
-      "sigmoid_bce_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
-      "ScalarType? dtype) -> Tensor");
-  m.def(
-      "sigmoid_bce_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction) -> Tensor");
-  m.def(
-      "sigmoid_bce_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction) -> ()");
-  m.def(
-      "sigmoid_bce_backward_target(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction) -> Tensor");
+  m.def("softmax_ce_forward(Tensor logits, " TORCHCE_SOFTMAX_CE_TARGET "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS
+        ") -> (Tensor loss, Tensor statistics, Tensor totals)");
+  m.def("softmax_ce_backward(Tensor grad_output, Tensor logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> Tensor");
+  m.def("softmax_ce_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> ()");
+  m.def("softmax_ce_backward_target(Tensor grad_output, Tensor logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> Tensor");
+  m.def("softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_TARGET
+        "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
+  m.def("sigmoid_bce_forward(Tensor logits, " TORCHCE_SIGMOID_BCE_TARGET
+        "ScalarType? dtype, " TORCHCE_SIGMOID_BCE_OPTIONS ") -> Tensor");
+  m.def("sigmoid_bce_backward(Tensor grad_output, Tensor logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> Tensor");
+  m.def("sigmoid_bce_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> ()");
+  m.def("sigmoid_bce_backward_target(Tensor grad_output, Tensor logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> Tensor");
 }
 
 }  // namespace torchce

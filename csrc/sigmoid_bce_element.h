@@ -43,7 +43,7 @@ auto pick(First first, Second second) {
 template <class A>
 TORCHCE_HD A grad_output_of_all(const Elements& problem) {
   const A grad_output = load_as<A>(problem.dtypes[kGradOutput], problem.data[kGradOutput], 0);
-  return problem.reduction == Reduction::mean ? grad_output / A(problem.numel) : grad_output;
+  return problem.options.reduction == Reduction::mean ? grad_output / A(problem.numel) : grad_output;
 }
 
 }  // namespace torchce::sigmoid_bce

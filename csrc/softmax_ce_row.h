@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, 
       f(logits, Probabilities<T>{});
     } else if (rows.target_dtype == DType::float32) {
       if constexpr (sizeof(T) < sizeof(float)) f(logits, Probabilities<float>{});
-    } else if (rows.label_smoothing != 0) {
+    } else if (rows.options.label_smoothing != 0) {
       f(logits, SmoothedIndices{});
     } else {
       f(logits, Indices{});
@@ -88,7 +88,7 @@ struct TargetClass {
 
   TORCHCE_HD TargetClass(const Rows& rows, RowPosition at) : TargetClass(rows, target_at(rows, at)) {}
   TORCHCE_HD TargetClass(const Rows& rows, int64_t target) {
-    if (target == rows.ignore_index) {
+    if (target == rows.options.ignore_index) {
       kind = RowKind::ignored;
     } else if (target < 0 || target >= rows.classes) {
       kind = RowKind::bad;
@@ -124,7 +124,7 @@ struct IndexedRow : TargetClass {
 
   TORCHCE_HD IndexedRow(const Rows& rows, int64_t target) : TargetClass(rows, target) {
     if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
-    const IndexTarget<A> coefficients(weight, A(rows.label_smoothing), A(rows.classes));
+    const IndexTarget<A> coefficients(weight, A(rows.options.label_smoothing), A(rows.classes));
     hot = coefficients.hot;
     uniform = coefficients.uniform;
   }
@@ -133,11 +133,12 @@ struct IndexedRow : TargetClass {
 // What the upstream gradient multiplies a row with.
 template <class A>
 TORCHCE_HD A row_grad_output(const Backward& call, RowPosition at) {
-  if (call.rows.reduction == Reduction::none) {
+  if (call.rows.options.reduction == Reduction::none) {
     return load_as<A>(call.grad_output_dtype, call.grad_output, at.offset(call.grad_output_strides));
   }
   const A grad_output = load_as<A>(call.grad_output_dtype, call.grad_output, 0);
-  return call.rows.reduction == Reduction::mean ? grad_output / static_cast<const A*>(call.totals)[0] : grad_output;
+  return call.rows.options.reduction == Reduction::mean ? grad_output / static_cast<const A*>(call.totals)[0]
+                                                        : grad_output;
 }
 
 template <class A>

@@ -312,7 +312,14 @@ def test_key_problems_and_contenders_are_chosen_by_name(
     assert command.main([*options, "--contender", "torchce*", "--contender", "eager"]) == 0
     rows = ledger.load(tmp_path / ledger.FILE)
     assert {r.size for r in rows} == {"8x7"}
-    assert {r.contender for r in rows} == {"torchce", "torchce in place", "torchce forward_backward", "eager", "copy", "read"}
+    assert {r.contender for r in rows} == {
+        "torchce",
+        "torchce in place",
+        "torchce forward_backward",
+        "eager",
+        "copy",
+        "read",
+    }
     with pytest.raises(SystemExit, match="no contender"):
         command.main([*options, "--contender", "nobody"])
 

@@ -67,10 +67,10 @@ def test_another_than_the_current_device(name: str) -> None:
             torch.zeros(2, 3, device="cuda:1"),
             torch.zeros(2, dtype=torch.int64, device="cuda:0"),
             None,
+            None,
             1,
             -100,
             0.0,
-            None,
         )
     assert torch.cuda.current_device() == 0
 
@@ -79,7 +79,7 @@ def test_logits_on_the_cpu_beside_a_cuda_target() -> None:
     """The target alone leads the dispatcher to the CUDA op."""
     target = torch.zeros(2, dtype=torch.int64, device="cuda")
     with pytest.raises(RuntimeError, match="logits: expected a CUDA device"):
-        ops.softmax_ce_forward(torch.zeros(2, 3), target, None, 1, -100, 0.0, None)
+        ops.softmax_ce_forward(torch.zeros(2, 3), target, None, None, 1, -100, 0.0)
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_forward_backward(shape: tuple[int, ...]) -> None:
     def forward_backward() -> list[Tensor]:
         logits = source.clone()
         return [
-            torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, 2, -100, 0.0, None),
+            torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, None, 2, -100, 0.0),
             logits,
         ]
 

@@ -150,7 +150,7 @@ def test_forward_backward(layout: str, boundary: int) -> None:
     target = cases.indices([rows], CLASSES, torch.int64, "cuda")
     truth = reference.softmax_ce(pick(logits, few), pick(target, few), reduction="none")
     grad_output = torch.ones(rows, device="cuda")
-    loss = torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, 0, -100, 0.0, torch.float32)
+    loss = torchce.ops.softmax_ce_forward_backward_(grad_output, logits, target, None, torch.float32, 0, -100, 0.0)
     assert_accurate("loss", pick(loss, few), truth.loss)
     assert_accurate("grad_logits", pick(logits, few), truth.grad_logits)
 

@@ -240,9 +240,9 @@ def test_what_an_op_cannot_differentiate_raises(op: str) -> None:
     """A weight of a graph that requires grad after all, where torch differentiates none."""
     logits, weight = torch.zeros(ROWS, CLASSES, requires_grad=True), weights().requires_grad_()
     if op == "softmax_ce":
-        loss = torchce.ops.softmax_ce_forward(logits, target_of("int64"), weight, 1, -100, 0.0, None)[0]
+        loss = torchce.ops.softmax_ce_forward(logits, target_of("int64"), weight, None, 1, -100, 0.0)[0]
     else:
-        loss = torchce.ops.sigmoid_bce_forward(logits, target_of("soft"), weight, None, 1, None)
+        loss = torchce.ops.sigmoid_bce_forward(logits, target_of("soft"), weight, None, None, 1)
     with pytest.raises(RuntimeError, match=r"weight.*no gradient leads to"):
         loss.backward()
 

@@ -384,9 +384,9 @@ def test_the_ops_tell_autograd(device: str) -> None:
     """As do those that no module uses."""
     _, leaf, target = problem("index", device)
     logits, one = leaf.detach().clone(), torch.ones((), device=device)
-    ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, None)
+    ops.softmax_ce_forward_backward_(one, logits, target, None, None, 2, -100, 0.0)
     assert logits._version == 1
     with pytest.raises(RuntimeError, match="logits: expected a tensor that does not require grad"):
-        ops.softmax_ce_forward_backward_(one, leaf, target, None, 2, -100, 0.0, None)
+        ops.softmax_ce_forward_backward_(one, leaf, target, None, None, 2, -100, 0.0)
     with torch.inference_mode():  # where there are no versions
-        ops.softmax_ce_forward_backward_(one, leaf * 1, target, None, 2, -100, 0.0, None)
+        ops.softmax_ce_forward_backward_(one, leaf * 1, target, None, None, 2, -100, 0.0)

@@ -120,11 +120,11 @@ def test_the_decomposition_is_the_op(
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.get("reduction", "mean")]
     if loss is torchce.CrossEntropyLoss:
         op = torch.ops.torchce.softmax_ce_forward.default
-        arguments = (logits, target, module.weight, reduction, module.ignore_index, module.label_smoothing, None)
+        arguments = (logits, target, module.weight, None, reduction, module.ignore_index, module.label_smoothing)
     else:
         op = torch.ops.torchce.sigmoid_bce_forward.default
         target = target.float() if target.dtype == torch.float64 else target
-        arguments = (logits, target, module.weight, module.pos_weight, reduction, None)
+        arguments = (logits, target, module.weight, module.pos_weight, None, reduction)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     decomposed = make_fx(op)(*arguments)
     assert not any("torchce" in str(node.target) for node in decomposed.graph.nodes)

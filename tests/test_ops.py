@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 import cases
 import pytest
@@ -12,50 +15,28 @@ from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import torchce.functional
+from torchce import ops, sigmoid_bce, softmax_ce
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
 NO_ROWS = ("permuted_inner",)  # whose memory cannot be overwritten by rows
 
-# The contract between Python and the kernels of every device. A change here is a change of every layer.
-SCHEMAS = {
-    "softmax_ce_forward": (
-        "(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, "
-        "ScalarType? dtype) -> (Tensor loss, Tensor statistics, Tensor totals)"
-    ),
-    "softmax_ce_backward": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor totals, "
-        "int reduction, int ignore_index, float label_smoothing) -> Tensor"
-    ),
-    "softmax_ce_backward_": (
-        "(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor statistics, Tensor totals, "
-        "int reduction, int ignore_index, float label_smoothing) -> ()"
-    ),
-    "softmax_ce_backward_target": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor totals, "
-        "int reduction, float label_smoothing) -> Tensor"
-    ),
-    "softmax_ce_forward_backward_": (
-        "(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-        "float label_smoothing, ScalarType? dtype) -> Tensor"
-    ),
-    "sigmoid_bce_forward": (
-        "(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, ScalarType? dtype) -> Tensor"
-    ),
-    "sigmoid_bce_backward": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-        "int reduction) -> Tensor"
-    ),
-    "sigmoid_bce_backward_": (
-        "(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-        "int reduction) -> ()"
-    ),
-    "sigmoid_bce_backward_target": (
-        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-        "int reduction) -> Tensor"
-    ),
-}
+OPS = sorted(
+    name.removeprefix("torchce::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("torchce::")
+)
+OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options}
+# Python functions that take an op's arguments, by position. Behind those that they name they may take any.
+FUNCTIONS = [
+    ("softmax_ce_forward", softmax_ce.composite),
+    ("softmax_ce_forward", softmax_ce._decomposition),
+    ("softmax_ce_backward_", ops.softmax_ce_backward_),
+    ("softmax_ce_forward_backward_", ops.softmax_ce_forward_backward_),
+    ("sigmoid_bce_forward", sigmoid_bce.composite),
+    ("sigmoid_bce_backward", sigmoid_bce.gradients),
+    ("sigmoid_bce_backward_", ops.sigmoid_bce_backward_),
+]
+
+Named = dict[str, Any]
 
 SOFTMAX_SAMPLES = {
     "2d": {"shape": (6, 5)},
@@ -89,14 +70,27 @@ BCE_SAMPLES = {
 
 def op(name: str) -> Any:
     """As torchce.ops calls it: torch.ops.torchce's, or what --emulate-cuda has put in its place."""
-    return getattr(torchce.ops, f"_{name}")
+    return getattr(ops, f"_{name}" if hasattr(ops, f"_{name}") else name)
+
+
+def arguments_of(name: str) -> list[Any]:
+    return op(name)._schema.arguments  # type: ignore[no-any-return]
+
+
+def arguments(name: str, named: Named) -> tuple[Any, ...]:
+    """Those that the op takes, in its order; an option that the problem leaves out has the schema's default."""
+    return tuple(named.get(a.name, a.default_value) for a in arguments_of(name))
+
+
+def call(name: str, named: Named) -> Any:
+    return op(name)(*arguments(name, named))
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str) -> Tensor:
     return cases.laid_out(layout, lambda s: cases.normal(s, dtype, device), shape)
 
 
-def softmax_calls(
+def softmax_problem(
     device: str,
     kind: str,
     shape: tuple[int, ...],
@@ -106,26 +100,29 @@ def softmax_calls(
     weighted: bool = False,
     smoothing: float = 0.0,
     loss_dtype: torch.dtype | None = None,
-) -> dict[str, tuple[Any, ...]]:
-    """The arguments of every softmax op for one problem."""
-    logits = make_logits(shape, dtype, layout, device)
-    target = cases.softmax_target(kind, shape, dtype, device)
+) -> tuple[Named, list[str]]:
+    """What every softmax op is given, by name, and the ops that take the problem."""
     classes = shape[0 if len(shape) == 1 else 1]
-    weight = cases.uniform([classes], torch.float32, device) if weighted else None
-    forward = (logits, target, weight, reduction, -100, smoothing, loss_dtype)
-    loss, statistics, totals = op("softmax_ce_forward")(*forward)
-    state = (torch.ones_like(loss), logits, target, weight, statistics, totals, reduction)
-    calls = {"softmax_ce_forward": forward, "softmax_ce_backward": (*state, -100, smoothing)}
+    named = {
+        "logits": make_logits(shape, dtype, layout, device),
+        "target": cases.softmax_target(kind, shape, dtype, device),
+        "weight": cases.uniform([classes], torch.float32, device) if weighted else None,
+        "dtype": loss_dtype,
+        "reduction": reduction,
+        "ignore_index": -100,
+        "label_smoothing": smoothing,
+    }
+    loss, named["statistics"], named["totals"] = call("softmax_ce_forward", named)
+    named["grad_output"] = torch.ones_like(loss)
+    names = ["softmax_ce_forward", "softmax_ce_backward"]
     if layout not in NOT_DENSE + NO_ROWS:
-        calls["softmax_ce_backward_"] = (*state, -100, smoothing)
-        if reduction != MEAN:
-            calls["softmax_ce_forward_backward_"] = (*state[:4], reduction, -100, smoothing, loss_dtype)
+        names += ["softmax_ce_backward_"] + ["softmax_ce_forward_backward_"] * (reduction != MEAN)
     if kind == "probability":
-        calls["softmax_ce_backward_target"] = (*state, smoothing)
-    return calls
+        names.append("softmax_ce_backward_target")
+    return named, names
 
 
-def bce_calls(
+def bce_problem(
     device: str,
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
@@ -133,24 +130,26 @@ def bce_calls(
     reduction: int = MEAN,
     weighted: bool = False,
     loss_dtype: torch.dtype | None = None,
-) -> dict[str, tuple[Any, ...]]:
-    """The arguments of every BCE op for one problem."""
-    logits = make_logits(shape, dtype, layout, device)
-    target = cases.uniform(shape, dtype, device)
+) -> tuple[Named, list[str]]:
+    """What every BCE op is given, by name, and the ops that take the problem."""
     weight = cases.uniform(shape[-1:], torch.float32, device) if weighted else None
-    forward = (logits, target, weight, weight, reduction, loss_dtype)
-    loss = op("sigmoid_bce_forward")(*forward)
-    state = (torch.ones_like(loss), logits, target, weight, weight, reduction)
-    calls = {"sigmoid_bce_forward": forward, "sigmoid_bce_backward": state, "sigmoid_bce_backward_target": state}
-    if layout not in NOT_DENSE:
-        calls["sigmoid_bce_backward_"] = state
-    return calls
+    named = {
+        "logits": make_logits(shape, dtype, layout, device),
+        "target": cases.uniform(shape, dtype, device),
+        "weight": weight,
+        "pos_weight": weight,
+        "dtype": loss_dtype,
+        "reduction": reduction,
+    }
+    named["grad_output"] = torch.ones_like(call("sigmoid_bce_forward", named))
+    names = ["sigmoid_bce_forward", "sigmoid_bce_backward", "sigmoid_bce_backward_target"]
+    return named, names + ["sigmoid_bce_backward_"] * (layout not in NOT_DENSE)
 
 
-def all_calls(loss: str, sample: str, device: str) -> dict[str, tuple[Any, ...]]:
+def problem_of(loss: str, sample: str, device: str) -> tuple[Named, list[str]]:
     if loss == "bce":
-        return bce_calls(device, **BCE_SAMPLES[sample])
-    return softmax_calls(device, loss, **SOFTMAX_SAMPLES[sample])
+        return bce_problem(device, **BCE_SAMPLES[sample])
+    return softmax_problem(device, loss, **SOFTMAX_SAMPLES[sample])
 
 
 SAMPLES = [
@@ -160,44 +159,78 @@ SAMPLES = [
 ]
 
 
-def test_schemas_are_the_contract() -> None:
-    registered = {
-        name.removeprefix("torchce::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("torchce::")
-    }
-    assert registered == set(SCHEMAS)
-    for name, schema in SCHEMAS.items():
-        assert op(name)._schema == torch._C.parse_schema(f"torchce::{name}{schema}"), name
+@pytest.mark.parametrize("name", OPS)
+def test_options_are_the_end_of_every_schema(name: str) -> None:
+    """The same fields, types and defaults in the same order; no op is without them."""
+    (options,) = [options for stem, options in OPTIONS.items() if name.startswith(stem)]
+    types = get_type_hints(options)
+    last = arguments_of(name)[-len(options._fields) :]
+    assert [(a.name, str(a.type)) for a in last] == [(field, types[field].__name__) for field in options._fields]
+    defaults = {a.name: a.default_value for a in last if a.has_default_value()}
+    assert defaults.items() <= options._field_defaults.items()
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
+def test_only_what_a_name_says_is_written(name: str) -> None:
+    written = [a.name for a in arguments_of(name) if a.alias_info is not None and a.alias_info.is_write]
+    assert written == (["logits"] if name.endswith("_") else [])
+
+
+@pytest.mark.parametrize(("name", "function"), FUNCTIONS, ids=lambda value: getattr(value, "__qualname__", value))
+def test_signatures_follow_the_schema(name: str, function: Callable[..., Any]) -> None:
+    assert_follows([str(p).partition(":")[0] for p in inspect.signature(function).parameters.values()], name)
+
+
+def test_fakes_follow_the_schema() -> None:
+    fakes = dict(re.findall(r'register_fake\("torchce::(\w+)"\)\ndef _\((.*)\):', inspect.getsource(ops)))
+    assert sorted(fakes) == OPS
+    for name, parameters in fakes.items():
+        assert_follows(parameters.split(", "), name)
+
+
+def assert_follows(parameters: list[str], name: str) -> None:
+    """All arguments, or the first ones and one parameter for the rest."""
+    schema = [a.name for a in arguments_of(name)]
+    *first, last = parameters
+    assert first == schema[: len(first)]
+    assert last.startswith("*") or [last] == schema[len(first) :]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_inductor_finds_no_decomposition(name: str) -> None:
     """It refuses to call an op that has one, in every process with the variable CI in its environment."""
     assert not torch._decomp.get_decompositions([op(name)])
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
 def test_every_op_has_a_sample(name: str) -> None:
     """So that the checks below leave none out."""
-    assert any(name in all_calls(*parameters.values, "cpu") for parameters in SAMPLES)
+    assert any(name in problem_of(*parameters.values, "cpu")[1] for parameters in SAMPLES)
 
 
 @pytest.mark.parametrize(("loss", "sample"), SAMPLES)
 def test_opcheck(device: str, loss: str, sample: str) -> None:
     """Schema, autograd registration, fake against real, and AOT dispatch with dynamic shapes."""
-    for name, arguments in all_calls(loss, sample, device).items():
-        torch.library.opcheck(op(name), arguments)
+    named, names = problem_of(loss, sample, device)
+    for name in names:
+        torch.library.opcheck(op(name), arguments(name, named))
 
 
 @pytest.mark.parametrize(("loss", "sample"), SAMPLES)
 def test_fake_results_have_the_real_layout(device: str, loss: str, sample: str) -> None:
     """Strides too: a compiled caller lays its code out by what the fake says."""
-    for name, arguments in all_calls(loss, sample, device).items():
-        real = op(name)(*(a.clone() if name.endswith("_") and isinstance(a, Tensor) else a for a in arguments))
+    named, names = problem_of(loss, sample, device)
+    for name in names:
+        real = call(name, overwritable(named) if name.endswith("_") else named)
         with FakeTensorMode() as mode:
-            fake_arguments = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
-            fake = op(name)(*fake_arguments)
+            fake = call(name, {k: mode.from_tensor(a) if isinstance(a, Tensor) else a for k, a in named.items()})
         for r, f in zip(_tensors(real), _tensors(fake), strict=True):
             assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), name
+
+
+def overwritable(named: Named) -> Named:
+    """The problem with logits of its own."""
+    return named | {"logits": named["logits"].clone()}
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -209,13 +242,13 @@ def _tensors(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize(("loss", "sample"), SAMPLES)
 def test_in_place_backward_equals_out_of_place(device: str, loss: str, sample: str) -> None:
     """Bit for bit."""
-    calls = all_calls(loss, sample, device)
-    for name in [name for name in calls if name.endswith("_backward_") and name.removesuffix("_") in calls]:
-        arguments = calls[name]
-        expected = op(name.removesuffix("_"))(*arguments)
-        logits = arguments[1].clone()
-        op(name)(arguments[0], logits, *arguments[2:])
-        assert_bitwise_equal(logits, expected)
+    named, names = problem_of(loss, sample, device)
+    for name in ("softmax_ce_backward_", "sigmoid_bce_backward_"):
+        if name in names:
+            expected = call(name.removesuffix("_"), named)
+            overwritten = overwritable(named)
+            call(name, overwritten)
+            assert_bitwise_equal(overwritten["logits"], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -223,11 +256,10 @@ def test_in_place_backward_equals_out_of_place(device: str, loss: str, sample: s
 def test_in_place_backward_at_every_remainder(device: str, kind: str, dtype: torch.dtype) -> None:
     """A tail that steps wrongly transforms an element twice: 8003 classes showed it in a public repository."""
     for classes in [*range(1, 70), 1001, 8003]:
-        calls = softmax_calls(device, kind, (3, classes), dtype, reduction=NONE)
-        arguments = calls["softmax_ce_backward_"]
-        expected = op("softmax_ce_backward")(*arguments)
-        op("softmax_ce_backward_")(*arguments)
-        assert_bitwise_equal(arguments[1], expected, f"{classes} classes")
+        named, _ = softmax_problem(device, kind, (3, classes), dtype, reduction=NONE)
+        expected = call("softmax_ce_backward", named)
+        call("softmax_ce_backward_", named)
+        assert_bitwise_equal(named["logits"], expected, f"{classes} classes")
 
 
 @pytest.mark.parametrize("kind", ["index", "probability"])
@@ -235,7 +267,7 @@ def test_statistics_are_two_or_three_numbers_a_row(device: str, kind: str) -> No
     """Maximum and sum of exp(x - maximum), kept apart; nothing of the logits' size."""
     logits = cases.normal((3, 5, 4), torch.bfloat16, device, scale=3)
     target = cases.softmax_target(kind, (3, 5, 4), torch.bfloat16, device)
-    loss, statistics, totals = op("softmax_ce_forward")(logits, target, None, MEAN, -100, 0.0, None)
+    loss, statistics, totals = op("softmax_ce_forward")(logits, target, None, None, MEAN, -100, 0.0)
     assert loss.shape == ()
     assert totals.shape == (2,)
     assert statistics.shape == (2 if kind == "index" else 3, 12)
@@ -249,79 +281,75 @@ def test_statistics_are_two_or_three_numbers_a_row(device: str, kind: str) -> No
 # --- misuse: nothing is written before everything has been checked --------------------------------------------------
 
 
-def wrong_calls(name: str) -> list[tuple[str, tuple[Any, ...]]]:
-    """(what is wrong, arguments) for an in-place op; every one must raise and leave the logits alone."""
-    if name == "softmax_ce_backward_":
-        grad, logits, target, weight, statistics, totals, *rest = softmax_calls("cpu", "index", (6, 5), weighted=True)[
-            name
-        ]
+IN_PLACE = [name for name in OPS if name.endswith("_")]
+
+
+def in_place_problem(name: str, weighted: bool = False) -> Named:
+    if name.startswith("sigmoid"):
+        return bce_problem("cpu", (6, 5), weighted=weighted)[0]
+    reduction = NONE if name == "softmax_ce_forward_backward_" else MEAN
+    return softmax_problem("cpu", "index", (6, 5), weighted=weighted, reduction=reduction)[0]
+
+
+def wrong_arguments(name: str, named: Named) -> list[tuple[str, Any]]:
+    """(argument, what is wrong); the op must raise for every one and leave the logits alone."""
+    logits, target, weight = named["logits"], named["target"], named["weight"]
+    wrong = [("target", target[:5]), ("weight", weight[:4]), ("weight", weight.double()), ("reduction", 3)]
+    if name == "sigmoid_bce_backward_":
         return [
-            ("grad_output", (torch.ones(6), logits, target, weight, statistics, totals, *rest)),
-            ("target", (grad, logits, target[:5], weight, statistics, totals, *rest)),
-            ("target", (grad, logits, target.short(), weight, statistics, totals, *rest)),
-            ("weight", (grad, logits, target, weight[:4], statistics, totals, *rest)),
-            ("weight", (grad, logits, target, weight.double(), statistics, totals, *rest)),
-            ("statistics", (grad, logits, target, weight, statistics[:, :5], totals, *rest)),
-            ("statistics", (grad, logits, target, weight, statistics.double(), totals, *rest)),
-            ("totals", (grad, logits, target, weight, statistics, totals[:1], *rest)),
-            ("reduction", (grad, logits, target, weight, statistics, totals, 3, *rest[1:])),
-            ("logits", (grad, logits.expand(6, 5).long(), target, weight, statistics, totals, *rest)),
+            *wrong,
+            ("grad_output", torch.ones(6, 5)),
+            ("target", target.half()),
+            ("pos_weight", weight.expand(2, 6, 5)),
+            ("reduction", -1),
         ]
+    wrong.append(("target", target.short()))
     if name == "softmax_ce_forward_backward_":
-        grad, logits, target, weight, *rest = softmax_calls("cpu", "index", (6, 5), weighted=True, reduction=NONE)[name]
         return [
-            ("grad_output", (torch.ones(5), logits, target, weight, *rest)),
-            ("grad_output", (torch.ones(6, dtype=torch.int64), logits, target, weight, *rest)),
-            ("target", (grad, logits, target[:5], weight, *rest)),
-            ("target", (grad, logits, target.short(), weight, *rest)),
-            ("weight", (grad, logits, target, weight.double(), *rest)),
-            ("reduction", (grad, logits, target, weight, MEAN, *rest[1:])),
-            ("dtype", (grad, logits, target, weight, *rest[:-1], torch.int64)),
-            ("logits", (grad, logits.t().clone().t()[:, ::2], target, None, *rest)),
+            *wrong,
+            ("grad_output", torch.ones(5)),
+            ("grad_output", torch.ones(6, dtype=torch.int64)),
+            ("reduction", MEAN),
+            ("dtype", torch.int64),
+            ("logits", logits.t().clone().t()[:, ::2]),
         ]
-    grad, logits, target, weight, pos_weight, reduction = bce_calls("cpu", (6, 5), weighted=True)[name]
     return [
-        ("grad_output", (torch.ones(6, 5), logits, target, weight, pos_weight, reduction)),
-        ("target", (grad, logits, target[:5], weight, pos_weight, reduction)),
-        ("target", (grad, logits, target.half(), weight, pos_weight, reduction)),
-        ("weight", (grad, logits, target, weight[:4], pos_weight, reduction)),
-        ("weight", (grad, logits, target, weight.double(), pos_weight, reduction)),
-        ("pos_weight", (grad, logits, target, weight, pos_weight.expand(2, 6, 5), reduction)),
-        ("reduction", (grad, logits, target, weight, pos_weight, -1)),
+        *wrong,
+        ("grad_output", torch.ones(6)),
+        ("statistics", named["statistics"][:, :5]),
+        ("statistics", named["statistics"].double()),
+        ("totals", named["totals"][:1]),
+        ("logits", logits.expand(6, 5).long()),
     ]
 
 
-@pytest.mark.parametrize("name", ["softmax_ce_backward_", "softmax_ce_forward_backward_", "sigmoid_bce_backward_"])
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_misuse_raises_before_anything_is_written(name: str) -> None:
-    for argument, arguments in wrong_calls(name):
-        logits = arguments[1]
-        before = logits.clone()
+    named = in_place_problem(name, weighted=True)
+    for argument, value in wrong_arguments(name, named):
+        wrong = named | {argument: value} | ({"weight": None} if argument == "logits" else {})
+        before = wrong["logits"].clone()
         with pytest.raises(RuntimeError, match=argument):
-            op(name)(*arguments)
-        assert_bitwise_equal(logits, before, argument)
+            call(name, wrong)
+        assert_bitwise_equal(wrong["logits"], before, argument)
 
 
-@pytest.mark.parametrize("name", ["softmax_ce_backward_", "softmax_ce_forward_backward_", "sigmoid_bce_backward_"])
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_overlapping_memory_cannot_be_overwritten(name: str) -> None:
     """Expanded logits: several elements share one place."""
-    calls = (
-        softmax_calls("cpu", "index", (6, 5), reduction=SUM) if name.startswith("softmax") else bce_calls("cpu", (6, 5))
-    )
-    grad, _, *rest = calls[name]
     with pytest.raises(RuntimeError, match="logits"):
-        op(name)(grad, torch.zeros(1, 5).expand(6, 5), *rest)
+        call(name, in_place_problem(name) | {"logits": torch.zeros(1, 5).expand(6, 5)})
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
 def test_backward_with_a_bad_index_stays_in_bounds(bad: int) -> None:
     """The forward raised already; a backward called by hand may give anything for that row, but only there."""
-    grad, logits, target, *rest = softmax_calls("cpu", "index", (6, 5), reduction=SUM)["softmax_ce_backward"]
-    expected = op("softmax_ce_backward")(grad, logits, target, *rest)
-    wrong = target.clone()
+    named, _ = softmax_problem("cpu", "index", (6, 5), reduction=SUM)
+    wrong = named["target"].clone()
     wrong[3] = bad
-    result = op("softmax_ce_backward")(grad, logits, wrong, *rest)
+    result = call("softmax_ce_backward", named | {"target": wrong})
     others = torch.arange(6) != 3
-    assert_bitwise_equal(result[others], expected[others])
+    assert_bitwise_equal(result[others], call("softmax_ce_backward", named)[others])
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 0), (2, 0, 3)], ids=str)
@@ -330,4 +358,4 @@ def test_no_classes_are_refused(device: str, shape: tuple[int, ...]) -> None:
     logits = torch.empty(shape, device=device)
     target = torch.full(cases.index_shape(shape), -100, device=device)
     with pytest.raises(RuntimeError, match=r"logits: expected at least one class, got shape \["):
-        op("softmax_ce_forward")(logits, target, None, MEAN, -100, 0.0, None)
+        op("softmax_ce_forward")(logits, target, None, None, MEAN, -100, 0.0)

@@ -29,7 +29,7 @@ class ForwardBackward(torch.autograd.Function):
         memory = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
         ctx.grad = memory.copy_(logits) if ops.one_stride(logits) and ops.one_stride(memory) else logits.clone()
         return ops.softmax_ce_forward_backward_(
-            ctx.grad_output, ctx.grad, target, weight, REDUCTIONS[reduction], *rest, dtype
+            ctx.grad_output, ctx.grad, target, weight, dtype, REDUCTIONS[reduction], *rest
         )
 
     @staticmethod
@@ -95,7 +95,7 @@ def test_expanded_grad_output(device: str) -> None:
     results = []
     for each in (grad_output.expand(37), grad_output.repeat(37)):
         grad = logits.clone()
-        loss = ops.softmax_ce_forward_backward_(each, grad, target, None, 0, -100, 0.0, None)
+        loss = ops.softmax_ce_forward_backward_(each, grad, target, None, None, 0, -100, 0.0)
         results.append((loss, grad))
     for result, expected in zip(*results, strict=True):
         assert_bitwise_equal(result, expected)
@@ -208,7 +208,7 @@ def test_bitwise_the_same_every_time(device: str, kind: str) -> None:
     for _ in range(20):
         grad = logits.clone()
         loss = ops.softmax_ce_forward_backward_(
-            torch.ones((), device=device), grad, target, None, REDUCTIONS["sum"], -100, 0.0, None
+            torch.ones((), device=device), grad, target, None, None, REDUCTIONS["sum"], -100, 0.0
         )
         results.append((loss, grad))
     for loss, grad in results[1:]:
@@ -225,7 +225,7 @@ def test_one_launch_along_rows(
     logits = cases.normal(shape, torch.float32, cuda_device)
     target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, cuda_device)
     before = count_launches()
-    ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, REDUCTIONS["sum"], -100, 0.0, None)
+    ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, None, REDUCTIONS["sum"], -100, 0.0)
     assert count_launches() == before + launches
 
 
@@ -235,7 +235,7 @@ def test_loss_dtype(device: str) -> None:
     target = cases.indices((64,), 1000, torch.int64, device)
     expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum")
     one = torch.ones((), device=device)
-    loss = ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, torch.float32)
+    loss = ops.softmax_ce_forward_backward_(one, logits, target, None, torch.float32, 2, -100, 0.0)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
@@ -243,7 +243,7 @@ def test_loss_dtype(device: str) -> None:
 def test_empty_batch(device: str) -> None:
     logits, target = torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device)
     one = torch.ones((), device=device)
-    assert ops.softmax_ce_forward_backward_(one, logits, target, None, 2, -100, 0.0, None).item() == 0
+    assert ops.softmax_ce_forward_backward_(one, logits, target, None, None, 2, -100, 0.0).item() == 0
 
 
 def test_a_bad_index_leaves_the_logits_alone() -> None:
@@ -251,7 +251,7 @@ def test_a_bad_index_leaves_the_logits_alone() -> None:
     target[70] = 1000
     before = logits.clone()
     with pytest.raises(IndexError, match=r"Target 1000 is out of bounds. \(row 70 of 100, 1000 classes\)"):
-        ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, 2, -100, 0.0, None)
+        ops.softmax_ce_forward_backward_(torch.ones(()), logits, target, None, None, 2, -100, 0.0)
     assert_bitwise_equal(logits, before)
 
 
@@ -261,7 +261,7 @@ def test_a_bad_index_is_nan_on_cuda(cuda_device: str) -> None:
         logits = cases.normal((4, classes), torch.float32, cuda_device)
         target = torch.tensor([0, classes, 1, -100], device=cuda_device)
         loss = ops.softmax_ce_forward_backward_(
-            torch.ones(4, device=cuda_device), logits, target, None, 0, -100, 0.0, None
+            torch.ones(4, device=cuda_device), logits, target, None, None, 0, -100, 0.0
         )
         assert loss.isnan().tolist() == [False, True, False, False]
         assert logits.isnan().all(1).tolist() == [False, True, False, False]
@@ -274,5 +274,5 @@ def test_a_mean_is_refused(device: str) -> None:
     before = logits.clone()
     target, one = cases.indices((6,), 5, torch.int64, device), torch.ones((), device=device)
     with pytest.raises(RuntimeError, match="reduction"):
-        ops.softmax_ce_forward_backward_(one, logits, target, None, REDUCTIONS["mean"], -100, 0.0, None)
+        ops.softmax_ce_forward_backward_(one, logits, target, None, None, REDUCTIONS["mean"], -100, 0.0)
     assert_bitwise_equal(logits, before)

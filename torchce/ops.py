@@ -1,8 +1,8 @@
-"""The compiled ops of ``torch.ops.torchce``, typed, each with its fake right below.
+"""The compiled ops of ``torch.ops.torchce``, each with its fake right below.
 
-Throughout, ``reduction`` is torch's number (0 none, 1 mean, 2 sum) and *acc* is the accumulation dtype: float64 for
-float64 logits, else float32. Schemas are in ``csrc/schemas.h``; the ops check what memory safety needs, and
-:mod:`torchce.functional` what a user should be told.
+``csrc/schemas.h`` has their schemas, and the shapes of what goes in and comes out. The ops check what memory safety
+needs, and :mod:`torchce.functional` what a user should be told. Those that overwrite their logits have a wrapper here,
+which tells autograd of it.
 """
 
 from __future__ import annotations
@@ -77,79 +77,10 @@ def below_autograd(overload: torch._ops.OpOverload) -> Callable[..., Any]:
     return call
 
 
-def softmax_ce_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax cross entropy.
-
-    Shape:
-        - logits: ``[C]``, ``[N, C]`` or ``[N, C, d1...dk]``, any strides
-        - target: class indices, the logits' shape without ``C``; or probabilities, the logits' shape
-        - weight: ``[C]``, acc
-        - loss: the index target's shape for reduction 0, else a scalar; ``dtype``, or the logits'
-        - statistics: ``[2, rows]`` acc, max and sum of exp(x - max); a third row for probabilities, their total
-        - totals: ``[2]`` acc, the divisor of the mean and the sum of the class weights
-
-    Raises:
-        IndexError: on the CPU, if a class index is out of range and not ``ignore_index``.
-    """
-    return _softmax_ce_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
-
-
-_softmax_ce_forward = _ops.softmax_ce_forward.default
-eager_softmax_ce_forward = below_autograd(_softmax_ce_forward)
-
-
-@torch.library.register_fake("torchce::softmax_ce_forward")
-def _(logits, target, weight, reduction, ignore_index, label_smoothing, dtype):  # type: ignore[no-untyped-def]
-    class_dim = min(1, logits.dim() - 1)
-    row_shape = [*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]]
-    rows = 1
-    for size in row_shape:
-        rows = rows * size
-    acc = accumulation_dtype(logits.dtype)
-    loss = logits.new_empty(row_shape if reduction == 0 else [], dtype=dtype or logits.dtype)
-    statistics = logits.new_empty([3 if target.is_floating_point() else 2, rows], dtype=acc)
-    return loss, statistics, logits.new_empty([2], dtype=acc)
-
-
-def softmax_ce_backward(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    totals: Tensor,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Gradient of :func:`softmax_ce_forward` with respect to the logits, in their shape, dtype and layout.
-
-    Where no single stride leads through the inner dimensions (see :func:`one_stride`) it is contiguous instead.
-
-    Shape:
-        - grad_output: the loss's
-        - the rest as in and out of the forward
-    """
-    return _softmax_ce_backward(
-        grad_output, logits, target, weight, statistics, totals, reduction, ignore_index, label_smoothing
-    )
-
-
-_softmax_ce_backward = _ops.softmax_ce_backward.default
-eager_softmax_ce_backward = below_autograd(_softmax_ce_backward)
-
-
-@torch.library.register_fake("torchce::softmax_ce_backward")
-def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
-    return _empty_gradient(logits)
+def _was_overwritten(logits: Tensor) -> None:
+    """Tells autograd, as the dispatcher would for an op of torch's own: whoever saved the logits raises from now on."""
+    if not (logits.is_inference() or torch.compiler.is_compiling()):
+        torch.autograd.graph.increment_version(logits)
 
 
 def one_stride(t: Tensor) -> bool:
@@ -169,31 +100,41 @@ def _empty_gradient(like: Tensor) -> Tensor:
     return grad if one_stride(grad) else like.new_empty(like.shape)
 
 
-def _was_overwritten(logits: Tensor) -> None:
-    """Tells autograd, as the dispatcher would for an op of torch's own: whoever saved the logits raises from now on."""
-    if not (logits.is_inference() or torch.compiler.is_compiling()):
-        torch.autograd.graph.increment_version(logits)
+# --- softmax cross entropy -----------------------------------------------------------------------------------------
+
+softmax_ce_forward = _ops.softmax_ce_forward.default
+eager_softmax_ce_forward = below_autograd(softmax_ce_forward)
 
 
-def softmax_ce_backward_(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    totals: Tensor,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """:func:`softmax_ce_backward`, written over the logits, which must be dense."""
-    _softmax_ce_backward_(
-        grad_output, logits, target, weight, statistics, totals, reduction, ignore_index, label_smoothing
-    )
-    _was_overwritten(logits)
+@torch.library.register_fake("torchce::softmax_ce_forward")
+def _(logits, target, weight, dtype, reduction, *_):  # type: ignore[no-untyped-def]
+    class_dim = min(1, logits.dim() - 1)
+    row_shape = [*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]]
+    rows = 1
+    for size in row_shape:
+        rows = rows * size
+    acc = accumulation_dtype(logits.dtype)
+    loss = logits.new_empty(row_shape if reduction == 0 else [], dtype=dtype or logits.dtype)
+    statistics = logits.new_empty([3 if target.is_floating_point() else 2, rows], dtype=acc)
+    return loss, statistics, logits.new_empty([2], dtype=acc)
+
+
+softmax_ce_backward = _ops.softmax_ce_backward.default
+eager_softmax_ce_backward = below_autograd(softmax_ce_backward)
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward")
+def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
+    return _empty_gradient(logits)
 
 
 _softmax_ce_backward_ = _ops.softmax_ce_backward_.default
+
+
+def softmax_ce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any) -> None:
+    """``softmax_ce_backward``, written over the logits, which must be dense."""
+    _softmax_ce_backward_(grad_output, logits, *saved)
+    _was_overwritten(logits)
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward_")
@@ -201,24 +142,8 @@ def _(*_):  # type: ignore[no-untyped-def]
     return None
 
 
-def softmax_ce_backward_target(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    totals: Tensor,
-    reduction: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Gradient of :func:`softmax_ce_forward` with respect to target probabilities, in their shape, dtype and layout."""
-    return _softmax_ce_backward_target(
-        grad_output, logits, target, weight, statistics, totals, reduction, label_smoothing
-    )
-
-
-_softmax_ce_backward_target = _ops.softmax_ce_backward_target.default
-eager_softmax_ce_backward_target = below_autograd(_softmax_ce_backward_target)
+softmax_ce_backward_target = _ops.softmax_ce_backward_target.default
+eager_softmax_ce_backward_target = below_autograd(softmax_ce_backward_target)
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward_target")
@@ -226,25 +151,27 @@ def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
     return _empty_gradient(target)
 
 
+_softmax_ce_forward_backward_ = _ops.softmax_ce_forward_backward_.default
+
+
 def softmax_ce_forward_backward_(
     grad_output: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
     dtype: torch.dtype | None,
+    *options: Any,
 ) -> Tensor:
-    """The loss of :func:`softmax_ce_forward`, while the logits become what :func:`softmax_ce_backward` would give.
+    """The loss of ``softmax_ce_forward``, while the logits become what ``softmax_ce_backward`` would give.
 
     For callers who need the logits no more, as a fused linear layer: they are read once and written once. The mean's
     divisor is known only after the last row, so ``reduction`` is 0 or 2; for a mean divide ``grad_output``.
 
-    Shape:
-        - grad_output: the loss's
-        - logits: as in the forward, dense, with one stride through d1...dk; overwritten with their gradient
-        - the rest as in and out of the forward
+    Args:
+        grad_output: the gradient that the loss will get, of its shape
+        logits: dense, with one stride through d1...dk; overwritten with their gradient
+        target, weight, dtype: as in the forward
+        options: the fields of :class:`torchce.softmax_ce.Options`
 
     Raises:
         IndexError: on the CPU, as the forward; the logits are then as they were.
@@ -252,64 +179,30 @@ def softmax_ce_forward_backward_(
     """
     if logits.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("logits: expected a tensor that does not require grad: no gradient leads through this op")
-    loss = _softmax_ce_forward_backward_(
-        grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype
-    )
+    loss: Tensor = _softmax_ce_forward_backward_(grad_output, logits, target, weight, dtype, *options)
     _was_overwritten(logits)
     return loss
 
 
-_softmax_ce_forward_backward_ = _ops.softmax_ce_forward_backward_.default
-
-
 @torch.library.register_fake("torchce::softmax_ce_forward_backward_")
-def _(grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype):  # type: ignore[no-untyped-def]
+def _(grad_output, logits, target, weight, dtype, *_):  # type: ignore[no-untyped-def]
     return logits.new_empty(grad_output.shape, dtype=dtype or logits.dtype)
 
 
-def sigmoid_bce_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: int,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Sigmoid binary cross entropy.
+# --- sigmoid binary cross entropy ----------------------------------------------------------------------------------
 
-    Shape:
-        - logits: any shape, any strides
-        - target: the logits' shape; the logits' dtype, float32, bool, uint8 or int64
-        - weight, pos_weight: broadcast to the logits' shape, acc
-        - loss: the logits' shape and layout for reduction 0, else a scalar; ``dtype``, or the logits'
-    """
-    return _sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
-
-
-_sigmoid_bce_forward = _ops.sigmoid_bce_forward.default
-eager_sigmoid_bce_forward = below_autograd(_sigmoid_bce_forward)
+sigmoid_bce_forward = _ops.sigmoid_bce_forward.default
+eager_sigmoid_bce_forward = below_autograd(sigmoid_bce_forward)
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_forward")
-def _(logits, target, weight, pos_weight, reduction, dtype):  # type: ignore[no-untyped-def]
+def _(logits, target, weight, pos_weight, dtype, reduction, *_):  # type: ignore[no-untyped-def]
     dtype = dtype or logits.dtype
     return torch.empty_like(logits, dtype=dtype) if reduction == 0 else logits.new_empty([], dtype=dtype)
 
 
-def sigmoid_bce_backward(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: int,
-) -> Tensor:
-    """Gradient of :func:`sigmoid_bce_forward` with respect to the logits, in their shape, dtype and layout."""
-    return _sigmoid_bce_backward(grad_output, logits, target, weight, pos_weight, reduction)
-
-
-_sigmoid_bce_backward = _ops.sigmoid_bce_backward.default
-eager_sigmoid_bce_backward = below_autograd(_sigmoid_bce_backward)
+sigmoid_bce_backward = _ops.sigmoid_bce_backward.default
+eager_sigmoid_bce_backward = below_autograd(sigmoid_bce_backward)
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_backward")
@@ -317,20 +210,13 @@ def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits)
 
 
-def sigmoid_bce_backward_(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: int,
-) -> None:
-    """:func:`sigmoid_bce_backward`, written over the logits, which must be dense."""
-    _sigmoid_bce_backward_(grad_output, logits, target, weight, pos_weight, reduction)
-    _was_overwritten(logits)
-
-
 _sigmoid_bce_backward_ = _ops.sigmoid_bce_backward_.default
+
+
+def sigmoid_bce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any) -> None:
+    """``sigmoid_bce_backward``, written over the logits, which must be dense."""
+    _sigmoid_bce_backward_(grad_output, logits, *saved)
+    _was_overwritten(logits)
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_backward_")
@@ -338,20 +224,8 @@ def _(*_):  # type: ignore[no-untyped-def]
     return None
 
 
-def sigmoid_bce_backward_target(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: int,
-) -> Tensor:
-    """Gradient of :func:`sigmoid_bce_forward` with respect to the target, in its shape, dtype and layout."""
-    return _sigmoid_bce_backward_target(grad_output, logits, target, weight, pos_weight, reduction)
-
-
-_sigmoid_bce_backward_target = _ops.sigmoid_bce_backward_target.default
-eager_sigmoid_bce_backward_target = below_autograd(_sigmoid_bce_backward_target)
+sigmoid_bce_backward_target = _ops.sigmoid_bce_backward_target.default
+eager_sigmoid_bce_backward_target = below_autograd(sigmoid_bce_backward_target)
 
 
 @torch.library.register_fake("torchce::sigmoid_bce_backward_target")

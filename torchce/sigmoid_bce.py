@@ -7,7 +7,7 @@ own operations.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +27,22 @@ def _log_sigmoid(x: Tensor) -> Tensor:
     return F.logsigmoid(x)
 
 
+class Options(NamedTuple):
+    """What a call asks for beside its tensors, in the order of ``csrc/schemas.h``; a new one comes last."""
+
+    reduction: int
+    """torch's number: 0 none, 1 mean, 2 sum."""
+
+
 def composite(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    reduction: int,
     dtype: torch.dtype | None,
+    *options: Any,
 ) -> Tensor:
-    """The loss of :func:`torchce.ops.sigmoid_bce_forward` from differentiable operations.
+    """The loss of ``sigmoid_bce_forward``, of the same arguments, from differentiable operations.
 
     With c = pos_weight it is ``w (c t softplus(-x) + (1 - t) softplus(x))``.
     """
@@ -44,7 +51,7 @@ def composite(
     loss = -(times(t, _log_sigmoid(x), pos_weight) + times(1 - t, _log_sigmoid(-x)))
     if weight is not None:
         loss = weight * loss
-    return reduced(loss, reduction).to(dtype or logits.dtype)
+    return reduced(loss, Options(*options).reduction).to(dtype or logits.dtype)
 
 
 def gradients(
@@ -53,7 +60,7 @@ def gradients(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    reduction: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for the logits and for the target, from differentiable operations.
 
@@ -64,7 +71,7 @@ def gradients(
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t, g = logits.to(acc), target.to(acc), grad_output.to(acc)
-    if reduction == 1:
+    if Options(*options).reduction == 1:
         g = g / logits.numel()
     if weight is not None:
         g = g * weight
@@ -82,11 +89,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     overwritten = ctx.overwritten
     if overwritten is not None:
         overwritten = overwritten.checked(grad_output)
-    saved = (grad_output, *ctx.saved_tensors, ctx.reduction)
+    saved = (grad_output, *ctx.saved_tensors, *ctx.options)
     logits = saved[1]
     needs_logits, needs_target = ctx.needs_input_grad[:2]
     grad_logits = grad_target = None
-    if differentiates_backward(*saved[:-1]):
+    if differentiates_backward(grad_output, *ctx.saved_tensors):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     if torch.compiler.is_compiling():  # compiled autograd
@@ -114,14 +121,14 @@ class SigmoidBCE(Function):
         target: Tensor,
         weight: Tensor | None,
         pos_weight: Tensor | None,
-        reduction: int,
         dtype: torch.dtype | None,
+        options: Options,
         inplace_backward: bool,
     ) -> Tensor:
         ctx.save_for_backward(logits, target, weight, pos_weight)
-        ctx.reduction = reduction
+        ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
-        loss: Tensor = ops.eager_sigmoid_bce_forward(logits, target, weight, pos_weight, reduction, dtype)
+        loss: Tensor = ops.eager_sigmoid_bce_forward(logits, target, weight, pos_weight, dtype, *options)
         return loss
 
     @staticmethod
@@ -134,21 +141,22 @@ def sigmoid_bce(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    reduction: int,
     dtype: torch.dtype | None,
+    options: Options,
     inplace_backward: bool,
 ) -> Tensor:
-    """The loss of checked inputs, as :func:`torchce.ops.sigmoid_bce_forward` takes them, differentiable."""
-    arguments = (logits, target, weight, pos_weight, reduction, dtype)
+    """The loss of checked inputs, as ``sigmoid_bce_forward`` takes them, differentiable."""
+    arguments = (logits, target, weight, pos_weight, dtype, *options)
     if transformed(logits, target, weight, pos_weight):
         calls.note_composite()
         return composite(*arguments)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
-        return ops.sigmoid_bce_forward(*arguments)
+        forward: Tensor = ops.sigmoid_bce_forward(*arguments)
+        return forward
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
-        loss: Tensor = SigmoidBCE.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
+        loss: Tensor = SigmoidBCE.apply(*arguments[:5], options, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    forward: Tensor = ops.eager_sigmoid_bce_forward(*arguments)
+    forward = ops.eager_sigmoid_bce_forward(*arguments)
     return forward
 
 
@@ -156,15 +164,16 @@ def sigmoid_bce(
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.reduction, _ = inputs
+    *tensors, _ = inputs[:5]
     ctx.save_for_backward(*tensors)
+    ctx.options = Options(*inputs[5:])
     ctx.overwritten = None
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[2:4]):
         raise RuntimeError("weight, pos_weight: expected tensors that do not require grad: no gradient leads to them")
-    return *_backward(ctx, grad_loss), None, None, None, None
+    return *_backward(ctx, grad_loss), *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 differentiate("sigmoid_bce_forward", composite, _set_up, _op_backward)

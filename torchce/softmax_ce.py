@@ -7,7 +7,8 @@ the whole; never probabilities. What torch is to transform, or to differentiate 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +19,28 @@ from torchce import calls, inplace, ops
 from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
 from torchce.transforms import all_finite, all_true, differentiates_backward, transformed
 
-Options = tuple[int, int, float]
-"""reduction, ignore_index and label_smoothing, as the ops take them."""
+
+class Options(NamedTuple):
+    """What a call asks for beside its tensors, in the order of ``csrc/schemas.h``; a new one comes last."""
+
+    reduction: int
+    """torch's number: 0 none, 1 mean, 2 sum."""
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+known_options = functools.lru_cache(Options)  # a small loss takes a hundredth of its time to make them
 
 
 def composite(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype | None,
+    logits: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None, *options: Any
 ) -> Tensor:
-    """The loss of :func:`torchce.ops.softmax_ce_forward` from differentiable operations (``csrc/math/softmax_ce.h``).
+    """The loss of ``softmax_ce_forward``, of the same arguments, from differentiable operations.
 
     An ignored row's logits are masked before the softmax, not its loss after: a NaN or an infinity among them would
     still reach the second derivatives. Where there is none, the pass over all logits is spared, if that can be seen.
     """
+    reduction, ignore_index, label_smoothing = Options(*options)
     acc = ops.accumulation_dtype(logits.dtype)
     x = logits.to(acc)
     class_dim = min(1, x.dim() - 1)
@@ -158,19 +163,18 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     if differentiates_backward(grad_output, logits, target, weight):
         grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    saved = (grad_output, logits, target, weight, statistics, totals)
-    reduction, _, label_smoothing = options
+    saved = (grad_output, logits, target, weight, statistics, totals, *options)
     if torch.compiler.is_compiling():  # compiled autograd
-        grad_target = ops.softmax_ce_backward_target(*saved, reduction, label_smoothing) if needs_target else None
-        return ops.softmax_ce_backward(*saved, *options) if needs_logits else None, grad_target
+        grad_target = ops.softmax_ce_backward_target(*saved) if needs_target else None
+        return ops.softmax_ce_backward(*saved) if needs_logits else None, grad_target
     if needs_target:  # first: the logits it reads may be overwritten next
-        grad_target = ops.eager_softmax_ce_backward_target(*saved, reduction, label_smoothing)
+        grad_target = ops.eager_softmax_ce_backward_target(*saved)
     if not needs_logits:
         pass
     elif overwritten is None:
-        grad_logits = ops.eager_softmax_ce_backward(*saved, *options)
+        grad_logits = ops.eager_softmax_ce_backward(*saved)
     else:
-        ops.softmax_ce_backward_(*inplace.apart(logits, saved), *options)
+        ops.softmax_ce_backward_(*inplace.apart(logits, saved))
         grad_logits = overwritten.mark(logits)
     return grad_logits, grad_target
 
@@ -184,11 +188,11 @@ class SoftmaxCE(Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        options: Options,
         dtype: torch.dtype | None,
+        options: Options,
         inplace_backward: bool,
     ) -> Tensor:
-        loss, statistics, totals = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)
+        loss, statistics, totals = ops.eager_softmax_ce_forward(logits, target, weight, dtype, *options)
         ctx.save_for_backward(logits, target, weight, statistics, totals)
         ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
@@ -203,35 +207,33 @@ def softmax_ce(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
     dtype: torch.dtype | None,
+    options: Options,
     inplace_backward: bool,
 ) -> Tensor:
-    """The loss of checked inputs, as :func:`torchce.ops.softmax_ce_forward` takes them, differentiable."""
-    options = (reduction, ignore_index, label_smoothing)
+    """The loss of checked inputs, as ``softmax_ce_forward`` takes them, differentiable."""
     if (weight is not None and weight.requires_grad and torch.is_grad_enabled()) or transformed(logits, target, weight):
         calls.note_composite()
-        return composite(logits, target, weight, *options, dtype)
+        return composite(logits, target, weight, dtype, *options)
     if torch.compiler.is_compiling():  # a graph keeps the op with its autograd formula; an exported one, no Function
-        return ops.softmax_ce_forward(logits, target, weight, *options, dtype)[0]
-    return eager_softmax_ce(logits, target, weight, options, dtype, inplace_backward)
+        forward: Tensor = ops.softmax_ce_forward(logits, target, weight, dtype, *options)[0]
+        return forward
+    return eager_softmax_ce(logits, target, weight, dtype, options, inplace_backward)
 
 
 def eager_softmax_ce(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: Options,
     dtype: torch.dtype | None,
+    options: Options,
     inplace_backward: bool,
 ) -> Tensor:
     """The loss where nothing transforms or compiles it, of inputs that may be unchecked: the op checks them."""
     if torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
-        loss: Tensor = SoftmaxCE.apply(logits, target, weight, options, dtype, inplace_backward)  # type: ignore[no-untyped-call]
+        loss: Tensor = SoftmaxCE.apply(logits, target, weight, dtype, options, inplace_backward)  # type: ignore[no-untyped-call]
         return loss
-    forward: Tensor = ops.eager_softmax_ce_forward(logits, target, weight, *options, dtype)[0]
+    forward: Tensor = ops.eager_softmax_ce_forward(logits, target, weight, dtype, *options)[0]
     return forward
 
 
@@ -239,9 +241,9 @@ def eager_softmax_ce(
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, target, weight, *options, _ = inputs
+    logits, target, weight, _, *options = inputs
     ctx.save_for_backward(logits, target, weight, *output[1:])
-    ctx.options = tuple(options)
+    ctx.options = Options(*options)
     ctx.overwritten = None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -249,24 +251,25 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Ten
 
 def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:  # autograd's word for zero, where gradients are not materialized
-        return (None,) * 7
+        return (None,) * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[2]:
         raise RuntimeError("weight: expected a tensor that does not require grad: no gradient leads to it here")
-    return *_backward(ctx, grad_loss), None, None, None, None, None
+    return *_backward(ctx, grad_loss), *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 def _decomposition(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, *rest: Any
+    logits: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op in torch's own operations, for backends that know no others."""
-    loss = composite(logits, target, weight, reduction, ignore_index, *rest)
+    _, ignore_index, label_smoothing = Options(*options)
+    loss = composite(logits, target, weight, dtype, *options)
     x = logits.to(ops.accumulation_dtype(logits.dtype))
     class_dim = min(1, x.dim() - 1)
     w = x.new_ones(x.shape[class_dim]) if weight is None else weight
     largest = x.amax(class_dim, keepdim=True)
     statistics = [largest.squeeze(class_dim), (x - largest).exp().sum(class_dim)]
     if target.is_floating_point():
-        u = target.to(x.dtype) * (1 - rest[0]) + rest[0] / w.numel()
+        u = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / w.numel()
         statistics.append((u.movedim(class_dim, -1) * w).sum(-1))
         divisor = torch.ones_like(statistics[0]).sum()
     else:
@@ -279,13 +282,13 @@ def _decomposition(
 def _gradient(*saved: Any) -> Tensor:
     """What ``softmax_ce_backward`` computes, of the same arguments."""
     grad_output, logits, target, weight, _statistics, _totals, *options = saved
-    return gradients(grad_output, logits, target, weight, (options[0], options[1], options[2]))[0]
+    return gradients(grad_output, logits, target, weight, Options(*options))[0]
 
 
 def _target_gradient(*saved: Any) -> Tensor:
     """What ``softmax_ce_backward_target`` computes, of the same arguments."""
-    grad_output, logits, target, weight, _statistics, _totals, reduction, label_smoothing = saved
-    grad_target = gradients(grad_output, logits, target, weight, (reduction, 0, label_smoothing))[1]
+    grad_output, logits, target, weight, _statistics, _totals, *options = saved
+    grad_target = gradients(grad_output, logits, target, weight, Options(*options))[1]
     assert grad_target is not None  # of probabilities
     return grad_target
 

@@ -88,7 +88,7 @@ struct GradOutput {
   GradOutput(const Elements& problem, const int64_t* offsets)
       : problem(problem),
         offsets(offsets),
-        unreduced(problem.reduction == Reduction::none),
+        unreduced(problem.options.reduction == Reduction::none),
         of_all(unreduced ? A(0) : grad_output_of_all<A>(problem)) {}
 
   TORCHCE_SIMD Lanes<A> at(int64_t i, int count) const {
@@ -199,7 +199,7 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
                     pos_weight.template at<A>(i, count)));
         });
       };
-      if (problem.reduction == Reduction::none) {
+      if (problem.options.reduction == Reduction::none) {
         with_float_type(problem.dtypes[kOutput], [&](auto storage) {
           const auto output = run_of<decltype(storage)>(problem, kOutput, problem.output, offsets);
           each_loss([&](int64_t i, int count, V v) { output.put(i, count, v); });

@@ -1,9 +1,8 @@
-// The softmax_ce ops on the CPU: rows spread over cores in chunks that do not depend on how many there are.
-#include "../host/softmax_ce.h"
-
+// softmax_ce on the CPU: rows spread over cores in chunks that do not depend on how many there are.
 #include <algorithm>
 
 #include "../softmax_ce_row.h"
+#include "backend.h"
 #include "levels.h"
 #include "memory.h"
 #include "reduce.h"
@@ -11,15 +10,14 @@
 namespace torchce::cpu {
 namespace {
 
-using namespace host;
 using host::softmax_ce::BackwardCall;
+using host::softmax_ce::ForwardBackwardCall;
 using host::softmax_ce::ForwardCall;
-using torchce::softmax_ce::RowPosition;
-using torchce::softmax_ce::TargetClass;
+using softmax_ce::Rows;
 
 // Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows where as many
 // fit.
-int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
+int64_t rows_per_chunk(const Rows& rows) {
   constexpr int64_t kLogits = 1 << 15;
   const bool adjacent_classes = rows.logits_strides.classes == 1;
   const int64_t strip = adjacent_classes ? 64 : 256;
@@ -29,7 +27,7 @@ int64_t rows_per_chunk(const torchce::softmax_ce::Rows& rows) {
 }
 
 template <class A>
-void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
+void write_totals(const softmax_ce::Forward& call, double divisor) {
   const auto& rows = call.rows;
   double class_weights = double(rows.classes);
   if (rows.weight != nullptr) {
@@ -42,7 +40,7 @@ void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
   totals[1] = A(class_weights);
 }
 
-void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
+void write_totals(const softmax_ce::Forward& call, double divisor) {
   if (call.rows.dtype == DType::float64) {
     write_totals<double>(call, divisor);
   } else {
@@ -53,98 +51,57 @@ void write_totals(const torchce::softmax_ce::Forward& call, double divisor) {
 [[noreturn]] void throw_bad_target(const ForwardCall& call, int64_t row) {
   const auto& rows = call.problem.rows;
   std::ostringstream message;
-  message << "Target " << TargetClass::target_at(rows, RowPosition(rows, row)) << " is out of bounds. (row " << row
-          << " of " << call.problem.count() << ", " << rows.classes << " classes)";
+  message << "Target " << softmax_ce::TargetClass::target_at(rows, softmax_ce::RowPosition(rows, row))
+          << " is out of bounds. (row " << row << " of " << call.problem.count() << ", " << rows.classes << " classes)";
   throw std::out_of_range(message.str());
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           std::optional<ScalarType> dtype) {
-  ForwardCall call =
-      host::softmax_ce::prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  const int64_t count = call.problem.count();
-  const Partial total =
-      sum_over_chunks(count, rows_per_chunk(call.problem.rows), [&](int64_t begin, int64_t end, Partial* partial) {
-        kernels().softmax_ce_forward(call.args, begin, end, partial);
-      });
-  if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
-  const double divisor = call.problem.probabilities() ? double(count) : total.weight;
-  write_totals(call.args, divisor);
-  store_reduced(call.problem.rows.reduction, total.loss, divisor, call.args.loss_dtype, call.args.loss);
-  return {call.loss, call.statistics, call.totals};
-}
-
-Tensor run_backward(BackwardCall call, GradientOf of) {
-  if (call.grad.const_data_ptr() != call.problem.logits.const_data_ptr()) advise_huge_pages(call.grad);
-  const auto kernel = of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
-  for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
-                 [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
-  return call.grad;
-}
-
-Tensor backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor statistics,
-                Tensor totals, int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return run_backward(
-      host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/false, grad_output, logits, target, weight,
-                                         statistics, totals, reduction, ignore_index, label_smoothing),
-      GradientOf::logits);
-}
-
-void backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                       Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
-                       double label_smoothing) {
-  run_backward(host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target,
-                                                  weight, statistics, totals, reduction, ignore_index, label_smoothing),
-               GradientOf::logits);
-}
-
-Tensor backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                       Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
-  return run_backward(
-      host::softmax_ce::prepare_backward(GradientOf::target, /*in_place=*/false, grad_output, logits, target, weight,
-                                         statistics, totals, reduction, 0, label_smoothing),
-      GradientOf::target);
-}
-
 // The first row whose target is no class, or -1; looked for on all cores.
-int64_t first_bad_row(const torchce::softmax_ce::Rows& rows) {
+int64_t first_bad_row(const Rows& rows) {
   constexpr int64_t kRows = 1 << 15;  // of one chunk
-  if (is_floating(rows.target_dtype)) return -1;
+  if (host::is_floating(rows.target_dtype)) return -1;
   const auto look = [&](int64_t begin, int64_t end, Partial* partial) {
-    partial->bad_row = torchce::softmax_ce::first_bad_row(rows, begin, end);
+    partial->bad_row = softmax_ce::first_bad_row(rows, begin, end);
   };
   return sum_over_chunks(rows.outer * rows.inner, kRows, look).bad_row;
 }
 
+}  // namespace
+
+void Backend::run(const Scope&, const ForwardCall& call) {
+  const Rows& rows = call.problem.rows;
+  const int64_t count = call.problem.count();
+  const Partial total = sum_over_chunks(count, rows_per_chunk(rows), [&](int64_t begin, int64_t end, Partial* partial) {
+    kernels().softmax_ce_forward(call.args, begin, end, partial);
+  });
+  if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
+  const double divisor = call.problem.probabilities() ? double(count) : total.weight;
+  write_totals(call.args, divisor);
+  store_reduced(rows.options.reduction, total.loss, divisor, call.args.loss_dtype, call.args.loss);
+}
+
+void Backend::run(const Scope&, const BackwardCall& call) {
+  if (!call.in_place()) advise_huge_pages(call.grad);
+  const auto kernel =
+      call.of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
+  for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
+                 [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
+}
+
 // Chunk by chunk: what the forward read of one is still in cache when the backward reads it again. Targets are checked
 // before, while the logits are still there.
-Tensor forward_backward_in_place(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                 int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                 std::optional<ScalarType> dtype) {
-  const auto [forward, backward] = host::softmax_ce::prepare_forward_backward(
-      grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  const auto& rows = forward.problem.rows;
+void Backend::run(const Scope&, const ForwardBackwardCall& call) {
+  const ForwardCall& forward = call.forward;
+  const Rows& rows = forward.problem.rows;
   const int64_t bad_row = first_bad_row(rows);
   if (bad_row >= 0) throw_bad_target(forward, bad_row);
   write_totals(forward.args, 1);
   const Partial total =
       sum_over_chunks(forward.problem.count(), rows_per_chunk(rows), [&](int64_t begin, int64_t end, Partial* partial) {
         kernels().softmax_ce_forward(forward.args, begin, end, partial);
-        kernels().softmax_ce_backward(backward.args, begin, end);
+        kernels().softmax_ce_backward(call.backward.args, begin, end);
       });
-  store_reduced(rows.reduction, total.loss, 1, forward.args.loss_dtype, forward.args.loss);
-  return forward.loss;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(torchce, CPU, m) {
-  m.impl("softmax_ce_forward", TORCH_BOX(&forward));
-  m.impl("softmax_ce_backward", TORCH_BOX(&backward));
-  m.impl("softmax_ce_backward_", TORCH_BOX(&backward_in_place));
-  m.impl("softmax_ce_backward_target", TORCH_BOX(&backward_target));
-  m.impl("softmax_ce_forward_backward_", TORCH_BOX(&forward_backward_in_place));
+  store_reduced(rows.options.reduction, total.loss, 1, forward.args.loss_dtype, forward.args.loss);
 }
 
 }  // namespace torchce::cpu

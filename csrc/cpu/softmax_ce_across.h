@@ -59,7 +59,7 @@ class StripSums {
   // `look` sees every block of logits: look(first class, classes, block).
   template <class Look>
   TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
-                                Look look) {
+                         Look look) {
     for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) {
       Block<A, W> x;
@@ -191,7 +191,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
           const V g = target_gradient(block.values[c][w], class_weight, max.lanes(w), log_sum.lanes(w),
-                                      A(rows.label_smoothing));
+                                      A(rows.options.label_smoothing));
           block.values[c][w] = g * grad_output.lanes(w);
         }
       }

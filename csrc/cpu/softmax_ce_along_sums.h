@@ -23,7 +23,7 @@ struct RowCoefficients {
   RowCoefficients(const Rows& rows, RowPosition at)
       : weight(static_cast<const A*>(rows.weight)),
         target(nullptr),
-        label_smoothing(A(rows.label_smoothing)),
+        label_smoothing(A(rows.options.label_smoothing)),
         classes(A(rows.classes)) {
     if constexpr (Target::kProbabilities) {
       target = static_cast<const typename Target::Storage*>(rows.target) + at.offset(rows.target_strides);

@@ -57,7 +57,7 @@ struct IndexedRows {
   bool any_bad, any_ignored;
 
   TORCHCE_SIMD IndexedRows(const Rows& rows, int64_t row, int count)
-      : count(count), label_smoothing(A(rows.label_smoothing)), classes(A(rows.classes)) {
+      : count(count), label_smoothing(A(rows.options.label_smoothing)), classes(A(rows.classes)) {
     const int lanes = vectors_of<A>(count) * kLanes<A>;
     read_targets(rows, row, lanes);
     const A* weights = static_cast<const A*>(rows.weight);
@@ -66,7 +66,7 @@ struct IndexedRows {
     for (int l = 0; l < lanes; l += kStep) {
       Longs target;
       std::memcpy(&target, index + l, sizeof target);
-      const Longs ignored = target == rows.ignore_index;
+      const Longs ignored = target == rows.options.ignore_index;
       const Longs bad = ((target < 0) | (target >= rows.classes)) & ~ignored;
       all_ignored |= ignored;
       all_bad |= bad;
@@ -175,7 +175,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   sums.max.write(statistics.max + row, count);
   sums.exponentials.write(statistics.sum + row, count);
   if constexpr (Target::kProbabilities) sums.coefficients.write(statistics.spread + row, count);
-  if (rows.reduction == Reduction::none) {
+  if (rows.options.reduction == Reduction::none) {
     with_float_type(call.loss_dtype, [&](auto storage) {
       auto* out = static_cast<decltype(storage)*>(call.loss) + row;
       for (int l = 0; l < count; ++l) store_one(out + l, loss[l]);
@@ -189,7 +189,7 @@ TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int co
   const int vectors = vectors_of<A>(count);
   PerRow<A, W> result;
   RowPosition at(call.rows, row);
-  if (call.rows.reduction != Reduction::none) {
+  if (call.rows.options.reduction != Reduction::none) {
     const auto of_all = broadcast(row_grad_output<A>(call, at));
     for (int w = 0; w < vectors; ++w) result.set(w, of_all);
     return result;

@@ -144,7 +144,7 @@ struct StripCoefficients<Probabilities<P>, A, W> {
 
   explicit StripCoefficients(const Rows& rows, int64_t row, int count)
       : weight(static_cast<const A*>(rows.weight)),
-        label_smoothing(A(rows.label_smoothing)),
+        label_smoothing(A(rows.options.label_smoothing)),
         classes(A(rows.classes)),
         target(rows, static_cast<const P*>(rows.target), rows.target_strides, row, count) {}
   TORCHCE_SIMD void read(int64_t first, int count) {

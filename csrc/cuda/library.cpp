@@ -2,9 +2,10 @@
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
-#include "register.h"
+#include "../ops.h"
+#include "backend.h"
 
-STABLE_TORCH_LIBRARY_IMPL(torchce, CUDA, m) { torchce::cuda::implement_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchce, CUDA, m) { torchce::implement_ops<torchce::cuda::Backend>(m); }
 
 namespace {
 

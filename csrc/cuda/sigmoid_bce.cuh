@@ -42,7 +42,7 @@ struct Losses {
 
   template <class T, class U, Layout layout, int V, int kPacks>
   __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
-    const bool reduced = problem.reduction != Reduction::none;
+    const bool reduced = problem.options.reduction != Reduction::none;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!batch.is_there[i]) continue;
@@ -78,8 +78,8 @@ template <class T, class U, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void forward(const Elements problem, const GridScratch scratch) {
   Losses<Accumulate<T>> losses{problem};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, losses);
-  if (problem.reduction == Reduction::none || !reduce_grid(losses.total, scratch) || threadIdx.x != 0) return;
-  const double divisor = problem.reduction == Reduction::mean ? double(problem.numel) : 1;
+  if (problem.options.reduction == Reduction::none || !reduce_grid(losses.total, scratch) || threadIdx.x != 0) return;
+  const double divisor = problem.options.reduction == Reduction::mean ? double(problem.numel) : 1;
   store_as(problem.dtypes[kOutput], problem.output, 0, losses.total.loss / divisor);
 }
 
@@ -139,7 +139,7 @@ struct Gradients {
 template <class T, class U, GradientOf of, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void backward(const Elements problem) {
   using A = Accumulate<T>;
-  const bool one_for_all = problem.reduction != Reduction::none ||
+  const bool one_for_all = problem.options.reduction != Reduction::none ||
                            (layout != Layout::strided && problem.strides[kGradOutput][problem.dims - 1] == 0);
   Gradients<A, of> gradients{problem, one_for_all, one_for_all ? grad_output_of_all<A>(problem) : A(0)};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, gradients);

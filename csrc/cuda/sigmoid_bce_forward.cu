@@ -1,6 +1,5 @@
-// The forward of sigmoid_bce on CUDA: checks, memory, choice of kernel, launch.
-#include "../host/sigmoid_bce.h"
-#include "ops.h"
+// The forward of sigmoid_bce on CUDA: choice of kernel, scratch memory, launch.
+#include "backend.h"
 #include "scratch.h"
 #include "sigmoid_bce.cuh"
 #include "sigmoid_bce_launch.h"
@@ -11,7 +10,7 @@ namespace {
 using namespace sigmoid_bce;
 
 template <class T, class U, Layout layout, int V>
-void launch_forward(const DeviceScope& device, const Elements& problem, const Tensor& loss) {
+void launch_forward(const DeviceScope& device, const Elements& problem, const host::Tensor& loss) {
   const auto kernel = forward<T, U, layout, V>;
   const Grid grid = grid_for(device, kernel, problem.numel / V);
   const Scratch scratch(device, loss, grid.blocks * int64_t(sizeof(LossSums)));
@@ -20,16 +19,12 @@ void launch_forward(const DeviceScope& device, const Elements& problem, const Te
 
 }  // namespace
 
-Tensor sigmoid_bce_forward(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                           int64_t reduction, std::optional<ScalarType> dtype) {
-  const DeviceScope device(logits);
-  const auto call = host::sigmoid_bce::prepare_forward(logits, target, weight, pos_weight, reduction, dtype);
+void Backend::run(const DeviceScope& device, const host::sigmoid_bce::ForwardCall& call) {
   const Elements& problem = call.problem.elements;
-  if (problem.numel == 0 && problem.reduction == Reduction::none) return call.loss;
+  if (problem.numel == 0 && problem.options.reduction == Reduction::none) return;
   with_kernel(problem, [&](auto logits, auto target, auto layout, auto pack) {
     launch_forward<decltype(logits), decltype(target), layout(), pack()>(device, problem, call.loss);
   });
-  return call.loss;
 }
 
 }  // namespace torchce::cuda

@@ -25,7 +25,7 @@ struct Plan {
 inline bool has_the_shape(const Elements& problem, Operand operand) {
   const bool is_gradient = operand == kOutput && problem.data[kGradOutput] != nullptr;
   if ((operand == kOutput && !is_gradient) || operand == kGradOutput) {
-    if (problem.reduction != Reduction::none) return false;
+    if (problem.options.reduction != Reduction::none) return false;
   }
   return operand == kOutput || problem.data[operand] != nullptr;
 }

@@ -1,7 +1,6 @@
-// The backward ops of softmax_ce on CUDA: checks, memory, choice of kernel, launch.
-#include "ops.h"
+// The backwards of softmax_ce on CUDA: choice of kernel, launch.
+#include "backend.h"
 #include "softmax_ce_backward.cuh"
-#include "softmax_ce_launch.h"
 #include "softmax_ce_plan.h"
 
 namespace torchce::cuda {
@@ -43,7 +42,7 @@ void launch_across(const DeviceScope& device, Backward args) {
 }
 
 template <GradientOf of>
-void run(const DeviceScope& device, const BackwardCall& call) {
+void run_kernel(const DeviceScope& device, const BackwardCall& call) {
   const Backward& args = call.args;
   if (call.problem.count() == 0) return;
   with_problem_types(args.rows, [&](auto logits_type, auto target_type) {
@@ -61,38 +60,12 @@ void run(const DeviceScope& device, const BackwardCall& call) {
 
 }  // namespace
 
-void launch_softmax_ce_backward(const DeviceScope& device, const BackwardCall& call) {
-  run<GradientOf::logits>(device, call);
-}
-
-Tensor softmax_ce_backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                           Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
-                           double label_smoothing) {
-  const DeviceScope device(logits);
-  const BackwardCall call =
-      host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/false, grad_output, logits, target, weight,
-                                         statistics, totals, reduction, ignore_index, label_smoothing);
-  run<GradientOf::logits>(device, call);
-  return call.grad;
-}
-
-void softmax_ce_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                          Tensor statistics, Tensor totals, int64_t reduction, int64_t ignore_index,
-                          double label_smoothing) {
-  const DeviceScope device(logits);
-  run<GradientOf::logits>(
-      device, host::softmax_ce::prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target,
-                                                 weight, statistics, totals, reduction, ignore_index, label_smoothing));
-}
-
-Tensor softmax_ce_backward_target(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                  Tensor statistics, Tensor totals, int64_t reduction, double label_smoothing) {
-  const DeviceScope device(logits);
-  const BackwardCall call =
-      host::softmax_ce::prepare_backward(GradientOf::target, /*in_place=*/false, grad_output, logits, target, weight,
-                                         statistics, totals, reduction, 0, label_smoothing);
-  run<GradientOf::target>(device, call);
-  return call.grad;
+void Backend::run(const DeviceScope& device, const BackwardCall& call) {
+  if (call.of == GradientOf::target) {
+    run_kernel<GradientOf::target>(device, call);
+  } else {
+    run_kernel<GradientOf::logits>(device, call);
+  }
 }
 
 }  // namespace torchce::cuda

@@ -59,7 +59,7 @@ struct ClassCoefficients {
 
   __device__ __forceinline__ explicit ClassCoefficients(const Rows& rows)
       : weight(static_cast<const A*>(rows.weight)),
-        label_smoothing(A(rows.label_smoothing)),
+        label_smoothing(A(rows.options.label_smoothing)),
         classes(A(rows.classes)) {}
 
   __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
@@ -142,7 +142,7 @@ __device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
 // Rows that need no pass over their classes.
 template <class Target>
 __device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
-  return !Target::kProbabilities && target == rows.ignore_index;
+  return !Target::kProbabilities && target == rows.options.ignore_index;
 }
 
 // The target of the row whose turn it is, of the rows that a thread goes through. It is asked for while the row before

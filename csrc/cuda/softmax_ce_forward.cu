@@ -1,8 +1,7 @@
-// The forward op of softmax_ce on CUDA: checks, memory, choice of kernel, launch.
-#include "ops.h"
+// The forward of softmax_ce on CUDA: choice of kernel, scratch memory, launch.
+#include "backend.h"
 #include "scratch.h"
 #include "softmax_ce_forward.cuh"
-#include "softmax_ce_launch.h"
 #include "softmax_ce_plan.h"
 
 namespace torchce::cuda {
@@ -65,7 +64,7 @@ void launch_across(const DeviceScope& device, const ForwardCall& call) {
 
 }  // namespace
 
-void launch_softmax_ce_forward(const DeviceScope& device, const ForwardCall& call) {
+void Backend::run(const DeviceScope& device, const ForwardCall& call) {
   with_problem_types(call.args.rows, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
@@ -75,16 +74,6 @@ void launch_softmax_ce_forward(const DeviceScope& device, const ForwardCall& cal
       launch_across<T, Target>(device, call);
     }
   });
-}
-
-std::tuple<Tensor, Tensor, Tensor> softmax_ce_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                      int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                                      std::optional<ScalarType> dtype) {
-  const DeviceScope device(logits);
-  const ForwardCall call =
-      host::softmax_ce::prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  launch_softmax_ce_forward(device, call);
-  return {call.loss, call.statistics, call.totals};
 }
 
 }  // namespace torchce::cuda

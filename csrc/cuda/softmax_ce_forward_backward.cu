@@ -1,8 +1,7 @@
-// The op of softmax_ce on CUDA that gives the loss and writes the gradient over the logits.
-#include "ops.h"
+// Loss and gradient of softmax_ce on CUDA at once, the gradient over the logits: choice of kernel, launch.
+#include "backend.h"
 #include "scratch.h"
 #include "softmax_ce_forward_backward.cuh"
-#include "softmax_ce_launch.h"
 #include "softmax_ce_plan.h"
 
 namespace torchce::cuda {
@@ -38,12 +37,7 @@ void launch_along(const DeviceScope& device, const ForwardBackwardCall& call) {
 
 }  // namespace
 
-Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                    std::optional<ScalarType> dtype) {
-  const DeviceScope device(logits);
-  const ForwardBackwardCall call = host::softmax_ce::prepare_forward_backward(
-      grad_output, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+void Backend::run(const DeviceScope& device, const ForwardBackwardCall& call) {
   with_problem_types(call.forward.args.rows, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
@@ -52,11 +46,10 @@ Tensor softmax_ce_forward_backward_(Tensor grad_output, Tensor logits, Tensor ta
         forward_backward_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
       launch_along<T, Target>(device, call);
     } else {
-      launch_softmax_ce_forward(device, call.forward);
-      launch_softmax_ce_backward(device, call.backward);
+      run(device, call.forward);
+      run(device, call.backward);
     }
   });
-  return call.forward.loss;
 }
 
 }  // namespace torchce::cuda

@@ -29,7 +29,7 @@ struct RowInputs {
 // The upstream gradients of n neighbouring rows.
 template <int n>
 __device__ __forceinline__ void load_grad_output_bits(const Backward& call, RowPosition at, uint64_t (&bits)[n]) {
-  const bool each = call.rows.reduction == Reduction::none;
+  const bool each = call.rows.options.reduction == Reduction::none;
   load_bits(call.grad_output, bytes_of(call.grad_output_dtype), each ? at.offset(call.grad_output_strides) : 0,
             each ? call.grad_output_strides.inner : 0, bits);
 }
@@ -72,7 +72,7 @@ struct RowGradient {
       : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
     A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
-    if (rows.reduction == Reduction::mean) g /= in.divisor;
+    if (rows.options.reduction == Reduction::mean) g /= in.divisor;
     if constexpr (of == GradientOf::target) {
       scale = g;
       spread = math::log(in.sum);

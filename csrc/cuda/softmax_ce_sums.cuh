@@ -274,7 +274,7 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
   statistics.max[r] = sums.max;
   statistics.sum[r] = sum;
   total.loss += loss;
-  if (rows.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
+  if (rows.options.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
 }
 
 // The launch's end: the reduced loss and the totals, from the sums that thread 0 of one block has.
@@ -294,8 +294,9 @@ __device__ __forceinline__ void finish_launch(const Forward& call, const LossSum
   const double divisor = Target::kProbabilities ? double(rows.outer) * double(rows.inner) : total.weight;
   static_cast<A*>(call.totals)[0] = A(divisor);
   static_cast<A*>(call.totals)[1] = A(classes.weight);
-  if (rows.reduction == Reduction::none) return;
-  store_as(call.loss_dtype, call.loss, 0, rows.reduction == Reduction::mean ? total.loss / divisor : total.loss);
+  if (rows.options.reduction == Reduction::none) return;
+  store_as(call.loss_dtype, call.loss, 0,
+           rows.options.reduction == Reduction::mean ? total.loss / divisor : total.loss);
 }
 
 }  // namespace torchce::cuda::softmax_ce

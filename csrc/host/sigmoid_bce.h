@@ -11,9 +11,17 @@ namespace sigmoid_bce {
 
 using namespace torchce::sigmoid_bce;
 
-struct Problem {
+// The tensors of a loss, in the schemas' order.
+struct Inputs {
   Tensor logits, target;
-  std::optional<Tensor> weight, pos_weight, grad_output;
+  std::optional<Tensor> weight, pos_weight;
+
+  static constexpr std::tuple kFields{&Inputs::logits, &Inputs::target, &Inputs::weight, &Inputs::pos_weight};
+};
+
+struct Problem {
+  Inputs inputs;
+  std::optional<Tensor> grad_output;
   Elements elements;
 };
 
@@ -59,13 +67,13 @@ inline void merge_dimensions(const Sizes& sizes, const Sizes (&strides)[kOperand
 }
 
 // `output` is what the op writes with the logits' shape (unreduced loss or gradient), or null where it only reduces.
-inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                            std::optional<Tensor> pos_weight, std::optional<Tensor> grad_output, const Tensor* output,
-                            int64_t reduction) {
-  Problem p{logits, target, weight, pos_weight, grad_output, {}};
+inline Problem make_problem(const Inputs& inputs, std::optional<Tensor> grad_output, const Tensor* output,
+                            const Options& options) {
+  Problem p{inputs, grad_output, {}};
+  const auto& [logits, target, weight, pos_weight] = inputs;
   Elements& e = p.elements;
   const Sizes sizes = sizes_of(logits);
-  e.reduction = reduction_of(reduction);
+  e.options = options;
   e.numel = logits.numel();
   check(sizes_of(target) == sizes, "target: expected the logits' shape ", sizes, ", got ", sizes_of(target));
   Sizes strides[kOperands];
@@ -95,7 +103,7 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
   add_weight(kWeight, weight, "weight");
   add_weight(kPosWeight, pos_weight, "pos_weight");
   if (grad_output) {
-    const Sizes loss_sizes = e.reduction == Reduction::none ? sizes : Sizes{};
+    const Sizes loss_sizes = options.reduction == Reduction::none ? sizes : Sizes{};
     check(sizes_of(*grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes, ", got ",
           sizes_of(*grad_output));
     add(kGradOutput, *grad_output, "grad_output", float_dtype_of(*grad_output, "grad_output"));
@@ -116,32 +124,34 @@ struct ForwardCall {
 };
 
 // Checks and allocates a forward op.
-inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                   std::optional<Tensor> pos_weight, int64_t reduction,
-                                   std::optional<ScalarType> dtype) {
-  const ScalarType loss_type = dtype.value_or(logits.scalar_type());
+inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarType> dtype, const Options& options) {
+  const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
   check(is_floating(dtype_of(loss_type, "dtype")), "dtype: expected a floating dtype");
-  const bool unreduced = reduction_of(reduction) == Reduction::none;
-  Tensor loss = unreduced ? empty_like(logits, loss_type) : empty({}, loss_type, logits);
-  Problem p = make_problem(logits, target, weight, pos_weight, std::nullopt, unreduced ? &loss : nullptr, reduction);
+  const bool unreduced = options.reduction == Reduction::none;
+  Tensor loss = unreduced ? empty_like(inputs.logits, loss_type) : empty({}, loss_type, inputs.logits);
+  Problem p = make_problem(inputs, std::nullopt, unreduced ? &loss : nullptr, options);
   p.elements.dtypes[kOutput] = dtype_of(loss_type, "dtype");
   p.elements.output = loss.mutable_data_ptr();
   return {std::move(p), loss};
 }
 
 struct BackwardCall {
+  GradientOf of;
   Problem problem;
   Tensor grad;
+
+  bool in_place() const { return problem.elements.output == problem.elements.data[kLogits]; }
 };
 
-// Checks and allocates a backward op. `written` is the tensor whose shape and dtype the gradient has.
-inline BackwardCall prepare_backward(Tensor grad_output, Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                     std::optional<Tensor> pos_weight, int64_t reduction, const Tensor& written,
-                                     bool in_place = false) {
+// Checks and allocates a backward op.
+inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, const Inputs& inputs,
+                                     const Options& options) {
+  const Tensor& logits = inputs.logits;
   check(!in_place || is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
+  const Tensor& written = of == GradientOf::target ? inputs.target : logits;
   Tensor grad = in_place ? logits : empty_like(written, written.scalar_type());
-  Problem p = make_problem(logits, target, weight, pos_weight, grad_output, &grad, reduction);
-  return {std::move(p), grad};
+  Problem p = make_problem(inputs, grad_output, &grad, options);
+  return {of, std::move(p), grad};
 }
 
 }  // namespace sigmoid_bce

@@ -65,20 +65,35 @@ inline Tensor empty_gradient(const Tensor& like) {
   return empty(sizes_of(like), like.scalar_type(), like);
 }
 
-struct Problem {
+// The tensors of a loss, and those that its forward saves for a backward, in the schemas' order.
+struct Inputs {
   Tensor logits, target;
   std::optional<Tensor> weight;
+
+  static constexpr std::tuple kFields{&Inputs::logits, &Inputs::target, &Inputs::weight};
+};
+
+struct Saved {
+  Tensor statistics, totals;
+
+  static constexpr std::tuple kFields{&Saved::statistics, &Saved::totals};
+};
+
+struct Problem {
+  Inputs inputs;
   Sizes row_sizes;  // the logits' without the classes
   Rows rows;
 
   int64_t count() const { return rows.outer * rows.inner; }
   bool probabilities() const { return is_floating(rows.target_dtype); }
   ScalarType accumulation() const { return accumulation_type(rows.dtype); }
+  Sizes loss_sizes() const { return rows.options.reduction == Reduction::none ? row_sizes : Sizes{}; }
+  Sizes statistics_sizes() const { return {probabilities() ? 3 : 2, count()}; }
 };
 
-inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                            int64_t ignore_index, double label_smoothing) {
-  Problem p{logits, target, weight, {}, {}};
+inline Problem make_problem(const Inputs& inputs, const Options& options) {
+  Problem p{inputs, {}, {}};
+  const auto& [logits, target, weight] = inputs;
   const Sizes sizes = sizes_of(logits);
   check(!sizes.empty(), "logits: expected at least one dimension, got a scalar");
   const size_t class_dim = sizes.size() == 1 ? 0 : 1;
@@ -109,51 +124,53 @@ inline Problem make_problem(Tensor logits, Tensor target, std::optional<Tensor> 
           rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ", sizes_of(*weight));
     check_same_device(*weight, logits, "weight");
   }
-  rows.logits_strides = row_strides(p.logits, 1);
-  rows.target_strides = row_strides(p.target, p.probabilities() ? 1 : 0);
-  rows.logits = p.logits.const_data_ptr();
-  rows.target = p.target.const_data_ptr();
+  // A copy, where no strides describe the tensor, lives as long as the problem.
+  rows.logits_strides = row_strides(p.inputs.logits, 1);
+  rows.target_strides = row_strides(p.inputs.target, p.probabilities() ? 1 : 0);
+  rows.logits = p.inputs.logits.const_data_ptr();
+  rows.target = p.inputs.target.const_data_ptr();
   rows.weight = weight ? weight->const_data_ptr() : nullptr;
-  rows.ignore_index = ignore_index;
-  rows.label_smoothing = label_smoothing;
-  rows.reduction = reduction_of(reduction);
+  rows.options = options;
   return p;
 }
 
 struct ForwardCall {
   Problem problem;
-  Tensor loss, statistics, totals;
+  Tensor loss;
+  Saved saved;
   Forward args;
 };
 
 // Checks and allocates a forward op; args is complete.
-inline ForwardCall prepare_forward(Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                                   int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
-  const ScalarType loss_type = dtype.value_or(logits.scalar_type());
-  const Sizes loss_sizes = p.rows.reduction == Reduction::none ? p.row_sizes : Sizes{};
-  Tensor loss = empty(loss_sizes, loss_type, logits);
-  Tensor statistics = empty({p.probabilities() ? 3 : 2, p.count()}, p.accumulation(), logits);
-  Tensor totals = empty({2}, p.accumulation(), logits);
-  Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), statistics.mutable_data_ptr(),
-               totals.mutable_data_ptr()};
+inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarType> dtype, const Options& options) {
+  Problem p = make_problem(inputs, options);
+  const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
+  Tensor loss = empty(p.loss_sizes(), loss_type, inputs.logits);
+  Saved saved{empty(p.statistics_sizes(), p.accumulation(), inputs.logits),
+              empty({2}, p.accumulation(), inputs.logits)};
+  Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), saved.statistics.mutable_data_ptr(),
+               saved.totals.mutable_data_ptr()};
   check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
-  return {std::move(p), loss, statistics, totals, args};
+  return {std::move(p), loss, saved, args};
 }
 
 struct BackwardCall {
+  GradientOf of;
   Problem problem;
-  Tensor grad_output, statistics, totals, grad;
+  Tensor grad_output;
+  Saved saved;
+  Tensor grad;
   Backward args;
+
+  bool in_place() const { return args.grad == args.rows.logits; }
 };
 
 // Checks and allocates a backward op; args is complete.
-inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, Tensor logits, Tensor target,
-                                     std::optional<Tensor> weight, Tensor statistics, Tensor totals, int64_t reduction,
-                                     int64_t ignore_index, double label_smoothing) {
-  Problem p = make_problem(logits, target, weight, reduction, ignore_index, label_smoothing);
-  const Sizes loss_sizes = p.rows.reduction == Reduction::none ? p.row_sizes : Sizes{};
-  check(sizes_of(grad_output) == loss_sizes, "grad_output: expected the loss's shape ", loss_sizes, ", got ",
+inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, const Inputs& inputs,
+                                     const Saved& saved, const Options& options) {
+  Problem p = make_problem(inputs, options);
+  const Tensor& logits = inputs.logits;
+  check(sizes_of(grad_output) == p.loss_sizes(), "grad_output: expected the loss's shape ", p.loss_sizes(), ", got ",
         sizes_of(grad_output));
   check_same_device(grad_output, logits, "grad_output");
   const auto check_saved = [&](const Tensor& t, const Sizes& sizes, const char* name) {
@@ -161,28 +178,28 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_o
           ": not what the forward returned");
     check_same_device(t, logits, name);
   };
-  check_saved(statistics, {p.probabilities() ? 3 : 2, p.count()}, "statistics");
-  check_saved(totals, {2}, "totals");
+  check_saved(saved.statistics, p.statistics_sizes(), "statistics");
+  check_saved(saved.totals, {2}, "totals");
   check(of != GradientOf::target || p.probabilities(), "target: class indices have no gradient");
 
   Backward args{};
   args.grad_output_dtype = float_dtype_of(grad_output, "grad_output");
   args.grad_output_strides = row_strides(grad_output, 0);
   args.grad_output = grad_output.const_data_ptr();
-  args.statistics = statistics.const_data_ptr();
-  args.totals = totals.const_data_ptr();
+  args.statistics = saved.statistics.const_data_ptr();
+  args.totals = saved.totals.const_data_ptr();
   Tensor grad = logits;
   if (in_place) {
     check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
     check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
   } else {
-    grad = empty_gradient(of == GradientOf::target ? target : logits);
+    grad = empty_gradient(of == GradientOf::target ? inputs.target : logits);
   }
   Tensor described = grad;  // never copied: its strides merge
   args.grad_strides = row_strides(described, 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
-  return {std::move(p), grad_output, statistics, totals, grad, args};
+  return {of, std::move(p), grad_output, saved, grad, args};
 }
 
 struct ForwardBackwardCall {
@@ -191,15 +208,13 @@ struct ForwardBackwardCall {
 };
 
 // Checks and allocates the op that writes the gradient over the logits in the same pass.
-inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, Tensor logits, Tensor target,
-                                                    std::optional<Tensor> weight, int64_t reduction,
-                                                    int64_t ignore_index, double label_smoothing,
-                                                    std::optional<ScalarType> dtype) {
-  check(reduction_of(reduction) != Reduction::mean,
+inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, const Inputs& inputs,
+                                                    std::optional<ScalarType> dtype, const Options& options) {
+  check(options.reduction != Reduction::mean,
         "reduction: a mean's divisor is known only after the last row; divide grad_output by it and ask for the sum");
-  const ForwardCall forward = prepare_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  return {forward, prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, logits, target, weight,
-                                    forward.statistics, forward.totals, reduction, ignore_index, label_smoothing)};
+  const ForwardCall forward = prepare_forward(inputs, dtype, options);
+  return {forward,
+          prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, inputs, forward.saved, options)};
 }
 
 }  // namespace softmax_ce

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../problem.h"
@@ -116,13 +117,28 @@ inline bool is_dense(const Sizes& sizes, const Sizes& strides) {
   return true;
 }
 
+// A C++ value as the stable interface's, or one of those as a C++ value; the only use of names that torch's stable
+// headers keep to themselves. A tensor that is cast from a value becomes its owner.
+template <class To, class From>
+To stable_cast(const From& value) {
+  if constexpr (std::is_same_v<To, StableIValue>) {
+    return torch::stable::detail::from(value);
+  } else {
+    return torch::stable::detail::to<To>(value);
+  }
+}
+
+// The number that torch's C interface has for a dtype or a kind of device.
+template <class Name>
+int32_t number_of(Name name) {
+  return stable_cast<int32_t>(stable_cast<StableIValue>(name));
+}
+
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type, const Tensor& like) {
   AtenTensorHandle handle = nullptr;
   const auto device = like.device();
-  TORCHCE_CHECK_TORCH(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
+  TORCHCE_CHECK_TORCH(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), number_of(type),
+                                               number_of(device.type()), device.index(), &handle));
   return Tensor(handle);
 }
 

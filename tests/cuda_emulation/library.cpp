@@ -3,12 +3,13 @@
 
 #include <cstring>
 
-#include "cuda/register.h"
+#include "cuda/backend.h"
+#include "ops.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(torchce_emulated, m) { torchce::define_ops(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(torchce_emulated, CPU, m) { torchce::cuda::implement_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchce_emulated, CPU, m) { torchce::implement_ops<torchce::cuda::Backend>(m); }
 
 // The linker's --wrap leads every allocation of the host code here, so that no output and no scratch memory starts with
 // values that a kernel could get away with not writing: bytes of 0xff are NaN in every floating dtype.

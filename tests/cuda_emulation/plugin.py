@@ -59,9 +59,12 @@ class Emulation:
         for name in torch._C._dispatch_get_all_op_names():
             namespace, _, op = name.partition("::")
             if namespace == "torchce_emulated":
-                assert hasattr(torchce.ops, f"_{op}"), f"torchce.ops has no _{op}"
                 overload = getattr(torch.ops.torchce_emulated, op).default
-                setattr(torchce.ops, f"_{op}", overload)
+                bare = (
+                    f"_{op}" if hasattr(torchce.ops, f"_{op}") else op
+                )  # what is called, below a wrapper if there is one
+                assert hasattr(torchce.ops, bare), f"torchce.ops has no {op}"
+                setattr(torchce.ops, bare, overload)
                 if hasattr(torchce.ops, f"eager_{op}"):
                     setattr(torchce.ops, f"eager_{op}", torchce.ops.below_autograd(overload))
 

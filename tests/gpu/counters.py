@@ -51,10 +51,10 @@ def problems(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         x = normal(*shape)
         target = indices(x)
         name = f"{'x'.join(map(str, shape))} bfloat16"
-        forward = ops.softmax_ce_forward(x, target, None, MEAN, IGNORED, 0.0, None)
+        forward = ops.softmax_ce_forward(x, target, None, None, MEAN, IGNORED, 0.0)
         yield (
             f"CE forward {name}",
-            lambda x=x, y=target: ops.softmax_ce_forward(x, y, None, MEAN, IGNORED, 0.0, None),
+            lambda x=x, y=target: ops.softmax_ce_forward(x, y, None, None, MEAN, IGNORED, 0.0),
         )
         if shape != (4096, 32768):
             continue
@@ -62,12 +62,12 @@ def problems(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"CE backward {name}", lambda saved=saved: ops.softmax_ce_backward(*saved, IGNORED, 0.0)
         yield (
             f"CE forward_backward {name}",
-            lambda x=x, y=target: ops.softmax_ce_forward_backward_(one, x, y, None, SUM, IGNORED, 0.0, torch.float32),
+            lambda x=x, y=target: ops.softmax_ce_forward_backward_(one, x, y, None, torch.float32, SUM, IGNORED, 0.0),
         )
     x = normal(8192, 8192)
     target = torch.rand(x.shape, generator=generator, device=device, dtype=torch.bfloat16).round_()
-    loss = ops.sigmoid_bce_forward(x, target, None, None, MEAN, None)
-    yield "BCE forward 2^26 bfloat16", lambda: ops.sigmoid_bce_forward(x, target, None, None, MEAN, None)
+    loss = ops.sigmoid_bce_forward(x, target, None, None, None, MEAN)
+    yield "BCE forward 2^26 bfloat16", lambda: ops.sigmoid_bce_forward(x, target, None, None, None, MEAN)
     saved_bce = (torch.ones_like(loss), x, target, None, None, MEAN)
     yield "BCE backward 2^26 bfloat16", lambda: ops.sigmoid_bce_backward(*saved_bce)
 

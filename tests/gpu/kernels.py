@@ -110,19 +110,19 @@ def softmax(problem: Softmax, device: str) -> Results:
         target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, "cpu")
         target[-1] = IGNORED if shape[0] > 1 else target[-1]
         target = target.to(device)
-    loss, statistics, totals = ops.softmax_ce_forward(x, target, weight, reduction, IGNORED, smoothing, None)
+    loss, statistics, totals = ops.softmax_ce_forward(x, target, weight, None, reduction, IGNORED, smoothing)
     yield "loss", loss
     grad_output = cases.normal(loss.shape, dtype, device, seed=7)
     saved = (grad_output, x, target, weight, statistics, totals, reduction)
     yield "gradient", ops.softmax_ce_backward(*saved, IGNORED, smoothing)
     if kind == "probability":
-        yield "gradient of the target", ops.softmax_ce_backward_target(*saved, smoothing)
+        yield "gradient of the target", ops.softmax_ce_backward_target(*saved, IGNORED, smoothing)
     if is_dense(x):
         overwritten = logits()
         ops.softmax_ce_backward_(grad_output, overwritten, *saved[2:], IGNORED, smoothing)
         yield "gradient in place", overwritten
         overwritten = logits()
-        options = (NONE if reduction == NONE else SUM, IGNORED, smoothing, None)
+        options = (None, NONE if reduction == NONE else SUM, IGNORED, smoothing)
         yield (
             "loss of forward_backward",
             ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *options),
@@ -144,7 +144,7 @@ def bce(problem: Bce, device: str) -> Results:
     of_classes = [shape[1], *[1] * (len(shape) - 2)] if len(shape) > 1 else [1]
     weight = cases.uniform([1], acc, device, seed=6) if weighted else None
     pos_weight = cases.uniform(of_classes, acc, device, seed=8) if weighted else None
-    loss = ops.sigmoid_bce_forward(x, target, weight, pos_weight, reduction, None)
+    loss = ops.sigmoid_bce_forward(x, target, weight, pos_weight, None, reduction)
     yield "loss", loss
     saved = (cases.normal(loss.shape, dtype, device, seed=7), x, target, weight, pos_weight, reduction)
     yield "gradient", ops.sigmoid_bce_backward(*saved)
@@ -172,10 +172,10 @@ def bad_targets() -> Iterator[str]:
         target = torch.full(cases.index_shape(shape), 2**40, dtype=torch.int64)
         target[0], target[1] = -1, shape[1]
         target = target.to("cuda")
-        loss, statistics, totals = ops.softmax_ce_forward(x, target, None, NONE, IGNORED, 0.1, None)
+        loss, statistics, totals = ops.softmax_ce_forward(x, target, None, None, NONE, IGNORED, 0.1)
         grad_output = torch.ones(cases.index_shape(shape)).to("cuda")
         grad = ops.softmax_ce_backward(grad_output, x, target, None, statistics, totals, NONE, IGNORED, 0.1)
-        forward_backward = ops.softmax_ce_forward_backward_(grad_output, x, target, None, NONE, IGNORED, 0.1, None)
+        forward_backward = ops.softmax_ce_forward_backward_(grad_output, x, target, None, None, NONE, IGNORED, 0.1)
         if not all(result.cpu().isnan().all() for result in (loss, grad, forward_backward, x)):
             yield f"bad targets {list(shape)}: expected NaN everywhere"
 

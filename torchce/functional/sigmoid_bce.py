@@ -23,7 +23,7 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
-from torchce.sigmoid_bce import sigmoid_bce
+from torchce.sigmoid_bce import Options, sigmoid_bce
 from torchce.sizes import are_numbers
 
 _torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchce.patch_torch cannot lead back here
@@ -129,7 +129,7 @@ def binary_cross_entropy_with_logits(
         weight = weight.to(acc)
     if pos_weight is not None:
         pos_weight = pos_weight.to(acc)
-    return sigmoid_bce(input, target, weight, pos_weight, number, dtype, inplace_backward)
+    return sigmoid_bce(input, target, weight, pos_weight, dtype, Options(number), inplace_backward)
 
 
 def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> str | None:

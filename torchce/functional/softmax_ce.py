@@ -30,7 +30,7 @@ from torchce.functional._common import (
     requires_grad,
 )
 from torchce.sizes import are_numbers, known
-from torchce.softmax_ce import eager_softmax_ce, softmax_ce
+from torchce.softmax_ce import Options, eager_softmax_ce, known_options, softmax_ce
 from torchce.transforms import may_be_transformed
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
@@ -122,7 +122,9 @@ def cross_entropy(
     number = reduction_number(reduction, size_average, reduce)
     if not inplace_backward and _looks_plain(input, target, weight, ignore_index, label_smoothing):
         try:
-            return eager_softmax_ce(input, target, weight, (number, ignore_index, label_smoothing), None, False)
+            return eager_softmax_ce(
+                input, target, weight, None, known_options(number, ignore_index, label_smoothing), False
+            )
         except RuntimeError:
             problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
             if problem is None:  # a saved tensor's hook raised it, say
@@ -155,7 +157,8 @@ def cross_entropy(
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, input.shape[min(1, input.dim() - 1)], int(ignore_index))
     smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
-    return softmax_ce(input, target, weight, number, int(ignore_index), smoothing, dtype, inplace_backward)
+    options = Options(number, int(ignore_index), smoothing)
+    return softmax_ce(input, target, weight, dtype, options, inplace_backward)
 
 
 def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
