@@ -1,13 +1,19 @@
 // Sigmoid binary cross entropy of one element, from logit x, target t, class weight w and positive weight c.
 //
-//   loss = w ( (1 - t) x + (1 + (c - 1) t) softplus(-x) ),  softplus(-x) = max(-x, 0) + log1p(exp(-|x|))
+// A label t of 0 or 1 has the Bernoulli likelihood p^t q^(1-t), where p = sigmoid(x) = 1 / (1 + exp(-x)) and q = 1 - p.
+// The loss is its negative logarithm with a weight on each part; for t between 0 and 1 it is the cross entropy of t, p:
+//
+//   loss = -w ( c t log p + (1 - t) log q ),  -log p = softplus(-x) = log(1 + exp(-x)),  -log q = x + softplus(-x)
+//        = w ( (1 - t) x + (1 + (c - 1) t) softplus(-x) ),  softplus(-x) = max(-x, 0) + log1p(exp(-|x|))
 //        = w ( a |x| + (1 + (c - 1) t) log1p(exp(-|x|)) ),  a = 1 - t where x >= 0, c t where x < 0
-//   dloss/dx = w ( (1 - t) p - c t q ),  p = sigmoid(x), q = 1 - p
+//
+// The derivative of softplus(-x) is -q, which leaves (1 - t) - (1 - t) q = (1 - t) p beside the positive label's part:
+//
+//   dloss/dx = w ( (1 - t) - (1 + (c - 1) t) q ) = w ( (1 - t) p - c t q )
 //   dloss/dt = w ( (c - 1) softplus(-x) - x )
 //
-// The second form of the loss never subtracts two large numbers, so it stays finite and exact to a rounding where the
+// The last form of the loss never subtracts two large numbers, so it stays finite and exact to a rounding where the
 // true value is; likewise p and q are each computed, never as 1 minus the other.
-// (Maximum likelihood over Bernoulli labels, DESIGN's seed equations 1 to 5.)
 #pragma once
 
 #include "elementary.h"
