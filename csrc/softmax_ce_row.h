@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, 
   });
 }
 
-// a / b of numbers that are not negative: a division of 32 bits, where they do, takes a third of the time.
+// a / b of numbers that are not negative. Where 32 bits hold both, a division of 32 bits takes a third of the time.
 TORCHCE_HD int64_t quotient(int64_t a, int64_t b) {
   return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
 }
@@ -51,13 +51,13 @@ struct RowPosition {
   TORCHCE_HD RowPosition(const Rows& rows, int64_t r)
       : n(rows.inner == 1 ? r : quotient(r, rows.inner)), s(rows.inner == 1 ? 0 : r - n * rows.inner) {}
   TORCHCE_HD int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
-  // That of a later row of the same n.
+  // The position of the row that is `rows` later in the same n.
   TORCHCE_HD RowPosition plus(int64_t rows) const {
     RowPosition later = *this;
     later.s += rows;
     return later;
   }
-  // To the next row, without the division.
+  // Steps to the next row, without the division.
   TORCHCE_HD void advance(const Rows& rows) {
     if (++s == rows.inner) {
       s = 0;

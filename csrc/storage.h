@@ -45,7 +45,7 @@ TORCHCE_HD float widen(BFloat16 x) { return __bfloat162float(__nv_bfloat16(__nv_
 TORCHCE_HD float widen(Half x) { return __half2float(__half(__half_raw{x.bits})); }
 TORCHCE_HD BFloat16 narrow(BFloat16, float x) { return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x}; }
 TORCHCE_HD Half narrow(Half, float x) { return {static_cast<__half_raw>(__float2half_rn(x)).x}; }
-// Two of them in a word, the first in its lower half: one instruction.
+// Narrows two floats into a word, the first into its lower half, in one instruction.
 TORCHCE_HD uint32_t narrow_two(BFloat16, float first, float second) {
   return bits_of(__floats2bfloat162_rn(first, second));
 }
@@ -60,8 +60,8 @@ TORCHCE_HD I widen_bits(BFloat16, I bits) {
   return bits << 16;
 }
 
-// The upper bits of narrowed ones are undefined. kNans: which NaNs there can be. One whose lower bits are all set would
-// be rounded to 0; those that arithmetic makes, and those widened from 16 bits, are plain: they have none set.
+// Narrowed bits have undefined upper halves. kNans says which NaNs there can be: a NaN whose lower bits are all set
+// would be rounded to 0; plain are those that arithmetic makes or that were widened from 16 bits, with none set.
 enum class Nans { any, plain };
 template <Nans kNans = Nans::any, class I>
 TORCHCE_HD I narrow_bits(BFloat16, I bits) {
@@ -91,7 +91,7 @@ TORCHCE_HD I narrow_bits(Half, I bits) {
   return math::select(magnitude >= 0x47800000, special, small) | ((bits >> 16) & 0x8000);
 }
 
-// The same for the lower and the upper half of a word, or of every lane of a vector of them.
+// Widens the lower or the upper half of a word, or of every lane of a vector of words.
 template <class T, class U>
 TORCHCE_HD auto widen_lower_bits(T, U words) {
   return widen_bits(T{}, typename math::BitsOf<U>::type(words & 0xffff));
@@ -120,7 +120,7 @@ TORCHCE_HD uint32_t narrow_two(T, float first, float second) {
 
 #endif
 
-// One element to and from the accumulation type.
+// `load_one` and `store_one` convert one element to and from the accumulation type.
 
 template <class A, class T>
 TORCHCE_HD A load_one(const T* p) {
@@ -148,7 +148,7 @@ TORCHCE_HD void store_one(Half* p, A value) {
   *p = narrow(Half{}, float(value));
 }
 
-// Of one element.
+// The bytes of one element.
 TORCHCE_HD int bytes_of(DType dtype) {
   switch (dtype) {
     case DType::float64:
@@ -182,7 +182,7 @@ TORCHCE_HD void with_float_type(DType dtype, F f) {
   }
 }
 
-// One element of a dtype known only at run time.
+// Stores or loads one element of a dtype that is known only at run time.
 template <class A>
 TORCHCE_HD void store_as(DType dtype, void* data, int64_t i, A value) {
   with_float_type(dtype,

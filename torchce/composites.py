@@ -106,8 +106,8 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
         arguments = [next(tensors) if argument is Tensor else argument for argument in ctx.arguments]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views of their own: one argument may be computed from another, or be the same tensor, and each gradient
-            # is to stop at its argument.
+            # Each argument becomes a view of its own, at which its gradient stops: one may be computed from another, or
+            # be the same tensor.
             needs_grad = ctx.needs_input_grad
             arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, needs_grad, strict=True)]
             wanted = [argument for argument, needed in zip(arguments, needs_grad, strict=True) if needed]

@@ -59,7 +59,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        # As an attribute a buffer takes ten times as long to find, more than any check of a small loss.
+        # Found as an attribute, a buffer takes ten times as long, more than any check of a small loss.
         buffers = self._buffers
         weight = buffers["weight"] if "weight" in buffers else self.weight  # noqa: SIM401  (`get` would evaluate both)
         return functional.cross_entropy(

@@ -44,7 +44,7 @@ def warn_without_cuda() -> None:
     )
 
 
-# Dynamo would break its graph at a warning; told so, it runs this function while tracing.
+# Dynamo would break its graph at a warning; marked as constant, this function runs while Dynamo traces.
 warn_without_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -78,7 +78,7 @@ def below_autograd(overload: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def _was_overwritten(logits: Tensor) -> None:
-    """Tells autograd, as the dispatcher would for an op of torch's own: whoever saved the logits raises from now on."""
+    """Tells autograd that the logits are overwritten, as torch's own ops do: whoever saved them raises from now on."""
     if not (logits.is_inference() or torch.compiler.is_compiling()):
         torch.autograd.graph.increment_version(logits)
 

@@ -32,7 +32,7 @@ Loss = Callable[..., Tensor]
 STANDS_FOR: dict[Loss, Loss] = {}
 """torchce's function for each of torch's."""
 _LEADS_TO: dict[Loss, Loss] = {}
-"""The same, for every function that handlers may call: torch's, torchce's and the wrappers of ``patch_torch``."""
+"""torchce's function for each that handlers may call: torch's, torchce's and the wrappers of ``patch_torch``."""
 
 
 def leads_to(ours: Loss, function: Loss) -> None:
@@ -102,7 +102,7 @@ def ask_handlers(
     if used or torch.compiler.is_compiling() or any(isinstance(argument, Proxy) for argument in relevant):
         return handle_torch_function(ours, relevant, *args, **kwargs, **used)
     top = _get_current_function_mode()
-    # Below a handler that has called torchce's function itself lies our mode; torch's for the default device looks
+    # Our mode lies below a handler that has called torchce's function itself; torch's for the default device looks
     # for functions that make tensors, and passes on all others.
     if top is _BENEATH or type(top) is DeviceContext:
         return handle_torch_function(ours, relevant, *args, **kwargs)

@@ -65,7 +65,7 @@ def composite(
     row_weight = kept.to(acc)
     if w is not None:
         row_weight = w.expand_as(x).gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
-    # Not from nll_loss: inside vmap its gradient is a product with 0 for the other classes, NaN of an infinite weight.
+    # nll_loss does not serve: inside vmap its gradient is 0 times an infinite weight, NaN, for the other classes.
     log_p_of_target = log_p.gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
     rows = -times((1 - label_smoothing) * row_weight, log_p_of_target)
     if label_smoothing != 0:

@@ -19,7 +19,7 @@ def in_functorch() -> bool:
     return _functorch_level() is not None
 
 
-# Dynamo does not model the call above; told so, it runs it while tracing, when the transforms it traces are on the
+# Dynamo models no call of in_functorch; marked as constant, it runs during the trace, when the transforms are on the
 # stack. This is what torch.compiler.assume_constant_result does, without importing torch._dynamo.
 in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -88,5 +88,5 @@ def _known_value(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> float
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Of what meets a backward: whether that was asked for with ``is_grads_batched=True``."""
+    """Whether ``tensor``, met in a backward, belongs to one that was asked for with ``is_grads_batched=True``."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -1,5 +1,5 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Before every include: no function of this file may be compiled for another target.
+// The target stands before every include, because no function of this file may be compiled for another one.
 #pragma GCC target("arch=x86-64-v3")
 #define TORCHCE_LEVEL x86_v3
 #define TORCHCE_LEVEL_BYTES 32

@@ -10,8 +10,7 @@
 
 namespace torchce::cpu {
 
-// Calls f(begin, end) for the chunks of [0, count), in parallel. A single one needs no other thread, nor to ask for
-// any.
+// Calls f(begin, end) for the chunks of [0, count), in parallel. A single chunk runs here, without asking for threads.
 template <class F>
 void for_each_chunk(int64_t count, int64_t chunk, const F& f) {
   const int64_t chunks = (count + chunk - 1) / chunk;

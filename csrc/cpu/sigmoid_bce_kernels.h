@@ -33,7 +33,7 @@ struct Run {
   }
 };
 
-// Weights: of the accumulation type, ones where absent.
+// A weight operand along a run: it is of the accumulation type, and one where it is absent.
 template <class A>
 Run<const A> weight_run(const Elements& problem, Operand operand, const int64_t* offsets) {
   static constexpr A kOne = 1;
@@ -73,7 +73,8 @@ TORCHCE_SIMD void for_each_vector(int64_t i, int64_t length, F body) {
   if (i < length) body(i, int(length - i));
 }
 
-// The order of elements in pairs where all operands are dense: the one of 16-bit types only where all have it.
+// Pairs of vectors where all operands are dense. They take the even-odd order of 16-bit types only where logits and
+// target both are of 16 bits.
 template <class T, class U>
 using DensePair = VectorPair<std::conditional_t<kSixteenBits<T> && kSixteenBits<U>, T, Accumulate<T>>>;
 
@@ -102,7 +103,7 @@ struct GradOutput {
   }
 };
 
-// 0 in the other lanes.
+// The first `count` lanes of v; the others are 0.
 template <class A>
 TORCHCE_SIMD Lanes<A> first_lanes(int count, Lanes<A> v) {
   return count == kLanes<A> ? v : math::select(lane_numbers<A>() < A(count), v, Lanes<A>{});
@@ -119,7 +120,7 @@ struct FewWeighted {
   TORCHCE_SIMD V sum() const { return losses; }
 };
 
-// And without any.
+// The sum of a few losses without weights.
 template <class A>
 struct FewUnweighted {
   using V = Lanes<A>;
@@ -130,8 +131,8 @@ struct FewUnweighted {
   TORCHCE_SIMD V sum() const { return few.value(); }
 };
 
-// Vectors that are added up before the sum goes on in double. Equal terms round the same way each time: 512 of them in
-// a float32 lane were off by 1.3e-6.
+// So many vectors are added up before the sum goes on in double: equal terms round the same way each time, and 512 of
+// them in a float32 lane were off by 1.3e-6.
 constexpr int kFew = 16;
 
 template <class T, class U, class Few>

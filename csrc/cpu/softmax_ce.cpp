@@ -15,8 +15,8 @@ using host::softmax_ce::ForwardBackwardCall;
 using host::softmax_ce::ForwardCall;
 using softmax_ce::Rows;
 
-// Rows of one chunk: some 2^15 logits, so that small problems stay on one core, and whole strips of rows where as many
-// fit.
+// A chunk has rows of some 2^15 logits, so that small problems stay on one core, and whole groups or strips of rows
+// where as many fit.
 int64_t rows_per_chunk(const Rows& rows) {
   constexpr int64_t kLogits = 1 << 15;
   const bool adjacent_classes = rows.logits_strides.classes == 1;
@@ -88,7 +88,7 @@ void Backend::run(const Scope&, const BackwardCall& call) {
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
 }
 
-// Chunk by chunk: what the forward read of one is still in cache when the backward reads it again. Targets are checked
+// Forward and backward take turns chunk by chunk, so that the backward finds the logits in cache. Targets are checked
 // before, while the logits are still there.
 void Backend::run(const Scope&, const ForwardBackwardCall& call) {
   const ForwardCall& forward = call.forward;

@@ -17,8 +17,8 @@ class StripSums {
   static constexpr int kSpreadVectors = SumsPerRow<Target, A, W>::kSpreadVectors;
 
   math::ExpInSum<V> exp;
-  // By how much a logit may exceed what its row's sum is against: raised for every block, a sum of many would gather
-  // the error of the exponentials it is multiplied with. Less for gaps, which are rounded beside the loss.
+  // A logit may exceed the reference of its row's sum by this much: a reference raised for every block would make the
+  // sum gather the errors of the exponentials that rescale it. Gaps, which are rounded beside the loss, allow less.
   static constexpr A kHeadroom = Target::kSpread ? 4 : 16;
   V reference[W], largest[W];
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
@@ -56,7 +56,7 @@ class StripSums {
   }
 
  public:
-  // `look` sees every block of logits: look(first class, classes, block).
+  // Adds up all classes, and calls look(first class, classes, block) for every block of logits.
   template <class Look>
   TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
                          Look look) {

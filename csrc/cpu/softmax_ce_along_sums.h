@@ -12,7 +12,7 @@ namespace torchce::cpu::TORCHCE_LEVEL::along {
 
 constexpr int kGroup = 4;  // vectors of rows whose sums are folded together
 
-// u_k of the classes of a pair from k on.
+// The coefficients u_k of a row, read for the pair of vectors that begins at class k.
 template <class T, class Target>
 struct RowCoefficients {
   using A = Accumulate<T>;
@@ -49,7 +49,7 @@ struct PairSums {
   using V = Lanes<A>;
   V exponentials{}, coefficients{}, gaps{};
 
-  // The classes from k on, but for those before `begin`, if any is given.
+  // Adds the classes of a pair from k on, without those before `begin` where one is given.
   template <bool kFromBegin = false>
   TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const T* x, const RowCoefficients<T, Target>& u, int64_t k,
                         V from, int64_t begin = 0) {
@@ -67,7 +67,7 @@ struct PairSums {
   }
 };
 
-// Of a group's rows, each in the lanes of a vector, to be folded together.
+// The sums of a group's rows, each still spread over the lanes of a vector, to be folded together.
 template <class Target, class A>
 struct LaneSums {
   using V = Lanes<A>;
@@ -82,7 +82,7 @@ struct LaneSums {
       gaps[l] = of_gaps;
     }
   }
-  // A row that is left out, or none.
+  // Gives row l, which is ignored or does not exist, harmless sums.
   TORCHCE_SIMD void leave_out(int l) {
     max[l] = V{};
     set(l, broadcast(A(1) / L), V{}, V{});
@@ -114,8 +114,8 @@ class RowSums {
   using V = Lanes<A>;
   static constexpr int kPairs = 16;  // of a block
   static constexpr int kAsCounted = 0, kRemainder = -1;
-  // By how much a logit may exceed what sums are against. The difference of the two is rounded by up to 2^-22, and so
-  // are the exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
+  // A logit may exceed the reference by this much. Their difference is rounded by up to 2^-22, and so are the
+  // exponential and, beside the loss, the gap: the largest terms must not be far from the reference.
   static constexpr A kHeadroom = 8;
 
   math::ExpInSum<V> exp;
@@ -123,8 +123,8 @@ class RowSums {
   Largest<T> largest;
   CompensatedSum<V> exponentials, coefficients, gaps;
 
-  // A block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one of which the
-  // classes before `begin` were in another (kRemainder).
+  // Adds a block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one whose classes
+  // before `begin` were in the pair before (kRemainder).
   template <int kCount>
   TORCHCE_SIMD void add(const T* x, const RowCoefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
     constexpr int64_t P = VectorPair<T>::kSize;

@@ -43,7 +43,7 @@ inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t
   });
 }
 
-// The gradient of probabilities that require one.
+// Writes the gradient of target probabilities that require one.
 inline void softmax_ce_backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   with_problem_types(call.rows, [&](auto logits, auto target) {
     using T = decltype(logits);

@@ -36,7 +36,7 @@ struct PerRow {
   TORCHCE_SIMD Lanes<A> lanes(int w) const { return load<A>(values + w * kLanes<A>); }
   TORCHCE_SIMD void set(int w, Lanes<A> v) { store(values + w * kLanes<A>, v); }
 
-  // To and from memory, where the rows lie side by side; idle lanes are 0.
+  // Read from memory where the rows lie side by side; idle lanes are 0. `write` is the way back.
   TORCHCE_SIMD static PerRow of(const A* p, int count) {
     PerRow result{};
     std::memcpy(result.values, p, count * sizeof(A));
@@ -119,15 +119,15 @@ struct SumsPerRow {
   PerRow<A, W> exponentials;                     // sum_k exp(x_k - reference)
   PerRow<A, kSpreadVectors> coefficients, gaps;  // sum_k u_k, sum_k u_k (x_k - reference)
 
-  // From here on against the largest logit. The exponential is the one that was summed, so that its error, which is in
+  // Makes the sums relative to the largest logit. The exponential is the one that was summed, so that its error, in
   // proportion to its argument, is the same with the other sign.
   TORCHCE_SIMD void refer_to_max(int vectors) {
     const math::ExpInSum<V> exp;
     for (int w = 0; w < vectors; ++w) {
       const V from = reference.lanes(w), to = max.lanes(w);
       const V sum = exponentials.lanes(w) * exp(from - to);
-      // A row with a logit has a term of 1, but for the rounding of what the sum was multiplied with. A row of -inf
-      // alone has no sum, nor has one with a NaN or with +inf; the maximum of the former is -inf.
+      // The sum of a row with a finite logit has a term of 1, but for the rounding of its last factor. A row of -inf
+      // alone has no sum, nor has a row with a NaN or +inf; the maximum of a row of -inf is -inf.
       const auto has_sum = sum > V{};
       exponentials.set(w, math::select(has_sum, larger(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
       max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
@@ -201,12 +201,12 @@ TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int co
   return result;
 }
 
-// The NaNs in a gradient: of coefficients for every class, whatever the caller's tensors hold; else those of Factors,
-// or widened.
+// Which NaNs a gradient can hold: with coefficients for every class, whatever the caller's tensors hold; else only the
+// plain ones that Factors makes or that were widened from 16 bits.
 template <class Target>
 constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
 
-// The exponential in it, times the row's scale.
+// The exponential of a gradient, times the row's scale.
 template <class T>
 using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
 
@@ -232,7 +232,7 @@ struct Factors {
       }
       return;
     }
-    // Nothing without smoothing, where 0 times an infinite weight would be NaN.
+    // The class weights count only with smoothing: without it, 0 times an infinite weight would be NaN.
     const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
       const auto target = targets->coefficients(w);

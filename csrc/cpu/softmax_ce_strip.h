@@ -64,7 +64,7 @@ struct Strip {
     __builtin_prefetch(first + k * class_stride + kRows + w * kLanes<A>, kForWriting, 2);
   }
 
-  // Classes k to k + classes - 1.
+  // Reads classes k to k + classes - 1 into the block.
   TORCHCE_SIMD void read(int64_t k, int classes, Block<A, W>& block) const {
     if (adjacent) {
       const T* p = first + k * class_stride;
@@ -130,7 +130,7 @@ struct StripCoefficients {
   int64_t k = 0;
   explicit StripCoefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
   TORCHCE_SIMD void read(int64_t first, int) { k = first; }
-  // Of class c of the block that was read.
+  // u of class c of the block that was read, for vector w of the rows.
   TORCHCE_SIMD Lanes<A> at(int c, int) const { return broadcast(weight == nullptr ? A(1) : weight[k + c]); }
 };
 

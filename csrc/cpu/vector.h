@@ -42,7 +42,7 @@ constexpr int kLanes = kBytes / int(sizeof(A));
 
 #define TORCHCE_SIMD inline __attribute__((always_inline))
 
-// kLanes<A> consecutive elements to and from a vector.
+// `load` and `store` move kLanes<A> consecutive elements to and from a vector.
 
 template <class A, class T>
 TORCHCE_SIMD Lanes<A> load(const T* p) {
@@ -89,7 +89,7 @@ TORCHCE_SIMD Lanes<A> broadcast(A value) {
   return value - Lanes<A>{};  // which, unlike a sum with 0, the compiler knows to be `value`, -0 included
 }
 
-// (0, 1, 2, ...)
+// The vector (0, 1, 2, ...).
 template <class A>
 TORCHCE_SIMD Lanes<A> lane_numbers() {
   Lanes<A> v;
@@ -113,7 +113,7 @@ struct VectorPair {
   // Place of the first lane of a vector within the pair.
   static constexpr int start(int vector) { return kSixteenBits<T> ? vector : vector * kLanes<A>; }
 
-  // Elements p[0] ... p[kSize - 1], of T or of another type, in T's order.
+  // Loads p[0] ... p[kSize - 1], elements of T or of another type, in T's order.
   template <class P>
   TORCHCE_SIMD static VectorPair load(const P* p) {
     if constexpr (!kSixteenBits<T>) {
@@ -158,13 +158,13 @@ struct VectorPair {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
               "VectorPair takes the lower half of a word for the even element");
 
-// Of a NaN and a number it is b.
+// The larger of a and b; b where either is a NaN.
 template <class V>
 TORCHCE_SIMD V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// Below every logit but -inf.
+// The lowest finite number: no logit but -inf lies below it.
 template <class A>
 constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-__FLT_MAX__) : A(-__DBL_MAX__);
 
@@ -238,8 +238,8 @@ class Largest {
   TORCHCE_SIMD V lanes() const { return largest; }
 };
 
-// Of 16-bit floats, without widening them: the largest is the largest of integers if it has no sign, else the smallest
-// of integers without one.
+// The largest of 16-bit floats is found without widening them: it is the largest of integers if it has no sign, else
+// the smallest of integers without one.
 template <class T>
   requires kSixteenBits<T>
 class Largest<T> {

@@ -18,7 +18,7 @@ struct Cluster {
 
   __device__ __forceinline__ int rank() const { return int(blockIdx.x % unsigned(size)); }
 
-  // As __syncthreads, for the threads of all blocks.
+  // Waits as __syncthreads does, for the threads of all blocks of the cluster.
   __device__ __forceinline__ void sync() const {
 #if TORCHCE_CLUSTERS
     if (size > 1) {

@@ -12,10 +12,10 @@
 namespace torchce::cuda {
 namespace {
 
-// Zero when the module is loaded, and again after every launch that used them. Launches take them in turn, of a ring
-// whose end is long enough for what begins there. Two launches that run at the same time have different ones unless a
-// million counters are taken between the two calls, while the first still waits in its stream or runs: by a million
-// launches, or by 790 that cut 1319 rows into parts, the most on an H100. The ring takes 4 MiB.
+// Counters are zero when the module is loaded, and again after every launch that used them. Launches take them in turn
+// from a ring whose end is long enough for what begins there. Two launches that run at the same time have different
+// ones unless a million counters are taken between the two calls, while the first still waits in its stream or runs: by
+// a million launches, or by 790 that cut 1319 rows into parts, the most on an H100. The ring takes 4 MiB.
 constexpr unsigned kCounters = 1 << 20;
 __device__ unsigned counters[kCounters + kMostCounters];
 
@@ -45,7 +45,7 @@ bool has_clusters(int device) {
   return attribute_of(device, cudaDevAttrClusterLaunch) != 0 && code.ptxVersion >= kOldestArch;
 }
 
-// May load the module, which a capture would not allow, but for the kernel that is captured too.
+// Asking may load the module. A capture would not allow that, but the kernel that is captured needs the module too.
 const Properties& properties_of(int device) {
   static std::once_flag known[kMostDevices];
   static Properties properties[kMostDevices];

@@ -28,9 +28,9 @@ __device__ __forceinline__ double exp_in_sum(double x) { return math::exp_of_neg
 
 // scale e^x for x <= 0. kShort: within |x| 2^-24 + 2^-19 of its value, for results that are rounded to 16 bits.
 //
-// Short, the unit's results below 2^-126 must not become 0, because a large scale may lift them into what 16 bits can
-// hold. So it computes 2^64 e^x, and the scale takes the excess out again. It would make a scale below 2^-24 lose
-// digits, but then products with such results are 0 in 16 bits anyway, and there is no excess.
+// In the short form results below 2^-126 must not become 0, because a large scale may lift them into what 16 bits can
+// hold. So 2^64 e^x is computed, and the scale takes that excess out again. A scale below 2^-24 would lose digits by
+// it, but its products with such results are 0 in 16 bits anyway, so there is no excess then.
 template <class A, bool kShort>
 class ScaledExp {
   A scale_;

@@ -42,8 +42,8 @@ __device__ __forceinline__ Word load_word(const Word* p) {
   return *p;
 }
 
-// With the default cache policy, named so that the compiler leaves the word whole: it has split plain stores of 16
-// bytes.
+// Stores a word with the default cache policy, named so that the compiler leaves the word whole: it has split plain
+// stores of 16 bytes.
 template <class Word>
 __device__ __forceinline__ void store_word(Word* p, Word word) {
 #if defined(__CUDA_ARCH__)
@@ -83,7 +83,7 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Word<T, V>) == 0;
 }
 
-// V elements from p on, by words where `aligned` says that p allows it, else one by one.
+// Loads V elements from p on, by words where `aligned` says that p allows it, else one by one.
 template <int V, Cache cache = Cache::keep, class T>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool aligned) {
   Pack<T, V> pack;
@@ -114,7 +114,8 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool al
   }
 }
 
-// An element is the upper half of its word where it is, or shifted there: one instruction, where its 16 bits take two.
+// Widens element i in one instruction: a bfloat16 is the upper half of its float's word, where it already lies or is
+// shifted to. Its 16 bits by themselves take two.
 template <int V>
 __device__ __forceinline__ float widen_half_of_word(const Pack<BFloat16, V>& pack, int i) {
   uint32_t word;

@@ -5,7 +5,7 @@
 
 namespace torchce::cuda {
 
-// As doubles, and behind those asked for a place for the counters (device.h).
+// Memory for `bytes` bytes, allocated as doubles, and behind it a place for the counters (device.h).
 struct Scratch {
   torch::stable::Tensor memory;
   double* data;

@@ -13,7 +13,7 @@
 
 namespace torchce::cuda::sigmoid_bce {
 
-// Packs of logits and targets that a thread asks for at once: up to four in 128 bytes, but up to two in 64 where
+// A thread asks for so many packs of logits and targets at once: up to four in 128 bytes, up to two in 64 where
 // offsets and weights take registers. Twice as many would cost a multiprocessor one of its three blocks.
 template <Layout layout, class T, class U, int V>
 struct InFlight {
@@ -21,7 +21,8 @@ struct InFlight {
   static constexpr int kPacks = std::clamp(kMost * 32 / int(V * (sizeof(T) + sizeof(U))), 1, kMost);
 };
 
-// Conversions of integers take more registers, and so do double formulas: two blocks.
+// Blocks that must fit on a multiprocessor at once: only two where conversions of integers or double formulas take
+// more registers.
 template <class T, class U>
 constexpr int kBlocks = std::is_same_v<T, U> && sizeof(T) <= sizeof(float) ? kBlocksOfPlain : kBlocksToFit;
 
@@ -83,8 +84,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void forward(const Element
   store_as(problem.dtypes[kOutput], problem.output, 0, losses.total.loss / divisor);
 }
 
-// exp(-|x|) for a gradient of type G. The unit's is exact enough for 16 bits; it has no subnormal results, which
-// bfloat16 has, and so gives 2^64 times as much.
+// exp(-|x|) for a gradient of type G. The special function unit is exact enough for 16 bits, but flushes subnormal
+// results, which bfloat16 has; so it is asked for 2^64 times as much.
 template <class G, class A>
 __device__ __forceinline__ A odds_of_gradient(A x) {
   if constexpr (kSixteenBits<G>) {

@@ -31,7 +31,7 @@ void with_kernel(const Elements& problem, F f) {
   });
 }
 
-// A pack a thread until the device is full.
+// The grid gives every thread one pack until the device is full.
 template <class... Parameters>
 Grid grid_for(const DeviceScope& device, void (*kernel)(Parameters...), int64_t packs) {
   const int64_t needed = (packs + kThreads - 1) / kThreads;

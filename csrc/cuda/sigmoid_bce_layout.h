@@ -53,7 +53,7 @@ inline bool repeats_rows(const Elements& problem, Operand operand) {
   return std::all_of(strides, strides + problem.dims - 1, [](int64_t stride) { return stride == 0; });
 }
 
-// Whether it has one element for all.
+// Whether the operand has one element for all.
 inline bool repeats(const Elements& problem, Operand operand) {
   return repeats_rows(problem, operand) && problem.strides[operand][problem.dims - 1] == 0;
 }
@@ -73,7 +73,7 @@ inline bool has_packs(const Elements& problem, int pack) {
   return true;
 }
 
-// `pack`: elements in 16 bytes of logits.
+// Chooses the layout, and whether threads take packs; `pack` elements of logits are 16 bytes.
 inline Plan plan(const Elements& problem, int pack) {
   if (problem.numel == 0) return {Layout::strided, false};  // no kernel will look
   bool dense = true, weighted = false;

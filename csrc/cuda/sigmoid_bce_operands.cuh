@@ -25,7 +25,7 @@ struct Place<Layout::strided> {
 
   __device__ __forceinline__ int64_t offset(Operand operand) const { return of[operand]; }
 
-  // Element `index`, in the order of the merged dimensions, of which one takes no division.
+  // Finds element `index` in the order of the merged dimensions, the outermost of which takes no division.
   template <class Index>
   __device__ __forceinline__ void find(const Elements& problem, Index index) {
 #pragma unroll
@@ -95,7 +95,7 @@ class Walk {
   int64_t column_ = 0, column_step_ = 0, columns_ = 0;
 };
 
-// V elements of an operand from `offset` on; where it repeats along the innermost dimension, one element V times.
+// Loads V elements of an operand from `offset` on; where it repeats along the innermost dimension, one V times.
 // Layouts that are not strided have no such operand here.
 template <Layout layout, int V, class T>
 __device__ __forceinline__ Pack<T, V> load_operand(const Elements& problem, Operand operand, int64_t offset) {
@@ -161,7 +161,7 @@ struct Batch {
   Pack<T, V> logits[kPacks];
   Pack<U, V> target[kPacks];
 
-  // The packs before element `end`, the first of which is there, and steps beyond them.
+  // Asks for the next kPacks packs before element `end`, of which the first exists, and steps beyond them.
   __device__ __forceinline__ Batch(const Elements& problem, Walk<layout>& walk, int64_t end) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {

@@ -30,7 +30,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void backward_along(c
   }
 }
 
-// A thread a pack of V rows that are adjacent in memory, for classes [i * part, (i + 1) * part).
+// Each thread takes a pack of V rows that are adjacent in memory, and of them classes [i * part, (i + 1) * part).
 template <class T, class Target, GradientOf of, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_across(const Backward call, const int64_t parts,
                                                                           const int64_t part) {

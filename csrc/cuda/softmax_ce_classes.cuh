@@ -9,13 +9,13 @@ namespace torchce::cuda::softmax_ce {
 
 using namespace torchce::softmax_ce;
 
-// Blocks of a kernel that must fit on a multiprocessor at once. Three only where nothing else needs the registers: the
-// exponentials of float64, and the coefficients of every class.
+// Blocks of a kernel that must fit on a multiprocessor at once: three, but two where the exponentials of float64 or
+// the coefficients of every class need the registers.
 template <class Target, class T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
 
-// Packs of logits a thread has in flight. Half as many where something else needs the registers: the exponentials of
-// float64, and the coefficients of every class.
+// Packs of logits a thread has in flight: four, halved for the exponentials of float64 and halved for the coefficients
+// of every class, which need the registers.
 template <class Target, class A>
 constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
 
@@ -50,7 +50,7 @@ struct PackedClasses {
   }
 };
 
-// u_k of one row.
+// The coefficients u_k of one row.
 template <class Target, class A>
 struct ClassCoefficients {
   static constexpr bool kUsed = Target::kSpread;
@@ -64,7 +64,7 @@ struct ClassCoefficients {
 
   __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
 
-  // `probability` is the target's, where it has one.
+  // u_k of class k; `probability` is what the target says of it, where it holds probabilities.
   __device__ __forceinline__ A at(int64_t k, A probability) const {
     if constexpr (Target::kProbabilities) {
       return probability_coefficient(probability, weight_of(k), label_smoothing, classes);
@@ -74,7 +74,7 @@ struct ClassCoefficients {
   }
 };
 
-// The element type of probabilities; of logits where there are none, so that a pointer has a type.
+// The element type of target probabilities; where there are none, that of the logits, so that a pointer has a type.
 template <class Target, class T>
 struct ProbabilityType {
   using type = T;
@@ -139,15 +139,14 @@ __device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
   return rows.target_dtype == DType::int32 ? int64_t(int32_t(uint32_t(bits))) : int64_t(bits);
 }
 
-// Rows that need no pass over their classes.
+// Whether a row needs no pass over its classes.
 template <class Target>
 __device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
   return !Target::kProbabilities && target == rows.options.ignore_index;
 }
 
-// The target of the row whose turn it is, of the rows that a thread goes through. It is asked for while the row before
-// is worked on: whether a row is ignored must be known before its logits are asked for, which would wait for it
-// otherwise.
+// The target of the row that comes next among those that a thread goes through. It is asked for while the row before
+// is worked on: whether a row is ignored must be known before its logits are asked for, which would have to wait.
 template <class Target>
 class TargetAhead {
   const Rows& rows_;
@@ -165,8 +164,8 @@ class TargetAhead {
   __device__ __forceinline__ int64_t get() const { return target_of(rows_, bits_); }
 };
 
-// The logit at a row's target, asked for before the row's sums and looked at after them, and before a gradient is
-// written there. Class 0's where the target is no class.
+// Loads the logit of a row's target class, or of class 0 where the target is no class. It is asked for before the
+// row's sums, looked at after them, and read before a gradient is written there.
 template <class T, class Target>
 __device__ __forceinline__ T load_hot_logit(const Rows& rows, RowPosition at, int64_t target) {
   if constexpr (Target::kProbabilities) return T{};

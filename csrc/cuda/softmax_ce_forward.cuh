@@ -12,7 +12,7 @@
 
 namespace torchce::cuda::softmax_ce {
 
-// `lanes` neighbouring threads a row, a power of two up to a warp.
+// Each row belongs to `lanes` neighbouring threads, a power of two up to a warp.
 template <class T, class Target>
 __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_lanes(const Forward call, const int lanes,
                                                                                  const GridScratch scratch) {
@@ -39,7 +39,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_lanes
   if (reduce_grid(total, scratch)) finish_launch<Target, A>(call, total);
 }
 
-// A block a row.
+// Each row belongs to a block.
 template <class T, class Target>
 __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_block(const Forward call,
                                                                                  const GridScratch scratch) {
@@ -72,8 +72,8 @@ struct PartScratch {
   unsigned* counter;           // the same, of all rows
 };
 
-// `parts` blocks a row, each `part` classes. The last block of a row to come there finishes the row, and the last one
-// of those the launch.
+// Each row belongs to `parts` blocks, which take `part` classes each. The last block to be done with a row finishes
+// the row, and the last of those finishes the launch.
 template <class T, class Target>
 __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_parts(const Forward call, const int parts,
                                                                                  const int64_t part,
@@ -109,7 +109,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<Target, T>) void forward_by_parts
   finish_launch<Target, A>(call, sum_of(scratch.of_rows, count));
 }
 
-// The ends of n adjacent rows of one image, from row r on: what they wait for is asked for at once.
+// Finishes n adjacent rows of one image, from row r on: all that they wait for is asked for at once.
 template <int n, class T, class Target, class A>
 __device__ __forceinline__ void finish_rows(const Forward& call, int64_t r,
                                             const ClassSums<A, Target::kSpread> (&sums)[n], LossSums& total) {
@@ -128,8 +128,8 @@ __device__ __forceinline__ void finish_rows(const Forward& call, int64_t r,
   }
 }
 
-// Packs of V rows that are adjacent in memory: `columns` packs a block, a power of two, and kThreads / columns threads
-// a pack, which share its classes. A thread that has a pack to itself finishes its rows from registers.
+// Each block takes `columns` packs, a power of two, of V rows that are adjacent in memory; kThreads / columns threads
+// share the classes of a pack. A thread that has a pack to itself finishes its rows from registers.
 template <class T, class Target, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_across(const Forward call, const int columns,
                                                                          const GridScratch scratch) {

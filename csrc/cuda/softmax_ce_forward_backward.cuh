@@ -16,8 +16,8 @@ namespace torchce::cuda::softmax_ce {
 
 extern __shared__ uint4 dynamic_shared_memory[];  // [kept, kThreads]
 
-// Blocks of a cluster's kernel that must fit on a multiprocessor at once. Three where its shared memory holds as many
-// and 80 registers are enough, so that some read while others write: those of Half's conversions are not.
+// Blocks of a cluster's kernel that must fit on a multiprocessor at once. Three of them let some read while others
+// write, where its shared memory holds as many and 80 registers are enough, which they are not for Half's conversions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 template <class Target, class T>
 constexpr int kBlocksOfClusters = std::is_same_v<T, Half> ? kBlocksToFit : kBlocks<Target, T>;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, 
       [&](const T* p, int number) { return packs.load(p, number); });
 }
 
-// `lanes` neighbouring threads a row, a power of two up to a warp.
+// Each row belongs to `lanes` neighbouring threads, a power of two up to a warp.
 template <class T, class Target>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_lanes(const Forward forward,
                                                                                     const Backward backward,
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_backward_by_la
   if (reduce_grid(total, scratch)) finish_launch<Target, A>(forward, total);
 }
 
-// A cluster of `blocks_of_row` blocks a row.
+// Each row belongs to a cluster of `blocks_of_row` blocks.
 template <class T, class Target>
 __global__ __launch_bounds__(kThreads, kBlocksOfClusters<Target, T>) void forward_backward_by_cluster(
     const Forward forward, const Backward backward, const int blocks_of_row, const int kept,

@@ -6,7 +6,7 @@
 
 namespace torchce::cuda::softmax_ce {
 
-// Of a gradient: the logits' type, or the target's for the gradient of the target.
+// The element type of a gradient: that of the logits, or the target's for the gradient of the target.
 template <class Target, class T, GradientOf of>
 struct GradientType {
   using type = T;
@@ -26,7 +26,7 @@ struct RowInputs {
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
 };
 
-// The upstream gradients of n neighbouring rows.
+// Loads the bits of the upstream gradients of n neighbouring rows.
 template <int n>
 __device__ __forceinline__ void load_grad_output_bits(const Backward& call, RowPosition at, uint64_t (&bits)[n]) {
   const bool each = call.rows.options.reduction == Reduction::none;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_grad_output_bits(const Backward& call, RowP
             each ? call.grad_output_strides.inner : 0, bits);
 }
 
-// The inputs of n neighbouring rows from row r on, in loads of which none waits for another.
+// Loads the inputs of n neighbouring rows from row r on, in loads of which none waits for another.
 template <class Target, GradientOf of, int n, class A>
 __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r, RowPosition at,
                                                 RowInputs<A> (&inputs)[n]) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   }
 }
 
-// A row's gradient, given its logits. T: their type.
+// The gradient of a row with logits of type T, class by class.
 template <class T, class Target, GradientOf of>
 struct RowGradient {
   using A = Accumulate<T>;
@@ -94,7 +94,7 @@ struct RowGradient {
     }
   }
 
-  // Of class k, all but the part that only the target class has.
+  // The gradient of class k without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
       return scale * target_gradient(x, coefficients.weight_of(k), max, spread, coefficients.label_smoothing);
@@ -105,7 +105,7 @@ struct RowGradient {
     }
   }
 
-  // The target class's own part, where it is one of the V classes from k on: asked once for all of them.
+  // Subtracts the target class's own part if it is one of the V classes from k on: asked once for all of them.
   template <int V>
   __device__ __forceinline__ void subtract_hot(A (&gradient)[V], int64_t k) const {
     if constexpr (!Target::kProbabilities) {

@@ -64,8 +64,8 @@ inline bool is_short_row(int64_t classes, int pack) {
   return ceil_div(classes, pack) <= kMostLanes * kPacksOfLane;
 }
 
-// Parts that each of a few long rows is cut into, so that there is a block for every slot. A part is so long that two
-// warps of its block have a pack each.
+// Into how many parts each of a few long rows is cut, so that there is a block for every slot. A part is so long that
+// two warps of its block have a pack each.
 inline int64_t parts_to_fill(int64_t rows, int64_t classes, int pack, int64_t slots) {
   constexpr int64_t kThreadsAtWork = 64;
   return std::clamp<int64_t>(classes / (kThreadsAtWork * pack), 1,
@@ -79,8 +79,8 @@ inline int64_t duration_of(int64_t blocks, int64_t slots) {
   return blocks - last + (last == 0 ? 0 : std::max(last, slots / 2));
 }
 
-// Parts that rows are cut into because whole rows would leave the device half empty, at first or in the end; 1: none.
-// The fewest that come within a twentieth of the best.
+// Into how many parts rows are cut because whole rows would leave the device half empty, at first or in the end; 1:
+// they stay whole. The fewest parts are taken that come within a twentieth of the best.
 inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int64_t slots) {
   constexpr int64_t kMostParts = 4, kMostWaves = 8;
   constexpr double kGood = 1.05;
@@ -96,12 +96,12 @@ inline int64_t parts_of_row(int64_t rows, int64_t classes, int pack, int64_t slo
   return parts;
 }
 
-// Classes of each of that many parts, in whole packs.
+// Classes of a part where a row is cut into `parts`, in whole packs.
 inline int64_t part_of_row(int64_t classes, int64_t parts, int pack) {
   return ceil_div(ceil_div(classes, parts), pack) * pack;
 }
 
-// Along the rows, `pack` classes in 16 bytes.
+// Plans a forward along the rows; `pack` classes are 16 bytes.
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int64_t slots) {
   if (is_short_row(classes, pack)) {
     const int lanes = power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
@@ -123,8 +123,9 @@ struct AcrossPlan {
   int64_t blocks;
 };
 
-// Across the rows, in `packs` packs of them: as few threads share a pack's classes as keep the memory busy, and at most
-// as leave 8 packs, a full line of memory, side by side. Blocks are so many that the last of them hardly count.
+// Plans a forward across the rows, in `packs` packs of them. As few threads share a pack's classes as keep the memory
+// busy, and at most as many as leave 8 packs, a full line of memory, side by side. There are so many blocks that the
+// last of them hardly count.
 inline AcrossPlan plan_forward_across(int64_t packs, int64_t classes, int multiprocessors, int64_t slots) {
   constexpr int kFewestColumns = 8;
   constexpr int64_t kWaves = 8;
@@ -142,8 +143,8 @@ struct BackwardPlan {
   int64_t blocks;
 };
 
-// Along the rows. A short row gets enough threads that they write side by side, two packs each; a long one is cut into
-// parts of one batch of packs, or into more where there are few rows.
+// Plans a backward along the rows. A short row gets enough threads that they write side by side, two packs each; a
+// long one is cut into parts of one batch of packs, or into more where there are few rows.
 inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int64_t slots) {
   constexpr int64_t kSideBySide = 4;  // threads, for rows of less than two packs
   const int64_t packs = ceil_div(classes, pack);
@@ -160,8 +161,8 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t classes, int pack, int64
   return {team, parts, part, ceil_div(rows * parts, kThreads / team)};
 }
 
-// Across the rows, in `packs` packs of them: parts of the classes only where rows alone would not keep the memory busy.
-// A part's classes can be counted in 32 bits.
+// Plans a backward across the rows, in `packs` packs of them. Classes are cut into parts only where rows alone would
+// not keep the memory busy. A part's classes can be counted in 32 bits.
 inline BackwardPlan plan_backward_across(int64_t packs, int64_t classes, int multiprocessors) {
   constexpr int64_t kPart = 16;  // classes, at the least, to spread what a thread reads of its rows first
   constexpr int64_t kMostClasses = int64_t(1) << 30;
@@ -189,11 +190,11 @@ inline bool forward_backward_fills(int64_t rows, int64_t classes, int pack, cons
   return is_short_row(classes, pack) || rows * cluster >= device.multiprocessors;
 }
 
-// Forward and backward in one, along the rows, in clusters of at most `largest_cluster` blocks.
+// Plans a forward_backward along the rows, in clusters of at most `largest_cluster` blocks.
 inline ForwardBackwardPlan plan_forward_backward(int64_t rows, int64_t classes, int pack, const Properties& device,
                                                  int largest_cluster) {
-  // Packs a thread keeps: an H100's multiprocessor has shared memory and registers for three such blocks, so that some
-  // read while others write.
+  // A thread keeps so many packs that an H100's multiprocessor has shared memory and registers for three such blocks,
+  // of which some read while others write.
   constexpr int kWanted = 16;
   const int64_t packs = ceil_div(classes, pack);
   const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;

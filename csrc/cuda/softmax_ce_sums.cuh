@@ -57,15 +57,15 @@ struct ClassSums {
     exponentials += sum;
   }
 
-  // Of a whole row. One with nothing but -inf has no softmax.
+  // The sum of exponentials of a whole row; NaN for a row of nothing but -inf, which has no softmax.
   __device__ __forceinline__ A whole_exponentials() const {
     return max == minus_infinity() ? A(__builtin_nan("")) : exponentials;
   }
 
-  // What several have together is made relative to the largest maximum first: one factor for each of them, where
-  // merging them pair by pair would take one a step and gather their errors.
+  // The sums of several threads are made relative to the largest maximum first, by one factor each: merging them pair
+  // by pair would take a factor a step and gather the errors of all.
 
-  // The same bits in each of the `width` lanes.
+  // What `width` neighbouring lanes have together, with the same bits in each of them.
   __device__ __forceinline__ ClassSums of_lanes(int width) const {
     A larger = max;
     for (int step = width / 2; step > 0; step /= 2) {
@@ -114,7 +114,7 @@ struct RunningSums {
     sums.template add_terms<n>(x, u);
   }
 
-  // Relative to the maximum, by one exact factor.
+  // The sums made relative to the largest logit so far, by one exact factor.
   __device__ __forceinline__ ClassSums<A, kSpread> rebased() const {
     ClassSums<A, kSpread> result = sums;
     result.rebase(max, math::exp_of_negative(sums.max - result.base(max)));
@@ -122,7 +122,7 @@ struct RunningSums {
   }
 };
 
-// Minus infinity as it lies in memory: a class that is not there.
+// Minus infinity as it lies in memory, which stands for a class that does not exist.
 template <class T>
 __device__ __forceinline__ T no_logit() {
   T x;

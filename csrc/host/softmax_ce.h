@@ -55,7 +55,7 @@ inline RowStrides row_strides(Tensor& t, int classes) {
   }
 }
 
-// Memory for a gradient: laid out as `like`, or contiguous where no single stride leads through its inner dimensions.
+// Allocates a gradient laid out as `like`, or contiguous where no single stride leads through the inner dimensions.
 // torchce/ops.py has the same choice in its fakes.
 inline Tensor empty_gradient(const Tensor& like) {
   {

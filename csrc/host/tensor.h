@@ -146,7 +146,7 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& like) {
   return empty_strided(sizes, contiguous_strides(sizes), type, like);
 }
 
-// As torch.empty_like: the layout of t where it is dense, else the one torch chooses.
+// Allocates as torch.empty_like does: in the layout of t where it is dense, else in the one that torch chooses.
 inline Tensor empty_like(const Tensor& t, ScalarType type) {
   const Sizes sizes = sizes_of(t), strides = strides_of(t);
   if (is_dense(sizes, strides)) return empty_strided(sizes, strides, type, t);

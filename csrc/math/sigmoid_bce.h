@@ -50,7 +50,7 @@ struct UnweightedSum {
     linear += linear_part;
     odds = (odds * smaller_odds + odds) + smaller_odds;
   }
-  // For up to 100 terms, whose odds are less than 2^100.
+  // The sum of up to 100 terms: the product of their 1 + e is at most 2^100.
   TORCHCE_HD V value() const { return linear + math::log1p(odds); }
 };
 

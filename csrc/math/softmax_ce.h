@@ -6,7 +6,8 @@
 //
 // Class index y with weight w and smoothing eps:  h = (1 - eps) w_y,  b = eps / C,  u_k = w_k.
 // Probabilities t:                                h = 0,  b = 1,  u_k = w_k ((1 - eps) t_k + eps / C).
-// (Maximum likelihood over multinomial labels, DESIGN's seed equations 6 to 11; smoothing after Szegedy et al. 2016.)
+// (Maximum likelihood over multinomial labels: minus the logarithm of the product of p_k^t_k, with p = softmax(x);
+// smoothing after Szegedy et al. 2016, arXiv:1512.00567.)
 //
 // max and sum are kept apart: a float32 lse near 1e4 is rounded to 1e-3, which would be the relative error of every
 // gradient; and the sum, not its logarithm, spares the backward one rounding.

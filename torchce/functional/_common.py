@@ -17,7 +17,7 @@ from torch.nn.parameter import Buffer, Parameter
 from torchce import calls, ops
 from torchce.sizes import known
 
-# Those whose operations are a plain tensor's: FunctionalTensor is what AOTAutograd traces with.
+# Kinds of tensors whose operations are a plain tensor's; AOTAutograd traces with FunctionalTensor.
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
 SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 FLOATS = SIXTEEN_BITS | {torch.float32, torch.float64}
@@ -29,7 +29,7 @@ NO_TORCHSCRIPT = "torchce's losses cannot be scripted; use torch.compile or torc
 
 
 def refuse_scripting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Says so where ``torch.jit.script`` looks."""
+    """Makes ``torch.jit.script``, which looks for such a mark, refuse ``function`` and say why."""
     setattr(function, "__script_unsupported", NO_TORCHSCRIPT)
     return function
 
@@ -69,7 +69,7 @@ def have_kernels(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def no_kernels(**tensors: Tensor | None) -> str:
-    """What :func:`have_kernels` did not find, in words."""
+    """Says which of the kinds that :func:`have_kernels` asks for is missing."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("input", "target")):
             return f"{name}: expected a Tensor, got {type(tensor).__name__}"
@@ -135,7 +135,7 @@ def has_exact_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
 
 
 def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether nothing is known to speak against it: sizes that depend on data are compared by the op when it runs.
+    """Whether ``tensor`` may have the shape ``wanted``: sizes that depend on data are compared by the op when it runs.
 
     Where all sizes are numbers (:func:`torchce.sizes.are_numbers`), :func:`has_exact_shape` knows it sooner.
     """
@@ -144,7 +144,7 @@ def has_shape(tensor: Tensor, wanted: Sequence[int]) -> bool:
 
 
 def broadcasts_to(tensor: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether nothing is known to speak against it, as in :func:`has_shape`."""
+    """Whether ``tensor`` may broadcast to ``wanted``, where :func:`has_shape` says when it may have that shape."""
     shape = tensor.shape
     offset = len(wanted) - len(shape)
     return offset >= 0 and not any(
