@@ -89,11 +89,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     overwritten = ctx.overwritten
     if overwritten is not None:
         overwritten = overwritten.checked(grad_output)
-    saved = (grad_output, *ctx.saved_tensors, *ctx.options)
-    logits = saved[1]
+    tensors = (grad_output, *ctx.saved_tensors)  # unpacked once: hooks may refuse a second time
+    logits, saved = tensors[1], (*tensors, *ctx.options)
     needs_logits, needs_target = ctx.needs_input_grad[:2]
     grad_logits = grad_target = None
-    if differentiates_backward(grad_output, *ctx.saved_tensors):
+    if differentiates_backward(*tensors):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     if torch.compiler.is_compiling():  # compiled autograd
