@@ -18,7 +18,16 @@ _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, t
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def applies(logits: Tensor) -> bool:
+def will_overwrite(logits: Tensor, rows: bool) -> bool:
+    """Whether the gradient overwrites ``logits`` where it is asked to; raises where it must not."""
+    if not _applies(logits):
+        return False
+    if (reason := _refusal(logits, rows)) is not None:
+        raise RuntimeError(f"inplace_backward=True: {reason}")
+    return True
+
+
+def _applies(logits: Tensor) -> bool:
     """Whether the gradient can overwrite ``logits`` where it is asked to.
 
     Not in a compiled graph, whose compiler plans the memory, nor of tensors without memory of their own, as tracers use
@@ -32,7 +41,7 @@ def applies(logits: Tensor) -> bool:
     )
 
 
-def refusal(logits: Tensor, rows: bool) -> str | None:
+def _refusal(logits: Tensor, rows: bool) -> str | None:
     """Why a gradient cannot overwrite ``logits``, seen as rows of classes or as elements, or None where it can."""
     if logits.requires_grad and (logits.is_leaf or _is_view_of_a_leaf(logits)):
         what = "a leaf" if logits.is_leaf else "a view of a leaf"

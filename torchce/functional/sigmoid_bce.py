@@ -89,50 +89,45 @@ def binary_cross_entropy_with_logits(
         tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight):
-        loss: Tensor = overrides.ask_handlers(
-            binary_cross_entropy_with_logits,
-            _torch_bce_with_logits,
-            (input, target, weight, pos_weight),
-            {"inplace_backward": inplace_backward},
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-        )
-        return loss
+        return _ask_handlers(input, target, weight, size_average, reduce, reduction, pos_weight, inplace_backward)
     number = reduction_number(reduction, size_average, reduce)
-    problem = _bce_problem(input, target, weight, pos_weight)
+    problem = _problem(input, target, weight, pos_weight)
     if problem is not None:
         arguments = (input, target, weight, None, None, REDUCTION_NAMES[number], pos_weight)
         return explain(problem, _torch_bce_with_logits, *arguments)
-    inplace_backward = inplace_backward and inplace.applies(input)
-    if inplace_backward and (refusal := inplace.refusal(input, rows=False)) is not None:
-        raise RuntimeError(f"inplace_backward=True: {refusal}")
-
-    if target.is_floating_point() and target.dtype not in FLOATS:  # autocast: torch casts what it can
-        target = target.to(torch.float32)
-    dtype = target.dtype if target.is_floating_point() else input.dtype
-    if autocasts(input):
-        dtype = promoted(dtype, torch.float32)
-    if target.is_floating_point():
-        if target.dtype == torch.float64:
-            input = input.to(torch.float64)
-        elif target.dtype not in (input.dtype, torch.float32):
-            target = target.to(ops.accumulation_dtype(input.dtype))
-    elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
-        target = target.to(ops.accumulation_dtype(input.dtype))
-    acc = ops.accumulation_dtype(input.dtype)
-    if weight is not None:
-        weight = weight.to(acc)
-    if pos_weight is not None:
-        pos_weight = pos_weight.to(acc)
+    inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=False)
+    input, target, weight, pos_weight, dtype = _promote(input, target, weight, pos_weight)
     return sigmoid_bce(input, target, weight, pos_weight, dtype, Options(number), inplace_backward)
 
 
-def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> str | None:
+def _ask_handlers(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    pos_weight: Tensor | None,
+    inplace_backward: bool,
+) -> Tensor:
+    """The answer of ``__torch_function__`` handlers, who see the call as it was made."""
+    loss: Tensor = overrides.ask_handlers(
+        binary_cross_entropy_with_logits,
+        _torch_bce_with_logits,
+        (input, target, weight, pos_weight),
+        {"inplace_backward": inplace_backward},
+        input,
+        target,
+        weight=weight,
+        size_average=size_average,
+        reduce=reduce,
+        reduction=reduction,
+        pos_weight=pos_weight,
+    )
+    return loss
+
+
+def _problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> str | None:
     """What keeps the kernels from taking this call, naming the argument and both values."""
     if not isinstance(target, Tensor) or not have_kernels(input, target, weight, pos_weight):
         return no_kernels(input=input, target=target, weight=weight, pos_weight=pos_weight)
@@ -158,3 +153,27 @@ def _bce_problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weigh
     if input.dim() > _MOST_DIMENSIONS:
         return f"input: expected at most {_MOST_DIMENSIONS} dimensions, got {input.dim()}"
     return None
+
+
+def _promote(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
+    """The tensors in dtypes that go together in the op, and the loss's dtype."""
+    is_float = target.is_floating_point()
+    if is_float and target.dtype not in FLOATS:  # autocast: torch casts what it can
+        target = target.to(torch.float32)
+    dtype = target.dtype if is_float else input.dtype
+    if autocasts(input):
+        dtype = promoted(dtype, torch.float32)
+    if is_float:
+        if target.dtype == torch.float64:
+            input = input.to(torch.float64)
+        elif target.dtype not in (input.dtype, torch.float32):
+            target = target.to(ops.accumulation_dtype(input.dtype))
+    elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
+        target = target.to(ops.accumulation_dtype(input.dtype))
+    if weight is not None:
+        weight = weight.to(ops.accumulation_dtype(input.dtype))
+    if pos_weight is not None:
+        pos_weight = pos_weight.to(ops.accumulation_dtype(input.dtype))
+    return input, target, weight, pos_weight, dtype

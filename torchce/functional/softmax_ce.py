@@ -104,70 +104,103 @@ def cross_entropy(
         tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight):
-        loss: Tensor = overrides.ask_handlers(
-            cross_entropy,
-            _torch_cross_entropy,
-            (input, target, weight),
-            {"inplace_backward": inplace_backward},
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
+        return _ask_handlers(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, inplace_backward
         )
-        return loss
     number = reduction_number(reduction, size_average, reduce)
-    if not inplace_backward and _looks_plain(input, target, weight, ignore_index, label_smoothing):
-        try:
-            return eager_softmax_ce(
-                input, target, weight, None, known_options(number, ignore_index, label_smoothing), False
-            )
-        except RuntimeError:
-            problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
-            if problem is None:  # a saved tensor's hook raised it, say
-                raise
-    else:
-        problem = _cross_entropy_problem(input, target, weight, ignore_index, label_smoothing)
+    if not inplace_backward:
+        loss = _plain_loss(input, target, weight, number, ignore_index, label_smoothing)
+        if loss is not None:
+            return loss
+    problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, REDUCTION_NAMES[number], label_smoothing)
         return explain(problem, _torch_cross_entropy, *arguments)
-    inplace_backward = inplace_backward and inplace.applies(input)
-    if inplace_backward and (refusal := inplace.refusal(input, rows=True)) is not None:
-        raise RuntimeError(f"inplace_backward=True: {refusal}")
-
-    dtype = None
-    if target.is_floating_point():
-        if target.dtype not in FLOATS:  # autocast: torch casts what it can
-            target = target.to(torch.float32)
-        dtype = promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
-        if torch.float64 == dtype != input.dtype:
-            input = input.to(dtype)
-        # 16-bit logits are read as they are beside float32 probabilities; other pairs need one dtype.
-        if target.dtype != input.dtype and not (target.dtype == torch.float32 and input.dtype in SIXTEEN_BITS):
-            target = target.to(promoted(input.dtype, target.dtype))
-            if target.dtype != input.dtype and input.dtype not in SIXTEEN_BITS:
-                input = input.to(target.dtype)
-    if input.dtype != torch.float64 and autocasts(input):
-        dtype = torch.float32
-    if weight is not None:
-        weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
+    inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=True)
+    input, target, weight, dtype = _promote(input, target, weight)
+    options = Options(
+        number, int(ignore_index), max(float(label_smoothing), 0.0)
+    )  # torch takes a negative one for none
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
-        check_targets(target, input.shape[min(1, input.dim() - 1)], int(ignore_index))
-    smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
-    options = Options(number, int(ignore_index), smoothing)
+        check_targets(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     return softmax_ce(input, target, weight, dtype, options, inplace_backward)
 
 
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        value = int(target.flatten()[row])
-        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
+def _ask_handlers(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    inplace_backward: bool,
+) -> Tensor:
+    """The answer of ``__torch_function__`` handlers, who see the call as it was made."""
+    loss: Tensor = overrides.ask_handlers(
+        cross_entropy,
+        _torch_cross_entropy,
+        (input, target, weight),
+        {"inplace_backward": inplace_backward},
+        input,
+        target,
+        weight=weight,
+        size_average=size_average,
+        ignore_index=ignore_index,
+        reduce=reduce,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss
+
+
+def _plain_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
+) -> Tensor | None:
+    """The loss of class indices where nothing can be wrong that the op does not find out itself, else None.
+
+    It is tried first, because a small loss takes less time than all the questions of :func:`_problem`.
+    """
+    is_plain = (
+        not torch.compiler.is_compiling()
+        and (type(input) is Tensor or type(input) is Parameter)
+        and type(target) is Tensor
+        and target.dtype is torch.int64
+        and (
+            target.is_cpu
+            if input.is_cpu
+            else input.is_cuda and target.is_cuda and ops.has_cuda() and not CHECKS_TARGETS
+        )
+        and (weight is None or _is_plain_weight(weight, input))
+        and type(ignore_index) is int
+        and type(label_smoothing) is float
+        and 0.0 <= label_smoothing <= 1.0
+        and not torch._C._is_any_autocast_enabled()
+        and not may_be_transformed()
+    )
+    if not is_plain:
+        return None
+    try:
+        return eager_softmax_ce(
+            input, target, weight, None, known_options(reduction, ignore_index, label_smoothing), False
+        )
+    except RuntimeError:
+        problem = _problem(input, target, weight, ignore_index, label_smoothing)
+        if problem is None:  # a saved tensor's hook raised it, say
+            raise
+        return None
+
+
+def _is_plain_weight(weight: Tensor, input: Tensor) -> bool:
+    """Whether the op takes ``weight`` as it is, or refuses it for its shape, which then has a problem to be named."""
+    return (
+        type(weight) is Tensor
+        and weight.dtype is ops.accumulation_dtype(input.dtype)
+        and weight.is_contiguous()
+        and not weight.requires_grad
+        and not weight.is_meta
+    )
 
 
 def _value(number: Any) -> Any:
@@ -175,7 +208,7 @@ def _value(number: Any) -> Any:
     return number.item() if isinstance(number, Tensor) else number
 
 
-def _cross_entropy_problem(
+def _problem(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -223,39 +256,33 @@ def _cross_entropy_problem(
     return None
 
 
-def _looks_plain(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> bool:
-    """Whether nothing that the op does not find out itself can be wrong with a loss of class indices.
-
-    It is asked first, because a small loss takes less time than all the questions of :func:`have_kernels` and
-    :func:`_cross_entropy_problem`.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and (type(input) is Tensor or type(input) is Parameter)
-        and type(target) is Tensor
-        and target.dtype is torch.int64
-        and (
-            target.is_cpu
-            if input.is_cpu
-            else input.is_cuda and target.is_cuda and ops.has_cuda() and not CHECKS_TARGETS
-        )
-        and (weight is None or _is_plain_weight(weight, input))
-        and type(ignore_index) is int
-        and type(label_smoothing) is float
-        and 0.0 <= label_smoothing <= 1.0
-        and not torch._C._is_any_autocast_enabled()
-        and not may_be_transformed()
-    )
+def _promote(
+    input: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
+    """The tensors in dtypes that go together in the op, and the loss's dtype, or None for the logits'."""
+    dtype = None
+    if target.is_floating_point():
+        if target.dtype not in FLOATS:  # autocast: torch casts what it can
+            target = target.to(torch.float32)
+        dtype = promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
+        if torch.float64 == dtype != input.dtype:
+            input = input.to(dtype)
+        # 16-bit logits are read as they are beside float32 probabilities; other pairs need one dtype.
+        if target.dtype != input.dtype and not (target.dtype == torch.float32 and input.dtype in SIXTEEN_BITS):
+            target = target.to(promoted(input.dtype, target.dtype))
+            if target.dtype != input.dtype and input.dtype not in SIXTEEN_BITS:
+                input = input.to(target.dtype)
+    if input.dtype != torch.float64 and autocasts(input):
+        dtype = torch.float32
+    if weight is not None:
+        weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
+    return input, target, weight, dtype
 
 
-def _is_plain_weight(weight: Tensor, input: Tensor) -> bool:
-    """Whether the op takes ``weight`` as it is, or refuses it for its shape, which then has a problem to be named."""
-    return (
-        type(weight) is Tensor
-        and weight.dtype is ops.accumulation_dtype(input.dtype)
-        and weight.is_contiguous()
-        and not weight.requires_grad
-        and not weight.is_meta
-    )
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        value = int(target.flatten()[row])
+        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
