@@ -67,12 +67,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-        if target.is_floating_point():
-            divisor = torch.full((), target[:, 0].numel(), device=logits.device)
-        elif weight is None:
-            divisor = (target != IGNORE_INDEX).sum()
-        else:
-            divisor = weight[target].sum()
+        divisor = torchce.softmax_ce.mean_divisor(target, weight, IGNORE_INDEX, logits.shape[1], torch.float32)
         ctx.grad = logits.detach()
         loss = torchce.ops.softmax_ce_forward_backward_(
             divisor.reciprocal(), ctx.grad, target, weight, torch.float32, 2, IGNORE_INDEX, label_smoothing

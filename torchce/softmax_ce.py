@@ -95,6 +95,30 @@ def _over_classes(u: Tensor | None, weight: Tensor | None, log_p: Tensor, class_
     return (log_p if weight is None else times(weight, log_p)).sum(class_dim)
 
 
+def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype) -> Tensor:
+    """What a mean divides the sum of all losses by; it needs no logits, nor waits for a device.
+
+    For class indices that is the sum of their weights, to which ignored rows and bad indices add nothing; for
+    probabilities, the number of rows. :func:`torchce.ops.softmax_ce_forward_backward_` makes no mean by itself:
+    ``grad_output`` and the loss are to be divided by this.
+
+    Shape:
+        - target: class indices of any shape, or probabilities with ``classes`` in one of their dimensions
+        - weight: ``[classes]``
+        - output: a scalar of ``dtype``, the accumulation dtype
+    """
+    if target.is_floating_point():
+        return target.new_full((), target.numel() // classes, dtype=dtype)
+    index = target.to(torch.int64)
+    counted = (index >= 0) & (index < classes)
+    if ignore_index >= 0:  # no class otherwise
+        counted = counted & (index != ignore_index)
+    if weight is None:
+        return counted.sum().to(dtype)
+    weights = weight.to(dtype).index_select(0, torch.where(counted, index, 0).flatten())
+    return torch.where(counted.flatten(), weights, 0).sum()
+
+
 def gradients(
     grad_output: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
@@ -271,11 +295,7 @@ def _decomposition(
     if target.is_floating_point():
         u = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / w.numel()
         statistics.append((u.movedim(class_dim, -1) * w).sum(-1))
-        divisor = torch.ones_like(statistics[0]).sum()
-    else:
-        is_class = (target >= 0) & (target < w.numel()) & (target != ignore_index)
-        weights = w.index_select(0, torch.where(is_class, target, 0).to(torch.int64).flatten())
-        divisor = torch.where(is_class.flatten(), weights, 0).sum()
+    divisor = mean_divisor(target, weight, ignore_index, w.numel(), x.dtype)
     return loss, torch.stack([rows.flatten() for rows in statistics]), torch.stack([divisor, w.sum()])
 
 
