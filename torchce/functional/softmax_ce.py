@@ -118,9 +118,8 @@ def cross_entropy(
         return explain(problem, _torch_cross_entropy, *arguments)
     inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=True)
     input, target, weight, dtype = _promote(input, target, weight)
-    options = Options(
-        number, int(ignore_index), max(float(label_smoothing), 0.0)
-    )  # torch takes a negative one for none
+    label_smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
+    options = Options(number, int(ignore_index), label_smoothing)
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     return softmax_ce(input, target, weight, dtype, options, inplace_backward)
