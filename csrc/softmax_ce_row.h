@@ -28,15 +28,12 @@ template <class F>
 inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, F f) {
   with_float_type(rows.dtype, [&](auto logits) {
     using T = decltype(logits);
-    if (rows.target_dtype == rows.dtype) {
-      f(logits, Probabilities<T>{});
-    } else if (rows.target_dtype == DType::float32) {
-      if constexpr (sizeof(T) < sizeof(float)) f(logits, Probabilities<float>{});
-    } else if (rows.options.label_smoothing != 0) {
-      f(logits, SmoothedIndices{});
-    } else {
-      f(logits, Indices{});
+    if (rows.target_dtype == rows.dtype) return f(logits, Probabilities<T>{});
+    if constexpr (kSixteenBits<T>) {  // the host refuses float32 probabilities beside other logits
+      if (rows.target_dtype == DType::float32) return f(logits, Probabilities<float>{});
     }
+    if (rows.options.label_smoothing != 0) return f(logits, SmoothedIndices{});
+    f(logits, Indices{});
   });
 }
 

@@ -1,4 +1,4 @@
-"""The problems every backend is tested on: shapes, layouts, scales, dtypes. No test makes its own.
+"""The shapes, layouts, scales and dtypes that the tests of every backend share, and how their data is drawn.
 
 Data is drawn on the CPU from a fixed seed and then moved, so CPU and CUDA see the same numbers.
 """

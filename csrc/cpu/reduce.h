@@ -1,7 +1,8 @@
 // Chunks over cores, and sums over chunks, in an order that the number of threads has no part in.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "../host/tensor.h"

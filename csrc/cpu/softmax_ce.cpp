@@ -20,10 +20,10 @@ using softmax_ce::Rows;
 int64_t rows_per_chunk(const Rows& rows) {
   constexpr int64_t kLogits = 1 << 15;
   const bool adjacent_classes = rows.logits_strides.classes == 1;
-  const int64_t strip = adjacent_classes ? 64 : 256;
+  const int64_t together = adjacent_classes ? kernels().rows_along : kernels().rows_across;
   const int64_t fitting = kLogits / std::max<int64_t>(rows.classes, 1);
-  if (fitting >= strip) return fitting / strip * strip;
-  return adjacent_classes ? std::max<int64_t>(fitting, 1) : strip;
+  if (fitting >= together) return fitting / together * together;
+  return adjacent_classes ? std::max<int64_t>(fitting, 1) : together;
 }
 
 template <class A>

@@ -11,6 +11,7 @@
 namespace torchce::cpu::TORCHCE_LEVEL::along {
 
 constexpr int kGroup = 4;  // vectors of rows whose sums are folded together
+constexpr int64_t kGroupRows = kGroup * kLanes<float>;
 
 // The coefficients u_k of a row, read for the pair of vectors that begins at class k.
 template <class T, class Target>
