@@ -165,7 +165,8 @@ def softmax_ce_forward_backward_(
     """The loss of ``softmax_ce_forward``, while the logits become what ``softmax_ce_backward`` would give.
 
     For callers who need the logits no more, as a fused linear layer: they are read once and written once. The mean's
-    divisor is known only after the last row, so ``reduction`` is 0 or 2; for a mean divide ``grad_output``.
+    divisor is known only after the last row, so ``reduction`` is 0 or 2; for a mean divide ``grad_output`` and the loss
+    by :func:`torchce.softmax_ce.mean_divisor`.
 
     Args:
         grad_output: the gradient that the loss will get, of its shape

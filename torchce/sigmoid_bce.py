@@ -96,16 +96,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     if differentiates_backward(*tensors):
         grad_logits, grad_target = gradients(*saved)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    if torch.compiler.is_compiling():  # compiled autograd
-        grad_target = ops.sigmoid_bce_backward_target(*saved) if needs_target else None
-        return ops.sigmoid_bce_backward(*saved) if needs_logits else None, grad_target
+    # Compiled autograd is traced by Dynamo, which cannot step below autograd (ops.below_autograd).
+    compiling = torch.compiler.is_compiling()
     if needs_target:  # first: the logits it reads may be overwritten next
-        grad_target = ops.eager_sigmoid_bce_backward_target(*saved)
-    if not needs_logits:
-        pass
-    elif overwritten is None:
-        grad_logits = ops.eager_sigmoid_bce_backward(*saved)
-    else:
+        target_op = ops.sigmoid_bce_backward_target if compiling else ops.eager_sigmoid_bce_backward_target
+        grad_target = target_op(*saved)
+    if needs_logits and overwritten is None:
+        logits_op = ops.sigmoid_bce_backward if compiling else ops.eager_sigmoid_bce_backward
+        grad_logits = logits_op(*saved)
+    elif needs_logits:
         ops.sigmoid_bce_backward_(*inplace.apart(logits, saved))
         grad_logits = overwritten.mark(logits)
     return grad_logits, grad_target

@@ -110,13 +110,13 @@ def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int, class
     if target.is_floating_point():
         return target.new_full((), target.numel() // classes, dtype=dtype)
     index = target.to(torch.int64)
-    counted = (index >= 0) & (index < classes)
-    if ignore_index >= 0:  # no class otherwise
-        counted = counted & (index != ignore_index)
+    if ignore_index >= 0:  # it may be a class
+        index = torch.where(index == ignore_index, -1, index)
     if weight is None:
-        return counted.sum().to(dtype)
-    weights = weight.to(dtype).index_select(0, torch.where(counted, index, 0).flatten())
-    return torch.where(counted.flatten(), weights, 0).sum()
+        return (index.clamp(0, classes - 1) == index).sum().to(dtype)
+    beyond = weight.new_zeros(1, dtype=dtype)  # on either side of the classes: one pass less than to compare twice
+    weights = torch.cat([beyond, weight.to(dtype), beyond])
+    return weights.index_select(0, (index.clamp(-1, classes) + 1).flatten()).sum()
 
 
 def gradients(
@@ -188,16 +188,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         grad_logits, grad_target = gradients(grad_output, logits, target, weight, options)
         return grad_logits if needs_logits else None, grad_target if needs_target else None
     saved = (grad_output, logits, target, weight, statistics, totals, *options)
-    if torch.compiler.is_compiling():  # compiled autograd
-        grad_target = ops.softmax_ce_backward_target(*saved) if needs_target else None
-        return ops.softmax_ce_backward(*saved) if needs_logits else None, grad_target
+    # Compiled autograd is traced by Dynamo, which cannot step below autograd (ops.below_autograd).
+    compiling = torch.compiler.is_compiling()
     if needs_target:  # first: the logits it reads may be overwritten next
-        grad_target = ops.eager_softmax_ce_backward_target(*saved)
-    if not needs_logits:
-        pass
-    elif overwritten is None:
-        grad_logits = ops.eager_softmax_ce_backward(*saved)
-    else:
+        target_op = ops.softmax_ce_backward_target if compiling else ops.eager_softmax_ce_backward_target
+        grad_target = target_op(*saved)
+    if needs_logits and overwritten is None:
+        logits_op = ops.softmax_ce_backward if compiling else ops.eager_softmax_ce_backward
+        grad_logits = logits_op(*saved)
+    elif needs_logits:
         ops.softmax_ce_backward_(*inplace.apart(logits, saved))
         grad_logits = overwritten.mark(logits)
     return grad_logits, grad_target
