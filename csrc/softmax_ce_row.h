@@ -76,23 +76,11 @@ TORCHCE_HD void with_index_type(DType dtype, F f) {
   }
 }
 
-enum class RowKind { kept, ignored, bad };
-
 // The class index of one row.
-struct TargetClass {
-  RowKind kind = RowKind::kept;
-  int64_t index = 0;  // a class even where the row is not kept, so that reading its logit is safe
-
+struct TargetClass : ClassIndex<int64_t> {
   TORCHCE_HD TargetClass(const Rows& rows, RowPosition at) : TargetClass(rows, target_at(rows, at)) {}
-  TORCHCE_HD TargetClass(const Rows& rows, int64_t target) {
-    if (target == rows.options.ignore_index) {
-      kind = RowKind::ignored;
-    } else if (target < 0 || target >= rows.classes) {
-      kind = RowKind::bad;
-    } else {
-      index = target;
-    }
-  }
+  TORCHCE_HD TargetClass(const Rows& rows, int64_t target)
+      : ClassIndex(target, rows.options.ignore_index, rows.classes) {}
 
   TORCHCE_HD static int64_t target_at(const Rows& rows, RowPosition at) {
     int64_t target = 0;
@@ -107,23 +95,26 @@ struct TargetClass {
 TORCHCE_HD int64_t first_bad_row(const Rows& rows, int64_t begin, int64_t end) {
   RowPosition at(rows, begin);
   for (int64_t r = begin; r < end; ++r, at.advance(rows)) {
-    if (TargetClass(rows, at).kind == RowKind::bad) return r;
+    if (TargetClass(rows, at).bad) return r;
   }
   return -1;
 }
 
-// The class index of one row, and the coefficients that it gives the row.
+template <class A>
+TORCHCE_HD Smoothing<A> smoothing_of(const Rows& rows) {
+  return {A(rows.options.label_smoothing), A(rows.classes)};
+}
+
+// IndexedRow is the class index of one row, with its weight in the mean and its h.
 template <class A>
 struct IndexedRow : TargetClass {
-  A weight = 1;
-  A hot = 0;
-  A uniform = 0;
+  A weight = 1;  // 0 where the row is ignored or bad
+  A hot;         // NaN where the row is bad
 
-  TORCHCE_HD IndexedRow(const Rows& rows, int64_t target) : TargetClass(rows, target) {
+  TORCHCE_HD IndexedRow(const Rows& rows, int64_t target, const Smoothing<A>& smoothing) : TargetClass(rows, target) {
     if (rows.weight != nullptr) weight = static_cast<const A*>(rows.weight)[index];
-    const IndexTarget<A> coefficients(weight, A(rows.options.label_smoothing), A(rows.classes));
-    hot = coefficients.hot;
-    uniform = coefficients.uniform;
+    hot = bad ? A(__builtin_nan("")) : smoothing.hot(weight);
+    if (ignored || bad) weight = 0;
   }
 };
 

@@ -176,6 +176,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const Rows& rows = call.rows;
   const Statistics<A> statistics(rows, call.statistics);
   const A* weight = static_cast<const A*>(rows.weight);
+  const auto smoothing = smoothing_of<A>(rows);
   for_each_strip<A>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
     constexpr int W = wide.value;
     const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
@@ -190,8 +191,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
       for (int c = 0; c < classes; ++c) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
-          const V g = target_gradient(block.values[c][w], class_weight, max.lanes(w), log_sum.lanes(w),
-                                      A(rows.options.label_smoothing));
+          const V g = target_gradient(block.values[c][w], smoothing.hot(class_weight), max.lanes(w), log_sum.lanes(w));
           block.values[c][w] = g * grad_output.lanes(w);
         }
       }

@@ -19,13 +19,10 @@ struct RowCoefficients {
   using A = Accumulate<T>;
   const A* weight;
   const void* target;
-  A label_smoothing, classes;
+  Smoothing<A> smoothing;
 
   RowCoefficients(const Rows& rows, RowPosition at)
-      : weight(static_cast<const A*>(rows.weight)),
-        target(nullptr),
-        label_smoothing(A(rows.options.label_smoothing)),
-        classes(A(rows.classes)) {
+      : weight(static_cast<const A*>(rows.weight)), target(nullptr), smoothing(smoothing_of<A>(rows)) {
     if constexpr (Target::kProbabilities) {
       target = static_cast<const typename Target::Storage*>(rows.target) + at.offset(rows.target_strides);
     }
@@ -36,8 +33,8 @@ struct RowCoefficients {
     if (weight != nullptr) u = VectorPair<T>::load(weight + k);
     if constexpr (Target::kProbabilities) {
       const auto t = VectorPair<T>::load(static_cast<const typename Target::Storage*>(target) + k);
-      if (weight == nullptr && label_smoothing == 0) return t;
-      for (int i = 0; i < u.kVectors; ++i) u.v[i] = probability_coefficient(t.v[i], u.v[i], label_smoothing, classes);
+      if (weight == nullptr && smoothing.label_smoothing == 0) return t;
+      for (int i = 0; i < u.kVectors; ++i) u.v[i] = smoothing.coefficient(t.v[i], u.v[i]);
     }
     return u;
   }

@@ -53,11 +53,10 @@ struct IndexedRows {
   int64_t index[kRows];  // a class even where the row is not kept
   PerRow<A, W> weight;   // 0 for ignored rows and idle lanes, NaN for bad rows
   PerRow<A, W> kept;     // 0 for ignored rows and idle lanes, else 1
-  A label_smoothing, classes;
+  Smoothing<A> smoothing;
   bool any_bad, any_ignored;
 
-  TORCHCE_SIMD IndexedRows(const Rows& rows, int64_t row, int count)
-      : count(count), label_smoothing(A(rows.options.label_smoothing)), classes(A(rows.classes)) {
+  TORCHCE_SIMD IndexedRows(const Rows& rows, int64_t row, int count) : count(count), smoothing(smoothing_of<A>(rows)) {
     const int lanes = vectors_of<A>(count) * kLanes<A>;
     read_targets(rows, row, lanes);
     const A* weights = static_cast<const A*>(rows.weight);
@@ -66,16 +65,14 @@ struct IndexedRows {
     for (int l = 0; l < lanes; l += kStep) {
       Longs target;
       std::memcpy(&target, index + l, sizeof target);
-      const Longs ignored = target == rows.options.ignore_index;
-      const Longs bad = ((target < 0) | (target >= rows.classes)) & ~ignored;
-      all_ignored |= ignored;
-      all_bad |= bad;
-      const Doubles keeps = math::select(ignored, Doubles{}, Doubles{} + 1);
-      const Doubles weighs = math::select(bad, Doubles{} + __builtin_nan(""), keeps);
+      const ClassIndex<Longs> of_rows(target, rows.options.ignore_index, rows.classes);
+      all_ignored |= of_rows.ignored;
+      all_bad |= of_rows.bad;
+      const Doubles keeps = math::select(of_rows.ignored, Doubles{}, Doubles{} + 1);
+      const Doubles weighs = math::select(of_rows.bad, Doubles{} + __builtin_nan(""), keeps);
       store(kept.values + l, keeps);
       store(weight.values + l, weighs);
-      target = math::select(ignored | bad, Longs{}, target);
-      std::memcpy(index + l, &target, sizeof target);
+      std::memcpy(index + l, &of_rows.index, sizeof target);
     }
     const auto any = [](const Longs& lanes) {
       int64_t bits = 0;
@@ -88,9 +85,8 @@ struct IndexedRows {
     for (int l = count; l < lanes; ++l) weight[l] = kept[l] = 0;
   }
 
-  TORCHCE_SIMD IndexTarget<Lanes<A>, A> coefficients(int w) const {
-    return {weight.lanes(w), label_smoothing, classes};
-  }
+  // hot is h of the rows of vector w.
+  TORCHCE_SIMD Lanes<A> hot(int w) const { return smoothing.hot(weight.lanes(w)); }
 
  private:
   TORCHCE_SIMD void read_targets(const Rows& rows, int64_t row, int lanes) {
@@ -134,6 +130,16 @@ struct SumsPerRow {
       if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + weighted_gap(coefficients.lanes(w), from, to));
     }
   }
+
+  // terms gives the sums of vector w, relative to the largest logits, as the loss takes them.
+  TORCHCE_SIMD LossTerms<V> terms(int w) const {
+    LossTerms<V> of_rows{max.lanes(w), math::log(exponentials.lanes(w))};
+    if constexpr (Target::kSpread) {
+      of_rows.coefficients = coefficients.lanes(w);
+      of_rows.gaps = gaps.lanes(w);
+    }
+    return of_rows;
+  }
 };
 
 // Losses and statistics of the rows from their sums. `targets` and `hot_logits`, the logits of the target classes, are
@@ -148,17 +154,12 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   PerRow<A, W> loss;
   SumInDouble<A> loss_sum, weight_sum;
   for (int w = 0; w < vectors; ++w) {
-    const V log_sum = math::log(sums.exponentials.lanes(w));
+    const LossTerms<V> terms = sums.terms(w);
     V v{};
     if constexpr (Target::kProbabilities) {
-      v = spread_loss(broadcast<A>(1), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum, A(rows.classes));
+      v = probability_loss(terms, A(rows.classes));
     } else {
-      const auto target = targets->coefficients(w);
-      v = hot_loss(target.hot, hot_logits.lanes(w), sums.max.lanes(w), log_sum);
-      if constexpr (Target::kSpread) {
-        v += spread_loss(broadcast(target.uniform), sums.coefficients.lanes(w), sums.gaps.lanes(w), log_sum,
-                         targets->classes);
-      }
+      v = index_loss<Target::kSpread>(targets->hot(w), hot_logits.lanes(w), terms, targets->smoothing);
       v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
       weight_sum.add(targets->weight.lanes(w));
     }
@@ -210,7 +211,7 @@ constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
 template <class T>
 using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
 
-// The gradient of class k of a row: exp(x_k - max) scale - spread u_k, and for the target class less hot.
+// Factors holds the rows' GradientFactors and their largest logits.
 template <class A, int W>
 struct Factors {
   using V = Lanes<A>;
@@ -225,26 +226,26 @@ struct Factors {
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.spread + row, count);
       for (int w = 0; w < vectors; ++w) {
-        const V g = grad_output.lanes(w);
-        hot.set(w, V{});
-        spread.set(w, g);
-        scale.set(w, g * coefficients.lanes(w) / sum.lanes(w));
+        set(w, probability_factors(grad_output.lanes(w), coefficients.lanes(w), sum.lanes(w)));
       }
       return;
     }
-    // The class weights count only with smoothing: without it, 0 times an infinite weight would be NaN.
-    const A class_weights = targets->label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
+    const A class_weights = targets->smoothing.label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
-      const auto target = targets->coefficients(w);
-      const V g = grad_output.lanes(w), product = g * target.uniform;
-      const V of_all = math::select(product == product, product, V{});  // NaN where g is infinite and uniform is 0
-      hot.set(w, plain(target.hot * g));
-      spread.set(w, of_all);
-      scale.set(w, plain((target.hot * g + of_all * class_weights) / sum.lanes(w)));
+      auto of_rows =
+          index_factors<true>(grad_output.lanes(w), targets->hot(w), targets->smoothing, class_weights, sum.lanes(w));
+      of_rows.hot = plain(of_rows.hot);
+      of_rows.scale = plain(of_rows.scale);
+      set(w, of_rows);
     }
   }
 
  private:
+  TORCHCE_SIMD void set(int w, const GradientFactors<V>& of_rows) {
+    scale.set(w, of_rows.scale);
+    spread.set(w, of_rows.spread);
+    hot.set(w, of_rows.hot);
+  }
   TORCHCE_SIMD static V plain(V x) { return math::select(x == x, x, broadcast(A(__builtin_nan("")))); }
 };
 

@@ -138,15 +138,14 @@ struct StripCoefficients {
 template <class P, class A, int W>
 struct StripCoefficients<Probabilities<P>, A, W> {
   const A* weight;
-  A label_smoothing, classes;
+  Smoothing<A> smoothing;
   Strip<A, const P, W> target;
   Block<A, W> block;
   int64_t k = 0;
 
   explicit StripCoefficients(const Rows& rows, int64_t row, int count)
       : weight(static_cast<const A*>(rows.weight)),
-        label_smoothing(A(rows.options.label_smoothing)),
-        classes(A(rows.classes)),
+        smoothing(smoothing_of<A>(rows)),
         target(rows, static_cast<const P*>(rows.target), rows.target_strides, row, count) {}
   TORCHCE_SIMD void read(int64_t first, int count) {
     k = first;
@@ -154,7 +153,7 @@ struct StripCoefficients<Probabilities<P>, A, W> {
   }
   TORCHCE_SIMD Lanes<A> at(int c, int w) const {
     const Lanes<A> class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
-    return probability_coefficient(block.values[c][w], class_weight, label_smoothing, classes);
+    return smoothing.coefficient(block.values[c][w], class_weight);
   }
 };
 

@@ -55,19 +55,17 @@ template <class Target, class A>
 struct ClassCoefficients {
   static constexpr bool kUsed = Target::kSpread;
   const A* weight;
-  A label_smoothing, classes;
+  Smoothing<A> smoothing;
 
   __device__ __forceinline__ explicit ClassCoefficients(const Rows& rows)
-      : weight(static_cast<const A*>(rows.weight)),
-        label_smoothing(A(rows.options.label_smoothing)),
-        classes(A(rows.classes)) {}
+      : weight(static_cast<const A*>(rows.weight)), smoothing(smoothing_of<A>(rows)) {}
 
   __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
 
   // u_k of class k; `probability` is what the target says of it, where it holds probabilities.
   __device__ __forceinline__ A at(int64_t k, A probability) const {
     if constexpr (Target::kProbabilities) {
-      return probability_coefficient(probability, weight_of(k), label_smoothing, classes);
+      return smoothing.coefficient(probability, weight_of(k));
     } else {
       return weight_of(k);
     }
@@ -142,7 +140,7 @@ __device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
 // Whether a row needs no pass over its classes.
 template <class Target>
 __device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
-  return !Target::kProbabilities && target == rows.options.ignore_index;
+  return !Target::kProbabilities && TargetClass(rows, target).ignored;
 }
 
 // The target of the row that comes next among those that a thread goes through. It is asked for while the row before

@@ -77,27 +77,25 @@ struct RowGradient {
       scale = g;
       spread = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
-      probability = ScaledExp<A, kShort>(g * in.coefficients / in.sum);
-      spread = g;
+      set(probability_factors(g, in.coefficients, in.sum));
     } else {
-      const IndexedRow<A> row(rows, target_of(rows, in.target_bits));
-      ignored = row.kind == RowKind::ignored;
+      const auto smoothing = smoothing_of<A>(rows);
+      const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
+      ignored = row.ignored;
       index = row.index;
-      const A kept = row.kind == RowKind::bad ? A(__builtin_nan("")) : g;
-      hot = kept * row.hot;
-      A sum_of_coefficients = hot;
-      if constexpr (Target::kSpread) {
-        spread = kept * row.uniform;
-        sum_of_coefficients += spread * in.coefficients;
-      }
-      probability = ScaledExp<A, kShort>(sum_of_coefficients / in.sum);
+      set(index_factors<Target::kSpread>(g, row.hot, smoothing, in.coefficients, in.sum));
     }
+  }
+  __device__ __forceinline__ void set(const GradientFactors<A>& factors) {
+    probability = ScaledExp<A, kShort>(factors.scale);
+    spread = factors.spread;
+    hot = factors.hot;
   }
 
   // The gradient of class k without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
-      return scale * target_gradient(x, coefficients.weight_of(k), max, spread, coefficients.label_smoothing);
+      return scale * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, spread);
     } else {
       A g = probability(x - max);
       if constexpr (Target::kSpread) g -= spread * coefficients.at(k, target);

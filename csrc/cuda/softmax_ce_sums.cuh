@@ -254,20 +254,17 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
                                            int64_t target, T hot_logit, LossSums& total) {
   const Rows& rows = call.rows;
   const Statistics<A> statistics(rows, call.statistics);
-  const A sum = sums.whole_exponentials(), log_sum = math::log(sum);
+  const A sum = sums.whole_exponentials();
+  const LossTerms<A> terms{sums.max, math::log(sum), sums.coefficients, sums.gaps};
   A loss = 0;
   if constexpr (Target::kProbabilities) {
-    loss = spread_loss(A(1), sums.coefficients, sums.gaps, log_sum, A(rows.classes));
+    loss = probability_loss(terms, A(rows.classes));
     statistics.spread[r] = sums.coefficients;
   } else {
-    const IndexedRow<A> row(rows, target);
-    if (row.kind == RowKind::bad) {
-      loss = A(__builtin_nan(""));
-    } else if (row.kind == RowKind::kept) {
-      loss = hot_loss(row.hot, load_one<A>(&hot_logit), sums.max, log_sum);
-      if constexpr (Target::kSpread) {
-        loss += spread_loss(row.uniform, sums.coefficients, sums.gaps, log_sum, A(rows.classes));
-      }
+    const auto smoothing = smoothing_of<A>(rows);
+    const IndexedRow<A> row(rows, target, smoothing);
+    if (!row.ignored) {
+      loss = index_loss<Target::kSpread>(row.hot, load_one<A>(&hot_logit), terms, smoothing);
       total.weight += row.weight;
     }
   }
