@@ -136,7 +136,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
           if (!in_place) grad.template prefetch_next<1>(k + c, w);
           V& g = block.values[c][w];
           g = scaled_exp(g - max_lanes, scale);
-          if constexpr (Target::kSpread) g -= spread_lanes * coefficients.at(c, w);
+          if constexpr (Target::kSpread) g = class_gradient(g, spread_lanes, coefficients.at(c, w));
         }
       }
       finish(k, classes, block);

@@ -105,7 +105,7 @@ TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, cons
     for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
       const VectorPair<T> u = coefficients.at(k);
-      for (int i = 0; i < g.kVectors; ++i) g.v[i] -= spread * u.v[i];
+      for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread, u.v[i]);
     }
     return g;
   };
@@ -131,7 +131,7 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
     });
     for (int w = 0; w < vectors_of<A>(count); ++w) {
       const auto p = scaled_probability(hot_gradients.lanes(w), factors.max.lanes(w), factors.scale.lanes(w));
-      hot_gradients.set(w, p - factors.spread.lanes(w) * targets->weight.lanes(w) - factors.hot.lanes(w));
+      hot_gradients.set(w, class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w));
     }
   }
   for_each_row<T>(rows, row, count, [&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {

@@ -98,7 +98,7 @@ struct RowGradient {
       return scale * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, spread);
     } else {
       A g = probability(x - max);
-      if constexpr (Target::kSpread) g -= spread * coefficients.at(k, target);
+      if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target));
       return g;
     }
   }

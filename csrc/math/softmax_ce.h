@@ -146,6 +146,12 @@ TORCHCE_HD V scaled_probability(V x, V max, V scale) {
   return math::exp_of_negative(x - max) * scale;
 }
 
+// class_gradient is the gradient of a class, given scaled_probability; at the target class `hot` is subtracted from it.
+template <class V, class Spread>
+TORCHCE_HD V class_gradient(V scaled_probability, Spread spread, V coefficient) {
+  return scaled_probability - spread * coefficient;
+}
+
 // d loss / d t_j = (1 - eps) w_j (lse - x_j), from hot = (1 - eps) w_j
 template <class V>
 TORCHCE_HD V target_gradient(V x, V hot, V max, V log_sum) {
