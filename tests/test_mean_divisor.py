@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchce import functional, ops
-from torchce.softmax_ce import mean_divisor
+from torchce.softmax_ce import Options, mean_divisor
 
 MEAN, SUM = 1, 2
 SHAPES = [(11,), (13, 11), (1037, 3), (3, 7, 5, 2), (0, 5), (2, 5, 0, 3)]
@@ -135,15 +135,7 @@ def test_it_makes_a_mean_of_the_sum_that_writes_its_gradient(device: str, kind: 
     gradient = logits.detach().clone()
     weight = options.get("weight")
     divisor = mean_divisor(target, weight, -100, 7, torch.float64)
-    total = ops.softmax_ce_forward_backward_(
-        grad_output=divisor.reciprocal(),
-        logits=gradient,
-        target=target,
-        weight=weight,
-        reduction=SUM,
-        ignore_index=-100,
-        label_smoothing=options.get("label_smoothing", 0.0),
-        dtype=None,
-    )
+    of_sum = Options(SUM, label_smoothing=options.get("label_smoothing", 0.0))
+    total = ops.softmax_ce_forward_backward_(divisor.reciprocal(), gradient, target, weight, None, *of_sum)
     torch.testing.assert_close(total / divisor, mean.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-15)
