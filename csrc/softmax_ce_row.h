@@ -3,24 +3,31 @@
 #pragma once
 
 #include "math/softmax_ce.h"
+#include "softmax_ce_logit.h"
 #include "storage.h"
 
 namespace torchce::softmax_ce {
 
-// What the rows' targets can be.
+// What the rows' targets can be. Logit is the kind of logit that goes with them (softmax_ce_logit.h).
 struct Indices {
   static constexpr bool kProbabilities = false;
   static constexpr bool kSpread = false;  // the loss has terms for every class, not only for the target
+  template <class A>
+  using Logit = PlainLogit;
 };
 struct SmoothedIndices {
   static constexpr bool kProbabilities = false;
   static constexpr bool kSpread = true;
+  template <class A>
+  using Logit = PlainLogit;
 };
 template <class P>
 struct Probabilities {
   static constexpr bool kProbabilities = true;
   static constexpr bool kSpread = true;
   using Storage = P;
+  template <class A>
+  using Logit = PlainLogit;
 };
 
 // Calls f with the logits' storage type and the kind of target.

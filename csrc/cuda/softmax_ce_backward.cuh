@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_across(const 
   constexpr int kClasses = kUnroll<Target, A>;  // in flight
   const Rows& rows = call.rows;
   const int64_t packs = quotient(rows.outer * rows.inner, V);
+  const LogitOf<Target, T> logit(rows);
   const ClassCoefficients<Target, A> coefficients(rows);
 
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < packs * parts;
@@ -83,12 +84,14 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_across(const 
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         if (first + i < count) {
+          const auto value = [&](int v) { return logit.value(get<A>(logits[i], v)); };
           A gradient[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
-            gradient[v] = row[v].at(begin + first + i, get<A>(logits[i], v), of_target, coefficients);
+            gradient[v] = row[v].at(begin + first + i, value(v), of_target, coefficients);
             if (!Target::kProbabilities && hot[v] == first + i) gradient[v] -= row[v].hot;
+            gradient[v] = of_logit<of>(logit, value(v), gradient[v]);
           }
           store_pack(grad + (first + i) * call.grad_strides.classes, masked(rounded<G>(gradient), kept), true);
         }

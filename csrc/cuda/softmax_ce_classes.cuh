@@ -77,9 +77,10 @@ template <class Target, class T>
 struct ProbabilityType {
   using type = T;
 };
-template <class P, class T>
-struct ProbabilityType<Probabilities<P>, T> {
-  using type = P;
+template <class Target, class T>
+  requires Target::kProbabilities
+struct ProbabilityType<Target, T> {
+  using type = typename Target::Storage;
 };
 
 template <class T>

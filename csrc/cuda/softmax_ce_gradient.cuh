@@ -11,9 +11,10 @@ template <class Target, class T, GradientOf of>
 struct GradientType {
   using type = T;
 };
-template <class P, class T>
-struct GradientType<Probabilities<P>, T, GradientOf::target> {
-  using type = P;
+template <class Target, class T>
+  requires Target::kProbabilities
+struct GradientType<Target, T, GradientOf::target> {
+  using type = typename Target::Storage;
 };
 
 // What the upstream gradient, the forward's statistics and the target say of a row: all that is read of it beside its
@@ -51,6 +52,16 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
     inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
                  coefficients_of_all};
     if constexpr (Target::kProbabilities && of == GradientOf::logits) inputs[v].coefficients = statistics.spread[r + v];
+  }
+}
+
+// A logit's gradient from that of its value: asked for last, when the target class's part is in it.
+template <GradientOf of, class Logit, class A>
+__device__ __forceinline__ A of_logit(const Logit& logit, A value, A gradient) {
+  if constexpr (of == GradientOf::logits) {
+    return logit.slope(value) * gradient;
+  } else {
+    return gradient;
   }
 }
 
@@ -92,7 +103,7 @@ struct RowGradient {
     hot = factors.hot;
   }
 
-  // The gradient of class k without the part that only the target class has.
+  // The gradient of class k, whose logit has value x, without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
       return scale * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, spread);
@@ -135,6 +146,7 @@ __device__ __forceinline__ void write_gradient(const Backward& call, RowPosition
   } else {
     grad = static_cast<G*>(call.grad) + at.offset(call.grad_strides);
   }
+  const LogitOf<Target, T> logit(rows);
   const ClassCoefficients<Target, A> coefficients(rows);
   const PackedClasses<V> classes(x, begin, end);
   const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
@@ -158,8 +170,10 @@ __device__ __forceinline__ void write_gradient(const Backward& call, RowPosition
   const auto write_one = [&](int64_t k) {
     A gradient[1] = {0};
     if (!row.ignored) {
-      gradient[0] = row.at(k, load_one<A>(x + k), Target::kProbabilities ? load_one<A>(t + k) : A(0), coefficients);
+      const A value = logit.value(load_one<A>(x + k));
+      gradient[0] = row.at(k, value, Target::kProbabilities ? load_one<A>(t + k) : A(0), coefficients);
       row.subtract_hot(gradient, k);
+      gradient[0] = of_logit<of>(logit, value, gradient[0]);
     }
     store_one(grad + k, gradient[0]);
   };
@@ -170,12 +184,16 @@ __device__ __forceinline__ void write_gradient(const Backward& call, RowPosition
       if (p >= classes.packs) break;
       A gradient[V] = {};
       if (!row.ignored) {
+        A values[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const A of_target = Target::kProbabilities ? get<A>(target[i], v) : A(0);
-          gradient[v] = row.at(k + v, get<A>(logits[i], v), of_target, coefficients);
+          values[v] = logit.value(get<A>(logits[i], v));
+          gradient[v] = row.at(k + v, values[v], of_target, coefficients);
         }
         row.subtract_hot(gradient, k);
+#pragma unroll
+        for (int v = 0; v < V; ++v) gradient[v] = of_logit<of>(logit, values[v], gradient[v]);
       }
       store_pack(grad + k, rounded<G>(gradient), grad_aligned);
     }

@@ -8,8 +8,8 @@
 
 namespace torchce::cuda::softmax_ce {
 
-template <int n, class A, class Logit>
-__device__ __forceinline__ A largest(A max, Logit x) {
+template <int n, class A, class X>
+__device__ __forceinline__ A largest(A max, X x) {
 #pragma unroll
   for (int i = 0; i < n; ++i) max = math::larger(max, x(i));
   return max;
@@ -41,9 +41,9 @@ struct ClassSums {
     max = larger;
   }
 
-  // Adds n classes, none of them far above max: x(i) are the logits, u(i) the coefficients.
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add_terms(Logit x, Coefficient u) {
+  // Adds n classes, none of them far above max: x(i) are their values, u(i) the coefficients.
+  template <int n, class Value, class Coefficient>
+  __device__ __forceinline__ void add_terms(Value x, Coefficient u) {
     const A from = base(max);
     A sum = 0;
 #pragma unroll
@@ -107,11 +107,17 @@ struct RunningSums {
   ClassSums<A, kSpread> sums = ClassSums<A, kSpread>::identity();
   A max = ClassSums<A, kSpread>::minus_infinity();
 
-  template <int n, class Logit, class Coefficient>
-  __device__ __forceinline__ void add(Logit x, Coefficient u) {
-    max = largest<n>(max, x);
+  // Adds n classes: x(i) are the logits, u(i) the coefficients. Where a class is not there, x(i) is minus infinity.
+  template <int n, class Logit, class X, class IsThere, class Coefficient>
+  __device__ __forceinline__ void add(const Logit& logit, X x, IsThere is_there, Coefficient u) {
+    if constexpr (Logit::kIsPlain) {
+      max = largest<n>(max, x);
+    } else {
+      max = math::larger(max, logit.value(largest<n>(sums.minus_infinity(), x)));
+    }
     if (max > sums.max + A(kFar)) sums = rebased();
-    sums.template add_terms<n>(x, u);
+    sums.template add_terms<n>(
+        [&](int i) { return Logit::kIsPlain || is_there(i) ? logit.value(x(i)) : sums.minus_infinity(); }, u);
   }
 
   // The sums made relative to the largest logit so far, by one exact factor.
@@ -144,14 +150,16 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
   constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
+  const LogitOf<Target, T> logit(rows);
   const ClassCoefficients<Target, A> coefficients(rows);
   const PackedClasses<V> classes(x, begin, end);
   const bool target_aligned = Target::kProbabilities && is_aligned<V>(t + classes.body);
 
   RunningSums<A, Target::kSpread> of_row;
   const auto add_one = [&](int64_t k) {
-    of_row.template add<1>([&](int) { return load_one<A>(x + k); },
-                           [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
+    of_row.template add<1>(
+        logit, [&](int) { return load_one<A>(x + k); }, [](int) { return true; },
+        [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
   };
   const auto add_batch = [&](auto whole, int64_t first, int number) {
     const auto is_there = [&](int i) { return decltype(whole)::value || first + int64_t(i) * threads < classes.packs; };
@@ -169,7 +177,7 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
       }
     }
     of_row.template add<kBatch * V>(
-        [&](int i) { return get<A>(logits[i / V], i % V); },
+        logit, [&](int i) { return get<A>(logits[i / V], i % V); }, [&](int i) { return is_there(i / V); },
         [&](int i) {
           if (!is_there(i / V)) return A(0);
           return coefficients.at(class_of(i / V) + i % V, Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0));
@@ -210,6 +218,7 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
   const RowPosition at(rows, r);
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
+  const LogitOf<Target, T> logit(rows);
   const ClassCoefficients<Target, A> coefficients(rows);
   RunningSums<A, Target::kSpread> of_rows[V];
 
@@ -232,12 +241,12 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      of_rows[v].template add<kBatch>([&](int i) { return get<A>(logits[i], v); },
-                                      [&](int i) {
-                                        if (!is_there(i)) return A(0);
-                                        return coefficients.at(class_of(i),
-                                                               Target::kProbabilities ? get<A>(target[i], v) : A(0));
-                                      });
+      of_rows[v].template add<kBatch>(
+          logit, [&](int i) { return get<A>(logits[i], v); }, is_there,
+          [&](int i) {
+            if (!is_there(i)) return A(0);
+            return coefficients.at(class_of(i), Target::kProbabilities ? get<A>(target[i], v) : A(0));
+          });
     }
   };
   int64_t k = share;
@@ -264,7 +273,8 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
     const auto smoothing = smoothing_of<A>(rows);
     const IndexedRow<A> row(rows, target, smoothing);
     if (!row.ignored) {
-      loss = index_loss<Target::kSpread>(row.hot, load_one<A>(&hot_logit), terms, smoothing);
+      loss = index_loss<Target::kSpread>(row.hot, LogitOf<Target, T>(rows).value(load_one<A>(&hot_logit)), terms,
+                                         smoothing);
       total.weight += row.weight;
     }
   }

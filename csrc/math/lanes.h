@@ -26,6 +26,13 @@ TORCHCE_HD V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
+// One is a factor of one that no instruction multiplies with.
+struct One {};
+template <class V>
+TORCHCE_HD V operator*(One, V v) {
+  return v;
+}
+
 // abs is |x|.
 // Valid: all x. On the CPU -0 stays -0 and a NaN keeps its sign.
 // Error: none.

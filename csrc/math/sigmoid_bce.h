@@ -20,12 +20,7 @@
 
 namespace torchce::sigmoid_bce {
 
-// A weight that is absent.
-struct One {};
-template <class V>
-TORCHCE_HD V operator*(One, V v) {
-  return v;
-}
+using math::One;  // a weight that is absent
 
 // a |x|
 template <class V, class PosWeight>
