@@ -23,7 +23,7 @@ class StripSums {
   V reference[W], largest[W];
   CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
 
-  TORCHCE_SIMD void add(const Strip<A, const T, W>& logits, int64_t k, int count, const Block<A, W>& x,
+  TORCHCE_SIMD void add(const StripLogits<T, Target, W>& logits, int64_t k, int count, const Block<A, W>& x,
                         const StripCoefficients<Target, A, W>& u) {
     for (int w = 0; w < W; ++w) {
       V max = largest[w];
@@ -58,7 +58,7 @@ class StripSums {
  public:
   // Adds up all classes, and calls look(first class, classes, block) for every block of logits.
   template <class Look>
-  TORCHCE_SIMD StripSums(const Strip<A, const T, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
+  TORCHCE_SIMD StripSums(const StripLogits<T, Target, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
                          Look look) {
     for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) {
@@ -87,7 +87,7 @@ template <class T, class Target, int W>
 TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Partial* partial) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
-  const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
+  const StripLogits<T, Target, W> logits(rows, row, count);
   StripCoefficients<Target, A, W> coefficients(rows, row, count);
   SumsPerRow<Target, A, W> sums;
   PerRow<A, W> hot_logits{};
@@ -117,14 +117,16 @@ template <class T, class Target, int W>
 TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   using A = Accumulate<T>;
   using V = Lanes<A>;
+  using Slopes = BlockSlopes<LogitOf<Target, T>, A, W>;
   const Rows& rows = call.rows;
-  const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
+  const StripLogits<T, Target, W> logits(rows, row, count);
   const Strip<A, T, W> grad(rows, static_cast<T*>(call.grad), call.grad_strides, row, count);
   StripCoefficients<Target, A, W> coefficients(rows, row, count);
   const bool in_place = call.grad == rows.logits;
   const auto write_classes = [&](const Factors<A, W>& factors, auto finish) {
     for_each_block(rows.classes, [&](int64_t k, int classes) {
       Block<A, W> block;
+      Slopes slopes;
       logits.read(k, classes, block);
       if constexpr (Target::kSpread) coefficients.read(k, classes);
       const GradientExp<T> scaled_exp;
@@ -135,22 +137,26 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
           logits.template prefetch_next<0>(k + c, w);
           if (!in_place) grad.template prefetch_next<1>(k + c, w);
           V& g = block.values[c][w];
+          slopes.take(logits.logit, c, w, g);
           g = scaled_exp(g - max_lanes, scale);
           if constexpr (Target::kSpread) g = class_gradient(g, spread_lanes, coefficients.at(c, w));
         }
       }
-      finish(k, classes, block);
+      finish(k, classes, block, slopes);
       grad.template write<kNans<Target>>(k, classes, block);
     });
   };
 
   if constexpr (Target::kProbabilities) {
-    write_classes(Factors<A, W>(call, row, count, nullptr), [](int64_t, int, Block<A, W>&) {});
+    write_classes(
+        Factors<A, W>(call, row, count, nullptr),
+        [](int64_t, int classes, Block<A, W>& block, const Slopes& slopes) { slopes.multiply(classes, block); });
   } else {
     const IndexedRows<A, W> targets(rows, row, count);
     const Factors<A, W> factors(call, row, count, &targets);
-    write_classes(factors, [&](int64_t k, int classes, Block<A, W>& block) {
+    write_classes(factors, [&](int64_t k, int classes, Block<A, W>& block, const Slopes& slopes) {
       for_each_hot(targets, k, classes, block, [&](int l, A& g) { g -= factors.hot[l]; });
+      slopes.multiply(classes, block);
       if (!targets.any_ignored) return;
       for (int c = 0; c < classes; ++c) {
         for (int w = 0; w < W; ++w) {
@@ -179,7 +185,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const auto smoothing = smoothing_of<A>(rows);
   for_each_strip<A>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
     constexpr int W = wide.value;
-    const Strip<A, const T, W> logits(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count);
+    const StripLogits<T, Target, W> logits(rows, row, count);
     const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
     const auto max = PerRow<A, W>::of(statistics.max + row, count);
     const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);

@@ -20,16 +20,24 @@ TORCHCE_SIMD void for_each_group(int64_t row_begin, int64_t row_end, F body) {
 }
 
 // Calls body(row of the group, its position, its logits).
-template <class T, class F>
+template <class T, class Target, class F>
 TORCHCE_SIMD void for_each_row(const Rows& rows, int64_t row, int count, F body) {
   RowPosition at(rows, row);
   for (int l = 0; l < count; ++l, at.advance(rows)) {
-    body(l, at, static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides));
+    body(l, at, RowLogits<T, Target>(rows, at));
   }
 }
 
 template <class T>
 using IndexTargets = IndexedRows<Accumulate<T>, kGroup>;
+
+// The values of the rows' target classes, from their logits.
+template <class T, class Target>
+TORCHCE_SIMD void to_values(const Rows& rows, int count, PerRow<Accumulate<T>, kGroup>& logits) {
+  const LogitOf<Target, T> logit(rows);
+  if constexpr (logit.kIsPlain) return;
+  for (int w = 0; w < vectors_of<Accumulate<T>>(count); ++w) logits.set(w, logit.value(logits.lanes(w)));
+}
 
 // Losses and statistics of a group. `targets` is null where they are probabilities.
 template <class T, class Target>
@@ -42,11 +50,11 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
   LaneSums<Target, A> lane_sums;
   SumsPerRow<Target, A, kGroup> sums;
   PerRow<A, kGroup> hot_logits{};
-  const auto look_up_target = [&](int l, const T* x) TORCHCE_HD_LAMBDA {
-    if (targets != nullptr) hot_logits[l] = load_one<A>(x + targets->index[l]);
+  const auto look_up_target = [&](int l, const RowLogits<T, Target>& x) TORCHCE_HD_LAMBDA {
+    if (targets != nullptr) hot_logits[l] = load_one<A>(x.x + targets->index[l]);
   };
   const auto for_each_kept_row = [&](auto body) TORCHCE_HD_LAMBDA {
-    for_each_row<T>(rows, row, count, [&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
+    for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       if (targets == nullptr || targets->kept[l] != 0) {
         body(l, at, x);
       } else {
@@ -56,26 +64,27 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
   };
   for (int l = count; l < vectors * kLanes<A>; ++l) lane_sums.leave_out(l);
   if (classes <= kShortRow<T>) {
-    for_each_kept_row([&](int l, RowPosition, const T* x) TORCHCE_HD_LAMBDA {
+    for_each_kept_row([&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
       lane_sums.max[l] = largest_of_short_row(x, classes);
     });
     lane_sums.fold_max(sums.max, vectors);
     sums.reference = sums.max;
-    for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
+    for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       const RowCoefficients<T, Target> coefficients(rows, at);
       const auto of_row = sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l]));
       lane_sums.set(l, of_row.exponentials, of_row.coefficients, of_row.gaps);
     });
   } else {
     sums.reference = {};
-    for_each_kept_row([&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
+    for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
-      RowSums<T, Target>(x, classes, RowCoefficients<T, Target>(rows, at)).write(l, lane_sums, sums.reference);
+      RowSums<T, Target>(x, classes, RowCoefficients<T, Target>(rows, at)).write(x, l, lane_sums, sums.reference);
     });
     lane_sums.fold_max(sums.max, vectors);
   }
   lane_sums.fold_sums(sums, vectors);
+  to_values<T, Target>(rows, count, hot_logits);
   write_losses<Target, A, kGroup>(call, row, count, sums, targets, hot_logits, partial);
 }
 
@@ -93,20 +102,22 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   });
 }
 
-// grad_k = exp(x_k - max) scale - spread u_k, for every class.
+// grad_k = (exp(x_k - max) scale - spread u_k) slope, for every class.
 template <class T, class Target, class A>
-TORCHCE_SIMD void row_gradient(const T* x, T* grad, int64_t classes, A max, const GradientExp<T>& scaled_exp,
-                               const typename GradientExp<T>::Scale& scale, A spread,
+TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t classes, A max,
+                               const GradientExp<T>& scaled_exp, const typename GradientExp<T>::Scale& scale, A spread,
                                const RowCoefficients<T, Target>& coefficients) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const auto max_lanes = broadcast(max);
   const auto gradient = [&](int64_t k) {
-    VectorPair<T> g = VectorPair<T>::load(x + k);
+    const VectorPair<T> values = x.at(k);
+    VectorPair<T> g = values;
     for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
       const VectorPair<T> u = coefficients.at(k);
       for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread, u.v[i]);
     }
+    for (int i = 0; i < g.kVectors; ++i) g.v[i] = x.logit.slope(values.v[i]) * g.v[i];
     return g;
   };
   const bool remainder = classes % P != 0;
@@ -126,15 +137,18 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
   for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = typename GradientExp<T>::Scale(factors.scale.lanes(w));
   PerRow<A, kGroup> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
-    for_each_row<T>(rows, row, count, [&](int l, RowPosition, const T* x) TORCHCE_HD_LAMBDA {
-      hot_gradients[l] = load_one<A>(x + targets->index[l]);
+    for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
+      hot_gradients[l] = load_one<A>(x.x + targets->index[l]);
     });
+    const LogitOf<Target, T> logit(rows);
     for (int w = 0; w < vectors_of<A>(count); ++w) {
-      const auto p = scaled_probability(hot_gradients.lanes(w), factors.max.lanes(w), factors.scale.lanes(w));
-      hot_gradients.set(w, class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w));
+      const auto x = logit.value(hot_gradients.lanes(w));
+      const auto p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w));
+      const auto g = class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w);
+      hot_gradients.set(w, logit.slope(x) * g);
     }
   }
-  for_each_row<T>(rows, row, count, [&](int l, RowPosition at, const T* x) TORCHCE_HD_LAMBDA {
+  for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
     T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
     if (targets != nullptr && targets->kept[l] == 0) {
       std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);

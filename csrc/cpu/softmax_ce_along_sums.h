@@ -40,6 +40,25 @@ struct RowCoefficients {
   }
 };
 
+// The logits of a row, read for the pair of vectors that begins at class k.
+template <class T, class Target>
+struct RowLogits {
+  using A = Accumulate<T>;
+  const T* x;  // as they lie in memory
+  [[no_unique_address]] LogitOf<Target, T> logit;
+
+  RowLogits(const Rows& rows, RowPosition at)
+      : x(static_cast<const T*>(rows.logits) + at.offset(rows.logits_strides)), logit(rows) {}
+
+  TORCHCE_SIMD VectorPair<T> at(int64_t k) const {
+    VectorPair<T> values = VectorPair<T>::load(x + k);
+    for (auto& v : values.v) v = logit.value(v);
+    return values;
+  }
+  // The largest values, lane by lane, of what was added to `largest` as it lies in memory.
+  TORCHCE_SIMD Lanes<A> largest_values(const Largest<T>& largest) const { return logit.value(largest.lanes()); }
+};
+
 // What some pairs of a row add up to, lane by lane.
 template <class T, class Target>
 struct PairSums {
@@ -49,9 +68,9 @@ struct PairSums {
 
   // Adds the classes of a pair from k on, without those before `begin` where one is given.
   template <bool kFromBegin = false>
-  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const T* x, const RowCoefficients<T, Target>& u, int64_t k,
-                        V from, int64_t begin = 0) {
-    VectorPair<T> pair = VectorPair<T>::load(x + k);
+  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x,
+                        const RowCoefficients<T, Target>& u, int64_t k, V from, int64_t begin = 0) {
+    VectorPair<T> pair = x.at(k);
     if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<A>);
     for (const V& v : pair.v) exponentials += exp(v - from);
     if constexpr (Target::kSpread) {
@@ -124,7 +143,8 @@ class RowSums {
   // Adds a block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one whose classes
   // before `begin` were in the pair before (kRemainder).
   template <int kCount>
-  TORCHCE_SIMD void add(const T* x, const RowCoefficients<T, Target>& u, int64_t k, int count, int64_t begin = 0) {
+  TORCHCE_SIMD void add(const RowLogits<T, Target>& x, const RowCoefficients<T, Target>& u, int64_t k, int count,
+                        int64_t begin = 0) {
     constexpr int64_t P = VectorPair<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
     Largest<T> largest_here = largest;
@@ -134,12 +154,12 @@ class RowSums {
       sums = {};
 #pragma GCC unroll 2
       for (int i = 0; i < count; ++i) {
-        largest_here.add(x + k + i * P);
+        largest_here.add(x.x + k + i * P);
         sums.template add<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
       }
     };
     sum_up();
-    const A max = max_of<A>(largest_here.lanes());
+    const A max = max_of<A>(x.largest_values(largest_here));
     if (max > reference + kHeadroom) {
       raise_to(max);
       sum_up();
@@ -159,9 +179,11 @@ class RowSums {
   }
 
  public:
-  TORCHCE_SIMD RowSums(const T* x, int64_t classes, const RowCoefficients<T, Target>& u) : largest(x) {
+  TORCHCE_SIMD RowSums(const RowLogits<T, Target>& x, int64_t classes, const RowCoefficients<T, Target>& u)
+      : largest(x.x) {
     constexpr int64_t P = VectorPair<T>::kSize;
-    reference = larger(kLowest<A>, max_of<A>(largest.lanes()));  // the first pair may be of -inf, the next one not
+    // The first pair may be of -inf, and the next one not.
+    reference = larger(kLowest<A>, max_of<A>(x.largest_values(largest)));
     int64_t k = 0;
     for (; k + kPairs * P <= classes; k += kPairs * P) add<kPairs>(x, u, k, kPairs);
     const int left = int((classes - k) / P);
@@ -170,9 +192,10 @@ class RowSums {
     if (k < classes) add<kRemainder>(x, u, classes - P, 1, k);
   }
 
-  TORCHCE_SIMD void write(int l, LaneSums<Target, A>& lane_sums, PerRow<A, kGroup>& references) const {
+  TORCHCE_SIMD void write(const RowLogits<T, Target>& x, int l, LaneSums<Target, A>& lane_sums,
+                          PerRow<A, kGroup>& references) const {
     references[l] = reference;
-    lane_sums.max[l] = largest.lanes();
+    lane_sums.max[l] = x.largest_values(largest);
     lane_sums.set(l, exponentials.sum, coefficients.sum, gaps.sum);
   }
 };
@@ -183,18 +206,18 @@ class RowSums {
 template <class T>
 constexpr int64_t kShortRow = 8 * VectorPair<T>::kSize;
 
-template <class T>
-TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const T* x, int64_t classes) {
+template <class T, class Target>
+TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const RowLogits<T, Target>& x, int64_t classes) {
   constexpr int64_t P = VectorPair<T>::kSize;
-  Largest<T> largest(x);
-  for (int64_t k = P; k + P <= classes; k += P) largest.add(x + k);
-  if (classes % P != 0) largest.add(x + classes - P);
-  return largest.lanes();
+  Largest<T> largest(x.x);
+  for (int64_t k = P; k + P <= classes; k += P) largest.add(x.x + k);
+  if (classes % P != 0) largest.add(x.x + classes - P);
+  return x.largest_values(largest);
 }
 
 template <class T, class Target>
-TORCHCE_SIMD PairSums<T, Target> sums_of_short_row(const T* x, int64_t classes, const RowCoefficients<T, Target>& u,
-                                                   Lanes<Accumulate<T>> from) {
+TORCHCE_SIMD PairSums<T, Target> sums_of_short_row(const RowLogits<T, Target>& x, int64_t classes,
+                                                   const RowCoefficients<T, Target>& u, Lanes<Accumulate<T>> from) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const math::ExpInSum<Lanes<Accumulate<T>>> exp;
   PairSums<T, Target> sums;

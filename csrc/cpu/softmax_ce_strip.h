@@ -124,6 +124,40 @@ struct Strip {
   }
 };
 
+// The strip's logits; a block of them holds their values.
+template <class T, class Target, int W>
+struct StripLogits : Strip<Accumulate<T>, const T, W> {
+  using A = Accumulate<T>;
+  [[no_unique_address]] LogitOf<Target, T> logit;
+
+  StripLogits(const Rows& rows, int64_t row, int count)
+      : Strip<A, const T, W>(rows, static_cast<const T*>(rows.logits), rows.logits_strides, row, count), logit(rows) {}
+
+  TORCHCE_SIMD void read(int64_t k, int classes, Block<A, W>& block) const {
+    Strip<A, const T, W>::read(k, classes, block);
+    if constexpr (LogitOf<Target, T>::kIsPlain) return;
+    for (int c = 0; c < classes; ++c) {
+      for (int w = 0; w < W; ++w) block.values[c][w] = logit.value(block.values[c][w]);
+    }
+  }
+};
+
+// The logits' own derivatives in a block, which multiply its gradient last, when the target class's part is in it.
+template <class Logit, class A, int W>
+struct BlockSlopes {
+  Block<A, W> slopes;
+
+  TORCHCE_SIMD void take(const Logit& logit, int c, int w, Lanes<A> value) {
+    if constexpr (!Logit::kIsPlain) slopes.values[c][w] = logit.slope(value);
+  }
+  TORCHCE_SIMD void multiply(int classes, Block<A, W>& gradient) const {
+    if constexpr (Logit::kIsPlain) return;
+    for (int c = 0; c < classes; ++c) {
+      for (int w = 0; w < W; ++w) gradient.values[c][w] *= slopes.values[c][w];
+    }
+  }
+};
+
 // The strip's targets, seen as the coefficients u_k of its rows.
 template <class Target, class A, int W>
 struct StripCoefficients {
@@ -135,8 +169,10 @@ struct StripCoefficients {
   TORCHCE_SIMD Lanes<A> at(int c, int) const { return broadcast(weight == nullptr ? A(1) : weight[k + c]); }
 };
 
-template <class P, class A, int W>
-struct StripCoefficients<Probabilities<P>, A, W> {
+template <class Target, class A, int W>
+  requires Target::kProbabilities
+struct StripCoefficients<Target, A, W> {
+  using P = typename Target::Storage;
   const A* weight;
   Smoothing<A> smoothing;
   Strip<A, const P, W> target;
