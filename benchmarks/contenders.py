@@ -62,7 +62,7 @@ def _torchce_in_place(problem: Problem) -> Loss:
     return lambda *arguments, **keywords: loss(*arguments, **keywords, inplace_backward=True)
 
 
-class _OnePass(torch.autograd.Function):
+class _ForwardBackward(torch.autograd.Function):
     """Loss and gradient at once, for callers who know the upstream gradient, here 1, as a fused linear layer does."""
 
     @staticmethod
@@ -84,7 +84,7 @@ def _torchce_forward_backward(problem: Problem) -> Loss:
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         weight = None if weight is None else weight.float()
-        return _OnePass.apply(logits, target, weight, label_smoothing)  # type: ignore[no-any-return]
+        return _ForwardBackward.apply(logits, target, weight, label_smoothing)  # type: ignore[no-any-return]
 
     return loss
 

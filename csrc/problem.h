@@ -48,7 +48,7 @@ struct Rows {
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
-// A = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, sum of the class weights).
+// U = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, sum of the class weights).
 // Both are of the accumulation type.
 struct Forward {
   Rows rows;
@@ -73,7 +73,7 @@ struct Backward {
 
 namespace sigmoid_bce {
 
-// As softmax_ce::Options.
+// What a call asks for beside its tensors: the same contract as softmax_ce::Options has.
 struct Options {
   Reduction reduction;
 

@@ -115,7 +115,7 @@ TORCHCE_HD Smoothing<A> smoothing_of(const Rows& rows) {
 // IndexedRow is the class index of one row, with its weight in the mean and its h.
 template <class A>
 struct IndexedRow : TargetClass {
-  A weight = 1;  // 0 where the row is ignored or bad
+  A weight = 1;  // 0 where the row is ignored or bad: in the mean, bad rows do not count on CUDA
   A hot;         // NaN where the row is bad
 
   TORCHCE_HD IndexedRow(const Rows& rows, int64_t target, const Smoothing<A>& smoothing) : TargetClass(rows, target) {
@@ -146,11 +146,11 @@ template <class A>
 struct Statistics {
   A* max;
   A* sum;
-  A* spread;  // A = sum_k u_k, of probability targets
+  A* coefficients;  // U = sum_k u_k, of probability targets
   TORCHCE_HD Statistics(const Rows& rows, const void* data)
       : max(static_cast<A*>(const_cast<void*>(data))),
         sum(max + rows.outer * rows.inner),
-        spread(sum + rows.outer * rows.inner) {}
+        coefficients(sum + rows.outer * rows.inner) {}
 };
 
 }  // namespace torchce::softmax_ce

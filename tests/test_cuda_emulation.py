@@ -97,7 +97,7 @@ torch.ops.load_library(library)
 memory = numpy.zeros(size + offset, numpy.uint8)[offset : offset + 4].view(numpy.float32)
 logits = torch.from_numpy(numpy.lib.stride_tricks.as_strided(memory, (3, 1001), (4004, 4)))
 target = torch.zeros(3, dtype=torch.int64)
-torch.ops.torchce_emulated.softmax_ce_forward(logits, target, None, 1, -100, 0.0, None)
+torch.ops.torchce_emulated.softmax_ce_forward(logits, target, None, None, 1, -100, 0.0)
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import cases
@@ -24,6 +25,7 @@ NO_ROWS = ("permuted_inner",)  # whose memory cannot be overwritten by rows
 OPS = sorted(
     name.removeprefix("torchce::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("torchce::")
 )
+PROBLEM_H = Path(__file__).resolve().parents[1] / "csrc" / "problem.h"
 OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options}
 # Python functions that take an op's arguments, by position. Behind those that they name they may take any.
 FUNCTIONS = [
@@ -37,6 +39,7 @@ FUNCTIONS = [
 ]
 
 Named = dict[str, Any]
+PLAIN: Named = {"weight": None, "dtype": None, "reduction": MEAN, "ignore_index": -100, "label_smoothing": 0.0}
 
 SOFTMAX_SAMPLES = {
     "2d": {"shape": (6, 5)},
@@ -170,6 +173,14 @@ def test_options_are_the_end_of_every_schema(name: str) -> None:
     assert defaults.items() <= options._field_defaults.items()
 
 
+@pytest.mark.skipif(not PROBLEM_H.is_file(), reason="these tests stand beside an installed wheel, not its source")
+@pytest.mark.parametrize("stem", OPTIONS)
+def test_options_of_kernels_are_in_the_same_order(stem: str) -> None:
+    """boxing.h reads them one after another, and counts them only."""
+    fields = PROBLEM_H.read_text().partition(f"namespace {stem} {{")[2].partition("kFields{")[2].partition("}")[0]
+    assert re.findall(r"&Options::(\w+)", fields) == list(OPTIONS[stem]._fields)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_only_what_a_name_says_is_written(name: str) -> None:
     written = [a.name for a in arguments_of(name) if a.alias_info is not None and a.alias_info.is_write]
@@ -267,7 +278,7 @@ def test_statistics_are_two_or_three_numbers_a_row(device: str, kind: str) -> No
     """Maximum and sum of exp(x - maximum), kept apart; nothing of the logits' size."""
     logits = cases.normal((3, 5, 4), torch.bfloat16, device, scale=3)
     target = cases.softmax_target(kind, (3, 5, 4), torch.bfloat16, device)
-    loss, statistics, totals = op("softmax_ce_forward")(logits, target, None, None, MEAN, -100, 0.0)
+    loss, statistics, totals = call("softmax_ce_forward", PLAIN | {"logits": logits, "target": target})
     assert loss.shape == ()
     assert totals.shape == (2,)
     assert statistics.shape == (2 if kind == "index" else 3, 12)
@@ -358,4 +369,4 @@ def test_no_classes_are_refused(device: str, shape: tuple[int, ...]) -> None:
     logits = torch.empty(shape, device=device)
     target = torch.full(cases.index_shape(shape), -100, device=device)
     with pytest.raises(RuntimeError, match=r"logits: expected at least one class, got shape \["):
-        op("softmax_ce_forward")(logits, target, None, None, MEAN, -100, 0.0)
+        call("softmax_ce_forward", PLAIN | {"logits": logits, "target": target})

@@ -163,8 +163,7 @@ def sigmoid_bce(
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _ = inputs[:5]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
     ctx.options = Options(*inputs[5:])
     ctx.overwritten = None
 

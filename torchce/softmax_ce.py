@@ -46,12 +46,12 @@ def composite(
     class_dim = min(1, x.dim() - 1)
     along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
     w = None if weight is None else weight.to(acc).view(along_classes)
-    spread = label_smoothing / x.shape[class_dim]
+    uniform = label_smoothing / x.shape[class_dim]
 
     if target.is_floating_point():
         u = target.to(acc)
         if label_smoothing != 0:
-            u = (1 - label_smoothing) * u + spread
+            u = (1 - label_smoothing) * u + uniform
         rows = -_over_classes(u, w, torch.log_softmax(x, class_dim), class_dim)
         return reduced(rows, reduction).to(dtype or logits.dtype)
 
@@ -69,7 +69,7 @@ def composite(
     log_p_of_target = log_p.gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
     rows = -times((1 - label_smoothing) * row_weight, log_p_of_target)
     if label_smoothing != 0:
-        rows = rows - spread * _over_classes(None, w, log_p, class_dim)
+        rows = rows - uniform * _over_classes(None, w, log_p, class_dim)
     if x.is_cpu:  # nll_loss raises for a bad index and is 0 in an ignored row
         rows = torch.where(kept, rows, F.nll_loss(log_p.detach(), index, ignore_index=ignore_index, reduction="none"))
     else:  # there it would take the process with it: the row becomes NaN instead
@@ -147,12 +147,12 @@ def gradients(
     g = grad_output.to(acc)
     if reduction == 0:
         g = g.unsqueeze(1)
-    spread = label_smoothing / classes
+    uniform = label_smoothing / classes
 
     if target.is_floating_point():
         if reduction == 1:
             g = g / (x.numel() // classes)
-        u = w * (target.to(acc) * (1 - label_smoothing) + spread)
+        u = w * (target.to(acc) * (1 - label_smoothing) + uniform)
         grad_logits = g * (torch.softmax(x, 1) * u.sum(1, keepdim=True) - u)
         grad_target = (label_smoothing - 1) * g * w * torch.log_softmax(x, 1)
         return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
@@ -171,7 +171,7 @@ def gradients(
     h = g * hot
     grad_logits = p * h - torch.where(is_target, h, 0)  # a product with 0 would be NaN where h is infinite
     if label_smoothing != 0:
-        grad_logits = grad_logits + g * spread * (p * w.sum() - w)
+        grad_logits = grad_logits + g * uniform * (p * w.sum() - w)
     return torch.where(kept, grad_logits, 0).to(logits.dtype), None
 
 

@@ -21,9 +21,9 @@ struct Partial {
 
 struct Kernels {
   const char* name;
-  // Rows that softmax_ce takes together, which a chunk of them holds a whole number of.
-  int64_t rows_along;   // where lanes run along each row
-  int64_t rows_across;  // where lanes run across the rows
+  // Rows of which a chunk of softmax_ce holds a whole number.
+  int64_t rows_along;   // a group, where lanes run along each row
+  int64_t rows_across;  // two strips, where lanes run across the rows
   void (*softmax_ce_forward)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end, Partial*);
   void (*softmax_ce_backward)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_backward_target)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);

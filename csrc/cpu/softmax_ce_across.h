@@ -27,7 +27,7 @@ class StripSums {
                         const StripCoefficients<Target, A, W>& u) {
     for (int w = 0; w < W; ++w) {
       V max = largest[w];
-      for (int c = 0; c < count; ++c) max = larger(max, x.values[c][w]);
+      for (int c = 0; c < count; ++c) max = larger_or_second(max, x.values[c][w]);
       raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
       largest[w] = max;
       const V from = reference[w];

@@ -138,7 +138,7 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
   PerRow<A, kGroup> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
     for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
-      hot_gradients[l] = load_one<A>(x.x + targets->index[l]);
+      hot_gradients[l] = load_one<A>(x.x + targets->index[l]);  // the logit, for now
     });
     const LogitOf<Target, T> logit(rows);
     for (int w = 0; w < vectors_of<A>(count); ++w) {

@@ -106,7 +106,7 @@ struct LaneSums {
   }
 
   TORCHCE_SIMD void fold_max(PerRow<A, kGroup>& folded, int vectors) const {
-    fold(folded, max, vectors, [](auto a, auto b) { return larger(a, b); });
+    fold(folded, max, vectors, [](auto a, auto b) { return larger_or_second(a, b); });
   }
   TORCHCE_SIMD void fold_sums(SumsPerRow<Target, A, kGroup>& folded, int vectors) const {
     const auto add = [](auto a, auto b) { return a + b; };
@@ -183,7 +183,7 @@ class RowSums {
       : largest(x.x) {
     constexpr int64_t P = VectorPair<T>::kSize;
     // The first pair may be of -inf, and the next one not.
-    reference = larger(kLowest<A>, max_of<A>(x.largest_values(largest)));
+    reference = larger_or_second(kLowest<A>, max_of<A>(x.largest_values(largest)));
     int64_t k = 0;
     for (; k + kPairs * P <= classes; k += kPairs * P) add<kPairs>(x, u, k, kPairs);
     const int left = int((classes - k) / P);

@@ -125,7 +125,8 @@ struct SumsPerRow {
       // The sum of a row with a finite logit has a term of 1, but for the rounding of its last factor. A row of -inf
       // alone has no sum, nor has a row with a NaN or +inf; the maximum of a row of -inf is -inf.
       const auto has_sum = sum > V{};
-      exponentials.set(w, math::select(has_sum, larger(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
+      exponentials.set(w,
+                       math::select(has_sum, larger_or_second(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
       max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
       if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + weighted_gap(coefficients.lanes(w), from, to));
     }
@@ -175,7 +176,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   const Statistics<A> statistics(rows, call.statistics);
   sums.max.write(statistics.max + row, count);
   sums.exponentials.write(statistics.sum + row, count);
-  if constexpr (Target::kProbabilities) sums.coefficients.write(statistics.spread + row, count);
+  if constexpr (Target::kProbabilities) sums.coefficients.write(statistics.coefficients + row, count);
   if (rows.options.reduction == Reduction::none) {
     with_float_type(call.loss_dtype, [&](auto storage) {
       auto* out = static_cast<decltype(storage)*>(call.loss) + row;
@@ -224,7 +225,7 @@ struct Factors {
     const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
     if (targets == nullptr) {  // probabilities
-      const auto coefficients = PerRow<A, W>::of(statistics.spread + row, count);
+      const auto coefficients = PerRow<A, W>::of(statistics.coefficients + row, count);
       for (int w = 0; w < vectors; ++w) {
         set(w, probability_factors(grad_output.lanes(w), coefficients.lanes(w), sum.lanes(w)));
       }

@@ -15,7 +15,7 @@ namespace torchce::cpu::TORCHCE_LEVEL::across {
 
 constexpr int kWide = 8;                                   // vectors in a strip of adjacent rows
 constexpr int kBlockClasses = 32;                          // classes: 16 KiB of AVX-512 vectors
-constexpr int64_t kStripRows = 2 * kWide * kLanes<float>;  // two strips: the first has the caches fetch the second
+constexpr int64_t kTwoStrips = 2 * kWide * kLanes<float>;  // rows: the first strip has the caches fetch the second
 
 // Values of a block of classes for a strip of rows.
 template <class A, int W>

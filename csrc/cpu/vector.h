@@ -160,7 +160,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
 
 // The larger of a and b; b where either is a NaN.
 template <class V>
-TORCHCE_SIMD V larger(V a, V b) {
+TORCHCE_SIMD V larger_or_second(V a, V b) {
   return a > b ? a : b;
 }
 
@@ -218,7 +218,7 @@ TORCHCE_SIMD A sum_of(Lanes<A> v) {
 }
 template <class A>
 TORCHCE_SIMD A max_of(Lanes<A> v) {
-  return fold<A>(v, [](auto a, auto b) { return larger(a, b); });
+  return fold<A>(v, [](auto a, auto b) { return larger_or_second(a, b); });
 }
 
 // The largest of pairs, lane by lane; NaNs may not count.
@@ -229,12 +229,12 @@ class Largest {
 
   TORCHCE_SIMD static V of(const T* p) {
     const auto x = VectorPair<T>::load(p);
-    return larger(x.v[0], x.v[1]);
+    return larger_or_second(x.v[0], x.v[1]);
   }
 
  public:
   TORCHCE_SIMD explicit Largest(const T* first) : largest(of(first)) {}
-  TORCHCE_SIMD void add(const T* p) { largest = larger(largest, of(p)); }
+  TORCHCE_SIMD void add(const T* p) { largest = larger_or_second(largest, of(p)); }
   TORCHCE_SIMD V lanes() const { return largest; }
 };
 
@@ -267,7 +267,7 @@ class Largest<T> {
     T stored[VectorPair<T>::kSize];
     std::memcpy(stored, &bits, sizeof stored);
     const auto x = VectorPair<T>::load(stored);
-    return larger(x.v[0], x.v[1]);
+    return larger_or_second(x.v[0], x.v[1]);
   }
 };
 

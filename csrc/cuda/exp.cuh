@@ -9,7 +9,9 @@ namespace torchce::cuda {
 
 constexpr float kLog2EOfFloat = 1.44269504f;
 
-// 2^y within 2^-22 of its value; 0 where that is below 2^-126.
+// 2^y in one instruction.
+// Valid: every y; 0 where 2^y is below 2^-126.
+// Error: relative 2^-22.
 __device__ __forceinline__ float exp2_approx(float y) {
 #if defined(__CUDA_ARCH__)
   float power;
@@ -23,10 +25,14 @@ __device__ __forceinline__ float exp2_approx(float y) {
 }
 
 // e^x in a sum that has a term of 1, which cannot tell results below 2^-126 from 0.
+// Valid: every x.
+// Error: relative |x| 2^-24 + 2^-22; of double that of exp_of_negative.
 __device__ __forceinline__ float exp_in_sum(float x) { return exp2_approx(x * kLog2EOfFloat); }
 __device__ __forceinline__ double exp_in_sum(double x) { return math::exp_of_negative(x); }
 
-// scale e^x for x <= 0. kShort: within |x| 2^-24 + 2^-19 of its value, for results that are rounded to 16 bits.
+// scale e^x, in a short form for results that are rounded to 16 bits.
+// Valid: x <= 0.
+// Error: relative |x| 2^-24 + 2^-19 in the short form, else that of exp_of_negative.
 //
 // In the short form results below 2^-126 must not become 0, because a large scale may lift them into what 16 bits can
 // hold. So 2^64 e^x is computed, and the scale takes that excess out again. A scale below 2^-24 would lose digits by

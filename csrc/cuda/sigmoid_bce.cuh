@@ -86,6 +86,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void forward(const Element
 
 // exp(-|x|) for a gradient of type G. The special function unit is exact enough for 16 bits, but flushes subnormal
 // results, which bfloat16 has; so it is asked for 2^64 times as much.
+// Valid: every x.
+// Error: relative |x| 2^-24 + 2^-19 for 16 bits, else that of smaller_odds.
 template <class G, class A>
 __device__ __forceinline__ A odds_of_gradient(A x) {
   if constexpr (kSixteenBits<G>) {

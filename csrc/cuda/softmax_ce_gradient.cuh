@@ -51,7 +51,8 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   for (int v = 0; v < n; ++v) {
     inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
                  coefficients_of_all};
-    if constexpr (Target::kProbabilities && of == GradientOf::logits) inputs[v].coefficients = statistics.spread[r + v];
+    if constexpr (Target::kProbabilities && of == GradientOf::logits)
+      inputs[v].coefficients = statistics.coefficients[r + v];
   }
 }
 
@@ -70,23 +71,23 @@ template <class T, class Target, GradientOf of>
 struct RowGradient {
   using A = Accumulate<T>;
   static constexpr bool kShort = kSixteenBits<typename GradientType<Target, T, of>::type>;
-  ScaledExp<A, kShort> probability;
+  ScaledExp<A, kShort> scaled_exp;
   A max;
-  A scale;        // of the target's gradient: the upstream gradient
-  A spread;       // of the target's gradient: log sum
-  A hot;          // subtracted at the target class
-  int64_t index;  // the target class, or -1
+  A spread;
+  A hot;                   // subtracted at the target class
+  A grad_output, log_sum;  // what the target's gradient takes instead
+  int64_t index;           // the target class, 0 where it is none; -1 of probabilities
   bool ignored;
 
   __device__ __forceinline__ RowGradient() {}
   __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
-      : max(in.max), scale(0), spread(0), hot(0), index(-1), ignored(false) {
+      : max(in.max), spread(0), hot(0), grad_output(0), log_sum(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
     A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
     if (rows.options.reduction == Reduction::mean) g /= in.divisor;
     if constexpr (of == GradientOf::target) {
-      scale = g;
-      spread = math::log(in.sum);
+      grad_output = g;
+      log_sum = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
       set(probability_factors(g, in.coefficients, in.sum));
     } else {
@@ -98,7 +99,7 @@ struct RowGradient {
     }
   }
   __device__ __forceinline__ void set(const GradientFactors<A>& factors) {
-    probability = ScaledExp<A, kShort>(factors.scale);
+    scaled_exp = ScaledExp<A, kShort>(factors.scale);
     spread = factors.spread;
     hot = factors.hot;
   }
@@ -106,9 +107,9 @@ struct RowGradient {
   // The gradient of class k, whose logit has value x, without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
-      return scale * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, spread);
+      return grad_output * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, log_sum);
     } else {
-      A g = probability(x - max);
+      A g = scaled_exp(x - max);
       if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target));
       return g;
     }

@@ -268,7 +268,7 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
   A loss = 0;
   if constexpr (Target::kProbabilities) {
     loss = probability_loss(terms, A(rows.classes));
-    statistics.spread[r] = sums.coefficients;
+    statistics.coefficients[r] = sums.coefficients;
   } else {
     const auto smoothing = smoothing_of<A>(rows);
     const IndexedRow<A> row(rows, target, smoothing);

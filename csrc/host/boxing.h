@@ -1,7 +1,7 @@
 // From the dispatcher's stack of values to the arguments of a C++ function, and back.
 //
 // torch's own TORCH_BOX takes one C++ argument for each of the schema's. Here a struct may stand for several: its
-// kFields, in the schema's order, are read one after another.
+// kFields, all of its fields in the schema's order, are read one after another, as everything in braces is.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,10 +27,10 @@ constexpr uint64_t kArgumentsOf<T> = std::tuple_size_v<std::remove_cvref_t<declt
 template <class T>
 T take(StableIValue*& stack) {
   if constexpr (StructOfArguments<T>) {
-    T fields;
-    const auto take_into = [&](auto& field) { field = take<std::remove_cvref_t<decltype(field)>>(stack); };
-    std::apply([&](auto... field) { (take_into(fields.*field), ...); }, T::kFields);
-    return fields;
+    const auto take_fields = [&](auto... field) {
+      return T{take<std::remove_cvref_t<decltype(std::declval<T&>().*field)>>(stack)...};
+    };
+    return std::apply(take_fields, T::kFields);
   } else if constexpr (std::is_same_v<T, Reduction>) {
     return reduction_of(stable_cast<int64_t>(*stack++));
   } else {
@@ -55,20 +55,19 @@ template <class Result, class... Parameters>
 Result call_with_stack(Result (*function)(Parameters...), StableIValue* stack, uint64_t arguments) {
   constexpr uint64_t kArguments = (kArgumentsOf<Parameters> + ...);
   check(arguments == kArguments, "the schema has ", arguments, " arguments, its function ", kArguments);
-  std::tuple<Parameters...> taken{take<Parameters>(stack)...};  // in braces, which are evaluated from left to right
+  std::tuple<Parameters...> taken{take<Parameters>(stack)...};
   return std::apply(function, std::move(taken));
 }
 
 // `function` as the dispatcher calls it: it finds the arguments on a stack and leaves the results there.
 template <auto function>
 void box(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  const auto result = call_with_stack(function, stack, arguments);
-  using Put = Results<std::remove_cv_t<decltype(result)>>;
+  using Put = Results<decltype(call_with_stack(function, stack, arguments))>;
   check(results == Put::kCount, "the schema has ", results, " results, its function ", Put::kCount);
-  Put::put(stack, result);
+  Put::put(stack, call_with_stack(function, stack, arguments));
 }
 
-// The same for a schema without a result: the one of `function` is an argument that it has written to.
+// `function` for a schema without a result: what it returns is an argument that it has written to.
 template <auto function>
 void box_without_result(StableIValue* stack, uint64_t arguments, uint64_t results) {
   check(results == 0, "the schema has ", results, " results, its function none");

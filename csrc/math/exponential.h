@@ -255,7 +255,7 @@ class ScaledExp {
         least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
       }
     }
-    // One lane's, in all.
+    // The scale of one lane, in all of them.
     TORCHCE_HD Scale(const Scale& of_lanes, int lane)
         : round(of_lanes.round[lane] - V{}), least(of_lanes.least[lane] - V{}) {
       for (int i = 0; i < kTerms; ++i) terms.each[i] = of_lanes.terms.each[i][lane] - V{};

@@ -34,7 +34,6 @@ NOT_EMULATED = {
     "test_a_bad_index_leaves_the_logits_alone": "CUDA gives NaN, and has its own test",
     "test_opcheck": "looks at how torchce's own ops are registered",
     "test_fake_results_have_the_real_layout": "fakes are registered for torchce's own ops",
-    "test_schemas_are_the_contract": "looks at torchce's own ops",
     "test_thread_count_does_not_matter": "kernels use no CPU threads",
     "test_every_thread_count": "kernels use no CPU threads",
 }
@@ -60,9 +59,7 @@ class Emulation:
             namespace, _, op = name.partition("::")
             if namespace == "torchce_emulated":
                 overload = getattr(torch.ops.torchce_emulated, op).default
-                bare = (
-                    f"_{op}" if hasattr(torchce.ops, f"_{op}") else op
-                )  # what is called, below a wrapper if there is one
+                bare = f"_{op}" if hasattr(torchce.ops, f"_{op}") else op  # below its wrapper, if it has one
                 assert hasattr(torchce.ops, bare), f"torchce.ops has no {op}"
                 setattr(torchce.ops, bare, overload)
                 if hasattr(torchce.ops, f"eager_{op}"):

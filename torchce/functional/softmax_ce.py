@@ -182,7 +182,12 @@ def _plain_loss(
         return None
     try:
         return eager_softmax_ce(
-            input, target, weight, None, known_options(reduction, ignore_index, label_smoothing), False
+            input,
+            target,
+            weight,
+            None,
+            known_options(reduction, ignore_index, label_smoothing + 0.0),
+            False,  # no -0.0
         )
     except RuntimeError:
         problem = _problem(input, target, weight, ignore_index, label_smoothing)
