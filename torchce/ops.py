@@ -131,9 +131,9 @@ def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
 _softmax_ce_backward_ = _ops.softmax_ce_backward_.default
 
 
-def softmax_ce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any) -> None:
+def softmax_ce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any, **by_name: Any) -> None:
     """``softmax_ce_backward``, written over the logits, which must be dense."""
-    _softmax_ce_backward_(grad_output, logits, *saved)
+    _softmax_ce_backward_(grad_output, logits, *saved, **by_name)
     _was_overwritten(logits)
 
 
@@ -161,6 +161,7 @@ def softmax_ce_forward_backward_(
     weight: Tensor | None,
     dtype: torch.dtype | None,
     *options: Any,
+    **by_name: Any,
 ) -> Tensor:
     """The loss of ``softmax_ce_forward``, while the logits become what ``softmax_ce_backward`` would give.
 
@@ -172,7 +173,7 @@ def softmax_ce_forward_backward_(
         grad_output: the gradient that the loss will get, of its shape
         logits: dense, with one stride through d1...dk; overwritten with their gradient
         target, weight, dtype: as in the forward
-        options: the fields of :class:`torchce.softmax_ce.Options`
+        options, by_name: the fields of :class:`torchce.softmax_ce.Options`
 
     Raises:
         IndexError: on the CPU, as the forward; the logits are then as they were.
@@ -180,7 +181,7 @@ def softmax_ce_forward_backward_(
     """
     if logits.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("logits: expected a tensor that does not require grad: no gradient leads through this op")
-    loss: Tensor = _softmax_ce_forward_backward_(grad_output, logits, target, weight, dtype, *options)
+    loss: Tensor = _softmax_ce_forward_backward_(grad_output, logits, target, weight, dtype, *options, **by_name)
     _was_overwritten(logits)
     return loss
 
@@ -214,9 +215,9 @@ def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
 _sigmoid_bce_backward_ = _ops.sigmoid_bce_backward_.default
 
 
-def sigmoid_bce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any) -> None:
+def sigmoid_bce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any, **by_name: Any) -> None:
     """``sigmoid_bce_backward``, written over the logits, which must be dense."""
-    _sigmoid_bce_backward_(grad_output, logits, *saved)
+    _sigmoid_bce_backward_(grad_output, logits, *saved, **by_name)
     _was_overwritten(logits)
 
 
