@@ -34,6 +34,10 @@ class Options(NamedTuple):
     """torch's number: 0 none, 1 mean, 2 sum."""
 
 
+# For each reduction, made once: a small loss would notice the time to make a NamedTuple, and to unpack one.
+PLAIN_OPTIONS = tuple(tuple(Options(reduction)) for reduction in range(3))
+
+
 def composite(
     logits: Tensor,
     target: Tensor,
@@ -141,7 +145,7 @@ def sigmoid_bce(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     dtype: torch.dtype | None,
-    options: Options,
+    options: tuple[Any, ...],
     inplace_backward: bool,
 ) -> Tensor:
     """The loss of checked inputs, as ``sigmoid_bce_forward`` takes them, differentiable."""

@@ -29,7 +29,10 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
 
 
-known_options = functools.lru_cache(Options)  # a small loss takes a hundredth of its time to make them
+@functools.lru_cache
+def known_options(*fields: Any) -> tuple[Any, ...]:
+    """Options as a plain tuple, and made once: a small loss would notice the time to make and to unpack the other."""
+    return tuple(Options(*fields))
 
 
 def composite(
@@ -249,7 +252,7 @@ def eager_softmax_ce(
     target: Tensor,
     weight: Tensor | None,
     dtype: torch.dtype | None,
-    options: Options,
+    options: tuple[Any, ...],
     inplace_backward: bool,
 ) -> Tensor:
     """The loss where nothing transforms or compiles it, of inputs that may be unchecked: the op checks them."""

@@ -23,7 +23,7 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
-from torchce.sigmoid_bce import Options, sigmoid_bce
+from torchce.sigmoid_bce import PLAIN_OPTIONS, sigmoid_bce
 from torchce.sizes import are_numbers
 
 _torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchce.patch_torch cannot lead back here
@@ -97,7 +97,7 @@ def binary_cross_entropy_with_logits(
         return explain(problem, _torch_bce_with_logits, *arguments)
     inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=False)
     input, target, weight, pos_weight, dtype = _promote(input, target, weight, pos_weight)
-    return sigmoid_bce(input, target, weight, pos_weight, dtype, Options(number), inplace_backward)
+    return sigmoid_bce(input, target, weight, pos_weight, dtype, PLAIN_OPTIONS[number], inplace_backward)
 
 
 def _ask_handlers(
