@@ -128,7 +128,9 @@ def problems() -> Iterator[Problem]:
         for classes in (*range(1, 70), *cases.classes_around_plan_changes(dtype)):
             yield Problem((3, classes), kind, dtype, layout)
     for problem, reduction in product(PROBLEMS.values(), REDUCTIONS):
-        for dtype in {problem.dtype, torch.float64}:  # float64 losses show in which order their chunks were added
+        for dtype in dict.fromkeys(
+            (problem.dtype, torch.float64)
+        ):  # float64 losses show in which order their chunks were added
             yield Problem(problem.shape, problem.kind, dtype, problem.layout, reduction)
     for shape, (kind, dtype), layout in product([(16, 1001), (16, 40), (16, 21, 5)], types, both):
         for edit in list(EDITS)[: 6 if kind in INDEX else 4]:
