@@ -89,7 +89,20 @@ def binary_cross_entropy_with_logits(
         tensor(0.6931, grad_fn=<SigmoidBCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight):
-        return _ask_handlers(input, target, weight, size_average, reduce, reduction, pos_weight, inplace_backward)
+        answer: Tensor = overrides.ask_handlers(
+            binary_cross_entropy_with_logits,
+            _torch_bce_with_logits,
+            (input, target, weight, pos_weight),
+            {"inplace_backward": inplace_backward},
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+        )
+        return answer
     number = reduction_number(reduction, size_average, reduce)
     problem = _problem(input, target, weight, pos_weight)
     if problem is not None:
@@ -98,33 +111,6 @@ def binary_cross_entropy_with_logits(
     inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=False)
     input, target, weight, pos_weight, dtype = _promote(input, target, weight, pos_weight)
     return sigmoid_bce(input, target, weight, pos_weight, dtype, PLAIN_OPTIONS[number], inplace_backward)
-
-
-def _ask_handlers(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    size_average: bool | None,
-    reduce: bool | None,
-    reduction: str,
-    pos_weight: Tensor | None,
-    inplace_backward: bool,
-) -> Tensor:
-    """The answer of ``__torch_function__`` handlers, who see the call as it was made."""
-    loss: Tensor = overrides.ask_handlers(
-        binary_cross_entropy_with_logits,
-        _torch_bce_with_logits,
-        (input, target, weight, pos_weight),
-        {"inplace_backward": inplace_backward},
-        input,
-        target,
-        weight=weight,
-        size_average=size_average,
-        reduce=reduce,
-        reduction=reduction,
-        pos_weight=pos_weight,
-    )
-    return loss
 
 
 def _problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> str | None:

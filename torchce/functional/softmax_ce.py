@@ -104,9 +104,21 @@ def cross_entropy(
         tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight):
-        return _ask_handlers(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, inplace_backward
+        answer: Tensor = overrides.ask_handlers(
+            cross_entropy,
+            _torch_cross_entropy,
+            (input, target, weight),
+            {"inplace_backward": inplace_backward},
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
+        return answer
     number = reduction_number(reduction, size_average, reduce)
     if not inplace_backward:
         loss = _plain_loss(input, target, weight, number, ignore_index, label_smoothing)
@@ -123,35 +135,6 @@ def cross_entropy(
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     return softmax_ce(input, target, weight, dtype, options, inplace_backward)
-
-
-def _ask_handlers(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    size_average: bool | None,
-    ignore_index: int,
-    reduce: bool | None,
-    reduction: str,
-    label_smoothing: float,
-    inplace_backward: bool,
-) -> Tensor:
-    """The answer of ``__torch_function__`` handlers, who see the call as it was made."""
-    loss: Tensor = overrides.ask_handlers(
-        cross_entropy,
-        _torch_cross_entropy,
-        (input, target, weight),
-        {"inplace_backward": inplace_backward},
-        input,
-        target,
-        weight=weight,
-        size_average=size_average,
-        ignore_index=ignore_index,
-        reduce=reduce,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    return loss
 
 
 def _plain_loss(
@@ -181,14 +164,8 @@ def _plain_loss(
     if not is_plain:
         return None
     try:
-        return eager_softmax_ce(
-            input,
-            target,
-            weight,
-            None,
-            known_options(reduction, ignore_index, label_smoothing + 0.0),
-            False,  # no -0.0
-        )
+        options = known_options(reduction, ignore_index, label_smoothing + 0.0)  # not -0.0, which equals another key
+        return eager_softmax_ce(input, target, weight, None, options, False)
     except RuntimeError:
         problem = _problem(input, target, weight, ignore_index, label_smoothing)
         if problem is None:  # a saved tensor's hook raised it, say
