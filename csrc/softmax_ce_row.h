@@ -125,15 +125,15 @@ struct IndexedRow : TargetClass {
   }
 };
 
-// What the upstream gradient multiplies a row with.
+// The upstream gradient of a row's loss, still to be divided by mean_divisor.
 template <class A>
 TORCHCE_HD A row_grad_output(const Backward& call, RowPosition at) {
-  if (call.rows.options.reduction == Reduction::none) {
-    return load_as<A>(call.grad_output_dtype, call.grad_output, at.offset(call.grad_output_strides));
-  }
-  const A grad_output = load_as<A>(call.grad_output_dtype, call.grad_output, 0);
-  return call.rows.options.reduction == Reduction::mean ? grad_output / static_cast<const A*>(call.totals)[0]
-                                                        : grad_output;
+  const bool each = call.rows.options.reduction == Reduction::none;
+  return load_as<A>(call.grad_output_dtype, call.grad_output, each ? at.offset(call.grad_output_strides) : 0);
+}
+template <class A>
+TORCHCE_HD A mean_divisor(const Backward& call) {
+  return call.rows.options.reduction == Reduction::mean ? static_cast<const A*>(call.totals)[0] : A(1);
 }
 
 template <class A>

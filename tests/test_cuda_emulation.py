@@ -30,6 +30,7 @@ PARTS = [
         "tests/test_cuda_regimes.py",
         "tests/test_softmax_ce_forward_backward.py",
         "tests/test_infinite_weights.py",
+        "tests/test_softmax_ce_rounding.py",
         "tests/test_ops.py",
     ],
     ["tests/test_softmax_ce.py", "tests/test_sigmoid_bce.py", "tests/test_determinism.py"],

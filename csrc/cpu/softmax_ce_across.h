@@ -14,14 +14,15 @@ template <class T, class Target, int W>
 class StripSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
-  static constexpr int kSpreadVectors = SumsPerRow<Target, A, W>::kSpreadVectors;
+  using Sums = LogitSums<Target::kSpread, V>;
+  static constexpr int kPartialSums = 4;
 
   math::ExpInSum<V> exp;
   // A logit may exceed the reference of its row's sum by this much: a reference raised for every block would make the
   // sum gather the errors of the exponentials that rescale it. Gaps, which are rounded beside the loss, allow less.
   static constexpr A kHeadroom = Target::kSpread ? 4 : 16;
   V reference[W], largest[W];
-  CompensatedSum<V> exponentials[W], coefficients[kSpreadVectors], gaps[kSpreadVectors];
+  CompensatedLogitSums<Target::kSpread, V> totals[W];
 
   TORCHCE_SIMD void add(const StripLogits<T, Target, W>& logits, int64_t k, int count, const Block<A, W>& x,
                         const StripCoefficients<Target, A, W>& u) {
@@ -31,27 +32,24 @@ class StripSums {
       raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
       largest[w] = max;
       const V from = reference[w];
-      V sum{}, sum_coefficients{}, sum_gaps{};
-      for (int c = 0; c < count; ++c) {
+      math::StridedSum<kPartialSums, Sums> of_block;
+      of_block.add(count, [&](int c) TORCHCE_HD_LAMBDA {
         logits.template prefetch_next<0>(k + c, w);
-        sum += exp(x.values[c][w] - from);
-        if constexpr (Target::kSpread) {
-          const V coefficient = u.at(c, w);
-          sum_coefficients += coefficient;
-          sum_gaps += weighted_gap(coefficient, x.values[c][w], from);
+        const V value = x.values[c][w], exponential = exp(value - from);
+        if constexpr (!Target::kSpread) {
+          return Sums{exponential};
+        } else {
+          Sums of_class;
+          u.read(c, w, [&](auto of_row) TORCHCE_HD_LAMBDA { of_class = Sums::of(exponential, of_row, value, from); });
+          return of_class;
         }
-      }
-      exponentials[w].add(sum);
-      if constexpr (Target::kSpread) {
-        gaps[w].add(sum_gaps);
-        coefficients[w].add(sum_coefficients);
-      }
+      });
+      totals[w].add(of_block.value());
     }
   }
 
   TORCHCE_SIMD void raise_to(V logit, int w) {
-    exponentials[w].scale(math::exp_of_negative(reference[w] - logit));
-    if constexpr (Target::kSpread) gaps[w].add(weighted_gap(coefficients[w].sum, reference[w], logit));
+    totals[w].rebase(reference[w], logit, math::exp_of_negative(reference[w] - logit));
     reference[w] = logit;
   }
 
@@ -61,11 +59,11 @@ class StripSums {
   TORCHCE_SIMD StripSums(const StripLogits<T, Target, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
                          Look look) {
     for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
-    for_each_block(classes, [&](int64_t k, int count) {
+    for_each_block(classes, [&](int64_t k, int count) TORCHCE_HD_LAMBDA {
       Block<A, W> x;
       logits.read(k, count, x);
       look(k, count, x);
-      if constexpr (Target::kSpread) u.read(k, count);
+      if constexpr (Target::kSpread) u.read_block(k, count);
       add(logits, k, count, x, u);
     });
   }
@@ -74,10 +72,10 @@ class StripSums {
     for (int w = 0; w < W; ++w) {
       sums.reference.set(w, reference[w]);
       sums.max.set(w, largest[w]);
-      sums.exponentials.set(w, exponentials[w].sum);
+      sums.exponentials.set(w, totals[w].exponentials.sum);
       if constexpr (Target::kSpread) {
-        sums.coefficients.set(w, coefficients[w].sum);
-        sums.gaps.set(w, gaps[w].sum);
+        sums.coefficients.set(w, totals[w].coefficients.sum);
+        sums.gaps.set(w, totals[w].gaps.sum);
       }
     }
   }
@@ -128,7 +126,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       Block<A, W> block;
       Slopes slopes;
       logits.read(k, classes, block);
-      if constexpr (Target::kSpread) coefficients.read(k, classes);
+      if constexpr (Target::kSpread) coefficients.read_block(k, classes);
       const GradientExp<T> scaled_exp;
       for (int w = 0; w < W; ++w) {
         const typename GradientExp<T>::Scale scale(factors.scale.lanes(w));
@@ -139,7 +137,9 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
           V& g = block.values[c][w];
           slopes.take(logits.logit, c, w, g);
           g = scaled_exp(g - max_lanes, scale);
-          if constexpr (Target::kSpread) g = class_gradient(g, spread_lanes, coefficients.at(c, w));
+          if constexpr (Target::kSpread) {
+            coefficients.read(c, w, [&](auto u) TORCHCE_HD_LAMBDA { g = class_gradient(g, spread_lanes, u.value()); });
+          }
         }
       }
       finish(k, classes, block, slopes);
@@ -183,12 +183,14 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const Statistics<A> statistics(rows, call.statistics);
   const A* weight = static_cast<const A*>(rows.weight);
   const auto smoothing = smoothing_of<A>(rows);
+  const A divisor = mean_divisor<A>(call);
   for_each_strip<A>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
     constexpr int W = wide.value;
     const StripLogits<T, Target, W> logits(rows, row, count);
     const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
     const auto max = PerRow<A, W>::of(statistics.max + row, count);
-    const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+    PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+    for (int w = 0; w < W; ++w) grad_output.set(w, grad_output.lanes(w) / divisor);
     auto log_sum = PerRow<A, W>::of(statistics.sum + row, count);
     for (int w = 0; w < W; ++w) log_sum.set(w, math::log(log_sum.lanes(w)));
     for_each_block(rows.classes, [&](int64_t k, int classes) {
@@ -197,8 +199,8 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
       for (int c = 0; c < classes; ++c) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
-          const V g = target_gradient(block.values[c][w], smoothing.hot(class_weight), max.lanes(w), log_sum.lanes(w));
-          block.values[c][w] = g * grad_output.lanes(w);
+          const V hot = smoothing.hot(grad_output.lanes(w) * class_weight);
+          block.values[c][w] = target_gradient(block.values[c][w], hot, max.lanes(w), log_sum.lanes(w));
         }
       }
       grad.write(k, classes, block);

@@ -72,8 +72,7 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
     sums.reference = sums.max;
     for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       const RowCoefficients<T, Target> coefficients(rows, at);
-      const auto of_row = sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l]));
-      lane_sums.set(l, of_row.exponentials, of_row.coefficients, of_row.gaps);
+      lane_sums.set(l, sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l])));
     });
   } else {
     sums.reference = {};
@@ -108,14 +107,15 @@ TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t c
                                const GradientExp<T>& scaled_exp, const typename GradientExp<T>::Scale& scale, A spread,
                                const RowCoefficients<T, Target>& coefficients) {
   constexpr int64_t P = VectorPair<T>::kSize;
-  const auto max_lanes = broadcast(max);
+  const auto max_lanes = broadcast(max), spread_lanes = broadcast(spread);
   const auto gradient = [&](int64_t k) {
     const VectorPair<T> values = x.at(k);
     VectorPair<T> g = values;
     for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
-      const VectorPair<T> u = coefficients.at(k);
-      for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread, u.v[i]);
+      coefficients.read(k, [&](auto u) TORCHCE_HD_LAMBDA {
+        for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread_lanes, u[i].value());
+      });
     }
     for (int i = 0; i < g.kVectors; ++i) g.v[i] = x.logit.slope(values.v[i]) * g.v[i];
     return g;

@@ -13,7 +13,28 @@ namespace torchce::cpu::TORCHCE_LEVEL::along {
 constexpr int kGroup = 4;  // vectors of rows whose sums are folded together
 constexpr int64_t kGroupRows = kGroup * kLanes<float>;
 
-// The coefficients u_k of a row, read for the pair of vectors that begins at class k.
+// The coefficients u_k of a pair of classes. Weights: VectorPair<T>, or One.
+template <class T, class Weights>
+struct PairCoefficients {
+  Weights weights;
+  VectorPair<T> shares;
+
+  TORCHCE_SIMD auto operator[](int j) const {
+    if constexpr (math::kIsOne<Weights>) {
+      return coefficient(shares.v[j]);
+    } else {
+      return Coefficient<Lanes<Accumulate<T>>, Lanes<Accumulate<T>>>{weights.v[j], shares.v[j]};
+    }
+  }
+  // The same, 0 in the places before `place`.
+  TORCHCE_SIMD PairCoefficients from(int64_t place) const {
+    PairCoefficients result{weights, shares.from(place, 0)};
+    if constexpr (!math::kIsOne<Weights>) result.weights = weights.from(place, 0);  // infinity times 0 would be NaN
+    return result;
+  }
+};
+
+// The coefficients of a row, read for the pair of vectors that begins at class k.
 template <class T, class Target>
 struct RowCoefficients {
   using A = Accumulate<T>;
@@ -28,15 +49,21 @@ struct RowCoefficients {
     }
   }
 
-  TORCHCE_SIMD VectorPair<T> at(int64_t k) const {
-    VectorPair<T> u = {broadcast<A>(1), broadcast<A>(1)};
-    if (weight != nullptr) u = VectorPair<T>::load(weight + k);
+  // Calls f(PairCoefficients).
+  template <class F>
+  TORCHCE_SIMD void read(int64_t k, F f) const {
     if constexpr (Target::kProbabilities) {
-      const auto t = VectorPair<T>::load(static_cast<const typename Target::Storage*>(target) + k);
-      if (weight == nullptr && smoothing.label_smoothing == 0) return t;
-      for (int i = 0; i < u.kVectors; ++i) u.v[i] = smoothing.coefficient(t.v[i], u.v[i]);
+      auto shares = VectorPair<T>::load(static_cast<const typename Target::Storage*>(target) + k);
+      if (smoothing.label_smoothing != 0) {
+        for (auto& share : shares.v) share = smoothing.share(share);
+      }
+      if (weight == nullptr) return f(PairCoefficients<T, math::One>{{}, shares});
+      f(PairCoefficients<T, VectorPair<T>>{VectorPair<T>::load(weight + k), shares});
+    } else {
+      VectorPair<T> u = {broadcast<A>(1), broadcast<A>(1)};
+      if (weight != nullptr) u = VectorPair<T>::load(weight + k);
+      f(PairCoefficients<T, math::One>{{}, u});
     }
-    return u;
   }
 };
 
@@ -59,30 +86,46 @@ struct RowLogits {
   TORCHCE_SIMD Lanes<A> largest_values(const Largest<T>& largest) const { return logit.value(largest.lanes()); }
 };
 
-// What some pairs of a row add up to, lane by lane.
+// What the classes of a row add up to, lane by lane.
 template <class T, class Target>
-struct PairSums {
-  using A = Accumulate<T>;
-  using V = Lanes<A>;
-  V exponentials{}, coefficients{}, gaps{};
+using SumsOfLanes = LogitSums<Target::kSpread, Lanes<Accumulate<T>>>;
 
-  // Adds the classes of a pair from k on, without those before `begin` where one is given.
-  template <bool kFromBegin = false>
-  TORCHCE_SIMD void add(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x,
-                        const RowCoefficients<T, Target>& u, int64_t k, V from, int64_t begin = 0) {
-    VectorPair<T> pair = x.at(k);
-    if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<A>);
-    for (const V& v : pair.v) exponentials += exp(v - from);
+// What pairs of classes add up to. The exponentials of first and second vectors are added up apart: they are products,
+// with which an addition to a sum is fused, but not one to another product.
+template <class T, class Target>
+struct SumsOfPairs {
+  using V = Lanes<Accumulate<T>>;
+  V of_first{}, of_second{};  // vectors: sum exp(x_k - from)
+  V coefficients{}, gaps{};   // sum u_k, sum u_k (x_k - from)
+
+  TORCHCE_SIMD SumsOfPairs operator+(const SumsOfPairs& other) const {
+    SumsOfPairs sum{of_first + other.of_first, of_second + other.of_second};
     if constexpr (Target::kSpread) {
-      VectorPair<T> of_pair = u.at(k);
-      if constexpr (kFromBegin) of_pair = of_pair.from(begin - k, 0);
-      for (int j = 0; j < pair.kVectors; ++j) {
-        coefficients += of_pair.v[j];
-        gaps += weighted_gap(of_pair.v[j], pair.v[j], from);
-      }
+      sum.coefficients = coefficients + other.coefficients;
+      sum.gaps = gaps + other.gaps;
     }
+    return sum;
   }
+  TORCHCE_SIMD SumsOfLanes<T, Target> value() const { return {of_first + of_second, coefficients, gaps}; }
 };
+
+// What a pair of classes from k on adds up to; kFromBegin: without those before `begin`.
+template <bool kFromBegin = false, class T, class Target, class V>
+TORCHCE_SIMD SumsOfPairs<T, Target> sums_of_pair(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x,
+                                                 const RowCoefficients<T, Target>& u, int64_t k, V from,
+                                                 int64_t begin = 0) {
+  VectorPair<T> pair = x.at(k);
+  if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<Accumulate<T>>);
+  SumsOfPairs<T, Target> sums{exp(pair.v[0] - from), exp(pair.v[1] - from)};
+  if constexpr (Target::kSpread) {
+    u.read(k, [&](auto of_pair) TORCHCE_HD_LAMBDA {
+      if constexpr (kFromBegin) of_pair = of_pair.from(begin - k);
+      sums.coefficients = of_pair[0].value() + of_pair[1].value();
+      sums.gaps = of_pair[0].gap(pair.v[0], from) + of_pair[1].gap(pair.v[1], from);
+    });
+  }
+  return sums;
+}
 
 // The sums of a group's rows, each still spread over the lanes of a vector, to be folded together.
 template <class Target, class A>
@@ -92,17 +135,17 @@ struct LaneSums {
   V max[kRows], exponentials[kRows];
   V coefficients[kSpreadRows], gaps[kSpreadRows];
 
-  TORCHCE_SIMD void set(int l, V of_exponentials, V of_coefficients, V of_gaps) {
-    exponentials[l] = of_exponentials;
+  TORCHCE_SIMD void set(int l, const LogitSums<Target::kSpread, V>& sums) {
+    exponentials[l] = sums.exponentials;
     if constexpr (Target::kSpread) {
-      coefficients[l] = of_coefficients;
-      gaps[l] = of_gaps;
+      coefficients[l] = sums.coefficients;
+      gaps[l] = sums.gaps;
     }
   }
   // Gives row l, which is ignored or does not exist, harmless sums.
   TORCHCE_SIMD void leave_out(int l) {
     max[l] = V{};
-    set(l, broadcast(A(1) / L), V{}, V{});
+    set(l, {broadcast(A(1) / L)});
   }
 
   TORCHCE_SIMD void fold_max(PerRow<A, kGroup>& folded, int vectors) const {
@@ -138,7 +181,7 @@ class RowSums {
   math::ExpInSum<V> exp;
   A reference;  // what exponentials and gaps are against
   Largest<T> largest;
-  CompensatedSum<V> exponentials, coefficients, gaps;
+  CompensatedLogitSums<Target::kSpread, V> total;
 
   // Adds a block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one whose classes
   // before `begin` were in the pair before (kRemainder).
@@ -148,14 +191,19 @@ class RowSums {
     constexpr int64_t P = VectorPair<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
     Largest<T> largest_here = largest;
-    PairSums<T, Target> sums;
+    SumsOfLanes<T, Target> sums;
     const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
       const V from = broadcast(reference);
-      sums = {};
-#pragma GCC unroll 2
-      for (int i = 0; i < count; ++i) {
+      const auto sums_of = [&](int i) TORCHCE_HD_LAMBDA {
         largest_here.add(x.x + k + i * P);
-        sums.template add<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
+        return sums_of_pair<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
+      };
+      if constexpr (kCount == kRemainder) {
+        sums = sums_of(0).value();
+      } else {
+        math::StridedSum<2, SumsOfPairs<T, Target>> of_block;
+        of_block.add(count, sums_of);
+        sums = of_block.value().value();
       }
     };
     sum_up();
@@ -165,16 +213,11 @@ class RowSums {
       sum_up();
     }
     largest = largest_here;
-    exponentials.add(sums.exponentials);
-    if constexpr (Target::kSpread) {
-      coefficients.add(sums.coefficients);
-      gaps.add(sums.gaps);
-    }
+    total.add(sums);
   }
 
   TORCHCE_SIMD void raise_to(A logit) {
-    exponentials.scale(exp(broadcast(reference - logit)));
-    if constexpr (Target::kSpread) gaps.add(weighted_gap(coefficients.sum, broadcast(reference), broadcast(logit)));
+    total.rebase(broadcast(reference), broadcast(logit), exp(broadcast(reference - logit)));
     reference = logit;
   }
 
@@ -196,7 +239,7 @@ class RowSums {
                           PerRow<A, kGroup>& references) const {
     references[l] = reference;
     lane_sums.max[l] = x.largest_values(largest);
-    lane_sums.set(l, exponentials.sum, coefficients.sum, gaps.sum);
+    lane_sums.set(l, {total.exponentials.sum, total.coefficients.sum, total.gaps.sum});
   }
 };
 
@@ -216,15 +259,15 @@ TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const RowLogits<T, Target
 }
 
 template <class T, class Target>
-TORCHCE_SIMD PairSums<T, Target> sums_of_short_row(const RowLogits<T, Target>& x, int64_t classes,
-                                                   const RowCoefficients<T, Target>& u, Lanes<Accumulate<T>> from) {
+TORCHCE_SIMD SumsOfLanes<T, Target> sums_of_short_row(const RowLogits<T, Target>& x, int64_t classes,
+                                                      const RowCoefficients<T, Target>& u, Lanes<Accumulate<T>> from) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const math::ExpInSum<Lanes<Accumulate<T>>> exp;
-  PairSums<T, Target> sums;
-  int64_t k = 0;
-  for (; k + P <= classes; k += P) sums.add(exp, x, u, k, from);
-  if (k < classes) sums.template add<true>(exp, x, u, classes - P, from, k);
-  return sums;
+  SumsOfPairs<T, Target> sums = sums_of_pair(exp, x, u, 0, from);
+  int64_t k = P;
+  for (; k + P <= classes; k += P) sums = sums + sums_of_pair(exp, x, u, k, from);
+  if (k < classes) sums = sums + sums_of_pair<true>(exp, x, u, classes - P, from, k);
+  return sums.value();
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::along

@@ -128,7 +128,7 @@ struct SumsPerRow {
       exponentials.set(w,
                        math::select(has_sum, larger_or_second(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
       max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
-      if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + weighted_gap(coefficients.lanes(w), from, to));
+      if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + coefficient(coefficients.lanes(w)).gap(from, to));
     }
   }
 
@@ -223,18 +223,19 @@ struct Factors {
     const Statistics<A> statistics(call.rows, call.statistics);
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
     const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
+    const A divisor = mean_divisor<A>(call);
     max = PerRow<A, W>::of(statistics.max + row, count);
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.coefficients + row, count);
       for (int w = 0; w < vectors; ++w) {
-        set(w, probability_factors(grad_output.lanes(w), coefficients.lanes(w), sum.lanes(w)));
+        set(w, probability_factors(grad_output.lanes(w) / divisor, coefficients.lanes(w), sum.lanes(w)));
       }
       return;
     }
     const A class_weights = targets->smoothing.label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
-      auto of_rows =
-          index_factors<true>(grad_output.lanes(w), targets->hot(w), targets->smoothing, class_weights, sum.lanes(w));
+      auto of_rows = index_factors<true>(grad_output.lanes(w), divisor, targets->hot(w), targets->smoothing,
+                                         class_weights, sum.lanes(w));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);
       set(w, of_rows);

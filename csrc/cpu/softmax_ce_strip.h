@@ -164,9 +164,12 @@ struct StripCoefficients {
   const A* weight;
   int64_t k = 0;
   explicit StripCoefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
-  TORCHCE_SIMD void read(int64_t first, int) { k = first; }
-  // u of class c of the block that was read, for vector w of the rows.
-  TORCHCE_SIMD Lanes<A> at(int c, int) const { return broadcast(weight == nullptr ? A(1) : weight[k + c]); }
+  TORCHCE_SIMD void read_block(int64_t first, int) { k = first; }
+  // Calls f with the Coefficient of class c of the block that was read, for vector w of the rows.
+  template <class F>
+  TORCHCE_SIMD void read(int c, int, F f) const {
+    f(coefficient(broadcast(weight == nullptr ? A(1) : weight[k + c])));
+  }
 };
 
 template <class Target, class A, int W>
@@ -183,13 +186,15 @@ struct StripCoefficients<Target, A, W> {
       : weight(static_cast<const A*>(rows.weight)),
         smoothing(smoothing_of<A>(rows)),
         target(rows, static_cast<const P*>(rows.target), rows.target_strides, row, count) {}
-  TORCHCE_SIMD void read(int64_t first, int count) {
+  TORCHCE_SIMD void read_block(int64_t first, int count) {
     k = first;
     target.read(first, count, block);
   }
-  TORCHCE_SIMD Lanes<A> at(int c, int w) const {
-    const Lanes<A> class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
-    return smoothing.coefficient(block.values[c][w], class_weight);
+  template <class F>
+  TORCHCE_SIMD void read(int c, int w, F f) const {
+    const Lanes<A> share = smoothing.share(block.values[c][w]);
+    if (weight == nullptr) return f(coefficient(share));
+    f(Coefficient<Lanes<A>, Lanes<A>>{broadcast(weight[k + c]), share});
   }
 };
 

@@ -168,24 +168,6 @@ TORCHCE_SIMD V larger_or_second(V a, V b) {
 template <class A>
 constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-__FLT_MAX__) : A(-__DBL_MAX__);
 
-// A sum that remembers what its additions rounded away (Kahan): float32 sums of 10^5 terms would lose digits.
-template <class V>
-struct CompensatedSum {
-  V sum{}, excess{};
-  TORCHCE_SIMD void add(V term) {
-    term -= excess;
-    const V next = sum + term;
-    excess = (next - sum) - term;
-    excess = math::select(excess - excess == V{}, excess, V{});  // else the sum is infinite, and stays so
-    sum = next;
-  }
-  template <class Factor>
-  TORCHCE_SIMD void scale(Factor factor) {
-    sum *= factor;
-    excess *= factor;
-  }
-};
-
 // Lanes of two vectors: lane I of `a` and then `b` for each I.
 template <size_t... I, class V>
 TORCHCE_SIMD V shuffle(V a, V b, std::index_sequence<I...>) {

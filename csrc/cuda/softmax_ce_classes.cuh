@@ -62,12 +62,20 @@ struct ClassCoefficients {
 
   __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
 
-  // u_k of class k; `probability` is what the target says of it, where it holds probabilities.
-  __device__ __forceinline__ A at(int64_t k, A probability) const {
-    if constexpr (Target::kProbabilities) {
-      return smoothing.coefficient(probability, weight_of(k));
+  // u_k of class k, 0 where it is not there; `probability` is what the target says of it, where it holds probabilities.
+  // kUnweighted: there are no weights.
+  template <bool kUnweighted = false>
+  __device__ __forceinline__ auto at(int64_t k, A probability, bool is_there = true) const {
+    const A share = !is_there ? A(0) : Target::kProbabilities ? smoothing.share(probability) : A(1);
+    if constexpr (kUnweighted) {
+      return coefficient(share);
     } else {
-      return weight_of(k);
+      const A weight = is_there ? weight_of(k) : A(0);
+      if constexpr (Target::kProbabilities) {
+        return Coefficient<A, A>{weight, share};
+      } else {
+        return coefficient(weight);
+      }
     }
   }
 };

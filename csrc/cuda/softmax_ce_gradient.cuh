@@ -22,7 +22,7 @@ struct GradientType<Target, T, GradientOf::target> {
 template <class A>
 struct RowInputs {
   uint64_t grad_output_bits;
-  A divisor;  // of a mean
+  A divisor;  // mean_divisor
   uint64_t target_bits;
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
 };
@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   uint64_t targets[n], grad_outputs[n];
   load_target_bits<Target>(rows, at, targets);
   load_grad_output_bits(call, at, grad_outputs);
-  const A divisor = static_cast<const A*>(call.totals)[0];
+  const A divisor = mean_divisor<A>(call);
   A coefficients_of_all = 0;
   if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_class_weights<A>(call);
 #pragma unroll
@@ -83,19 +83,18 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
       : max(in.max), spread(0), hot(0), grad_output(0), log_sum(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
-    A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
-    if (rows.options.reduction == Reduction::mean) g /= in.divisor;
+    const A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
     if constexpr (of == GradientOf::target) {
-      grad_output = g;
+      grad_output = g / in.divisor;
       log_sum = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
-      set(probability_factors(g, in.coefficients, in.sum));
+      set(probability_factors(g / in.divisor, in.coefficients, in.sum));
     } else {
       const auto smoothing = smoothing_of<A>(rows);
       const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
       ignored = row.ignored;
       index = row.index;
-      set(index_factors<Target::kSpread>(g, row.hot, smoothing, in.coefficients, in.sum));
+      set(index_factors<Target::kSpread>(g, in.divisor, row.hot, smoothing, in.coefficients, in.sum));
     }
   }
   __device__ __forceinline__ void set(const GradientFactors<A>& factors) {
@@ -107,10 +106,11 @@ struct RowGradient {
   // The gradient of class k, whose logit has value x, without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
-      return grad_output * target_gradient(x, coefficients.smoothing.hot(coefficients.weight_of(k)), max, log_sum);
+      const A hot_of_class = coefficients.smoothing.hot(grad_output * coefficients.weight_of(k));
+      return target_gradient(x, hot_of_class, max, log_sum);
     } else {
       A g = scaled_exp(x - max);
-      if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target));
+      if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target).value());
       return g;
     }
   }

@@ -28,33 +28,16 @@ struct ClassSums {
   __device__ __forceinline__ static A minus_infinity() { return -A(math::kInfinityF); }
   __device__ __forceinline__ static ClassSums identity() { return {minus_infinity(), 0, 0, 0}; }
   __device__ __forceinline__ static A base(A max) { return max == minus_infinity() ? A(0) : max; }
+  // What gaps to `max` become gaps to base(larger) from: below a maximum of minus infinity they are infinite or none,
+  // and no other maximum changes them.
+  __device__ __forceinline__ static A gap_base(A max, A larger) { return max == minus_infinity() ? base(larger) : max; }
 
   // Makes the sums relative to another maximum that is not less. One of minus infinity makes the sum 0 times itself: it
-  // has no terms but zeros, or a NaN that must stay. Gaps below it are infinite or none, and no maximum changes them.
-  __device__ __forceinline__ void rebase(A larger) { rebase(larger, exp_in_sum(max - base(larger))); }
-  __device__ __forceinline__ void rebase(A larger, A factor) {
-    exponentials *= factor;
-    if constexpr (kSpread) {
-      const A to = base(larger);
-      gaps += weighted_gap(coefficients, max == minus_infinity() ? to : max, to);
-    }
+  // has no terms but zeros, or a NaN that must stay.
+  __device__ __forceinline__ void rebase(A larger) {
+    exponentials *= exp_in_sum(max - base(larger));
+    if constexpr (kSpread) gaps += coefficient(coefficients).gap(gap_base(max, larger), base(larger));
     max = larger;
-  }
-
-  // Adds n classes, none of them far above max: x(i) are their values, u(i) the coefficients.
-  template <int n, class Value, class Coefficient>
-  __device__ __forceinline__ void add_terms(Value x, Coefficient u) {
-    const A from = base(max);
-    A sum = 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      sum += exp_in_sum(x(i) - from);
-      if constexpr (kSpread) {
-        coefficients += u(i);
-        gaps += weighted_gap(u(i), x(i), from);
-      }
-    }
-    exponentials += sum;
   }
 
   // The sum of exponentials of a whole row; NaN for a row of nothing but -inf, which has no softmax.
@@ -83,29 +66,32 @@ struct ClassSums {
 
   template <class At>
   __device__ __forceinline__ static ClassSums of_each(int count, At at) {
-    ClassSums all = identity();
-    for (int i = 0; i < count; ++i) all.max = math::larger(all.max, at(i).max);
+    A larger = minus_infinity();
+    for (int i = 0; i < count; ++i) larger = math::larger(larger, at(i).max);
+    CompensatedLogitSums<kSpread, A> total;
     for (int i = 0; i < count; ++i) {
       ClassSums each = at(i);
-      each.rebase(all.max);
-      all.exponentials += each.exponentials;
-      if constexpr (kSpread) {
-        all.coefficients += each.coefficients;
-        all.gaps += each.gaps;
-      }
+      each.rebase(larger);
+      total.add({each.exponentials, each.coefficients, each.gaps});
     }
-    return all;
+    return {larger, total.exponentials.sum, total.coefficients.sum, total.gaps.sum};
   }
 };
 
 // The sums of the classes that a thread goes through, batch after batch. They stay relative to an earlier maximum until
 // a logit is far above it: rescaled at each new one, a row that rises slowly would gather the errors of all those
 // factors. Beyond e^4 the differences from the earlier maximum, and so the terms, would lose digits.
-template <class A, bool kSpread>
+//
+// kSettles: what is added waits for settle(), which takes four instructions, and is called after a few additions, whose
+// roundings might all go in one direction. Else it is settled at once, which saves registers.
+template <class A, bool kSpread, bool kSettles = false>
 struct RunningSums {
+  using Sums = ClassSums<A, kSpread>;
   static constexpr int kFar = 4;
-  ClassSums<A, kSpread> sums = ClassSums<A, kSpread>::identity();
-  A max = ClassSums<A, kSpread>::minus_infinity();
+  CompensatedLogitSums<kSpread, A> total;
+  LogitSums<kSpread, A> unsettled;
+  A reference = Sums::minus_infinity();  // the maximum that both are relative to
+  A max = Sums::minus_infinity();
 
   // Adds n classes: x(i) are the logits, u(i) the coefficients. Where a class is not there, x(i) is minus infinity.
   template <int n, class Logit, class X, class IsThere, class Coefficient>
@@ -113,18 +99,43 @@ struct RunningSums {
     if constexpr (Logit::kIsPlain) {
       max = largest<n>(max, x);
     } else {
-      max = math::larger(max, logit.value(largest<n>(sums.minus_infinity(), x)));
+      max = math::larger(max, logit.value(largest<n>(Sums::minus_infinity(), x)));
     }
-    if (max > sums.max + A(kFar)) sums = rebased();
-    sums.template add_terms<n>(
-        [&](int i) { return Logit::kIsPlain || is_there(i) ? logit.value(x(i)) : sums.minus_infinity(); }, u);
+    if (max > reference + A(kFar)) rebase();
+    const A from = Sums::base(reference);
+    const auto sums = math::sum_in_pairs<n>(0, [&](int i) {
+      const A value = Logit::kIsPlain || is_there(i) ? logit.value(x(i)) : Sums::minus_infinity();
+      const A exponential = exp_in_sum(value - from);
+      if constexpr (kSpread) {
+        return LogitSums<kSpread, A>::of(exponential, u(i), value, from);
+      } else {
+        return LogitSums<kSpread, A>{exponential};
+      }
+    });
+    if constexpr (kSettles) {
+      unsettled = unsettled + sums;
+    } else {
+      total.add(sums);
+    }
   }
 
-  // The sums made relative to the largest logit so far, by one exact factor.
-  __device__ __forceinline__ ClassSums<A, kSpread> rebased() const {
-    ClassSums<A, kSpread> result = sums;
-    result.rebase(max, math::exp_of_negative(sums.max - result.base(max)));
-    return result;
+  __device__ __forceinline__ void settle() {
+    if constexpr (!kSettles) return;
+    total.add(unsettled);
+    unsettled = {};
+  }
+
+  // Makes the sums relative to the largest logit so far, by one exact factor.
+  __device__ __forceinline__ void rebase() {
+    settle();
+    total.rebase(Sums::gap_base(reference, max), Sums::base(max), math::exp_of_negative(reference - Sums::base(max)));
+    reference = max;
+  }
+
+  // What was added, relative to the largest logit.
+  __device__ __forceinline__ Sums sums() {
+    rebase();
+    return {max, total.exponentials.sum, total.coefficients.sum, total.gaps.sum};
   }
 };
 
@@ -161,7 +172,8 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
         logit, [&](int) { return load_one<A>(x + k); }, [](int) { return true; },
         [&](int) { return coefficients.at(k, Target::kProbabilities ? load_one<A>(t + k) : A(0)); });
   };
-  const auto add_batch = [&](auto whole, int64_t first, int number) {
+  const auto add_batch_of = [&](auto whole, auto plain, int64_t first, int number) {
+    constexpr bool kPlain = decltype(plain)::value;
     const auto is_there = [&](int i) { return decltype(whole)::value || first + int64_t(i) * threads < classes.packs; };
     const auto class_of = [&](int i) { return classes.body + (first + int64_t(i) * threads) * V; };
     Pack<T, V> logits[kBatch];
@@ -169,8 +181,8 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (is_there(i)) {
+        if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + class_of(i), kPlain || target_aligned);
         logits[i] = load_pack<V>(x + class_of(i), true);
-        if constexpr (Target::kProbabilities) target[i] = load_pack<V>(t + class_of(i), target_aligned);
       } else {
 #pragma unroll
         for (int v = 0; v < V; ++v) logits[i].elements[v] = no_logit<T>();
@@ -179,12 +191,21 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
     of_row.template add<kBatch * V>(
         logit, [&](int i) { return get<A>(logits[i / V], i % V); }, [&](int i) { return is_there(i / V); },
         [&](int i) {
-          if (!is_there(i / V)) return A(0);
-          return coefficients.at(class_of(i / V) + i % V, Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0));
+          const A probability = Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0);
+          return coefficients.template at<kPlain>(class_of(i / V) + i % V, probability, is_there(i / V));
         });
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (is_there(i)) keep(logits[i], number + i);
+    }
+  };
+  // What is rare is asked for once a batch: loads of weights, or of a misaligned target one by one, would take
+  // instructions even where there are none.
+  const auto add_batch = [&](auto whole, int64_t first, int number) {
+    if (!Target::kSpread || (coefficients.weight == nullptr && (!Target::kProbabilities || target_aligned))) {
+      add_batch_of(whole, std::true_type{}, first, number);
+    } else {
+      add_batch_of(whole, std::false_type{}, first, number);
     }
   };
 
@@ -196,7 +217,7 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
   }
   if (first + thread < classes.packs) add_batch(std::false_type{}, first + thread, number);
   classes.for_each_after(thread, threads, add_one);
-  return of_row.rebased();
+  return of_row.sums();
 }
 
 template <class T, class Target>
@@ -215,12 +236,14 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
                                            ClassSums<A, Target::kSpread> (&sums)[V]) {
   using P = typename ProbabilityType<Target, T>::type;
   constexpr int kBatch = kUnroll<Target, A>;
+  constexpr int kUnsettled = 8;                // batches
+  constexpr bool kSettles = !Target::kSpread;  // coefficients leave no registers for it
   const RowPosition at(rows, r);
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
   const LogitOf<Target, T> logit(rows);
   const ClassCoefficients<Target, A> coefficients(rows);
-  RunningSums<A, Target::kSpread> of_rows[V];
+  RunningSums<A, Target::kSpread, kSettles> of_rows[V];
 
   const auto add_batch = [&](auto whole, int64_t k) {
     const auto class_of = [&](int i) { return k + int64_t(i) * shares; };
@@ -244,16 +267,20 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
       of_rows[v].template add<kBatch>(
           logit, [&](int i) { return get<A>(logits[i], v); }, is_there,
           [&](int i) {
-            if (!is_there(i)) return A(0);
-            return coefficients.at(class_of(i), Target::kProbabilities ? get<A>(target[i], v) : A(0));
+            return coefficients.at(class_of(i), Target::kProbabilities ? get<A>(target[i], v) : A(0), is_there(i));
           });
     }
   };
   int64_t k = share;
-  for (; k + int64_t(kBatch - 1) * shares < rows.classes; k += int64_t(kBatch) * shares) add_batch(std::true_type{}, k);
+  for (int batch = 1; k + int64_t(kBatch - 1) * shares < rows.classes; k += int64_t(kBatch) * shares, ++batch) {
+    add_batch(std::true_type{}, k);
+    if (batch % kUnsettled != 0) continue;
+#pragma unroll
+    for (int v = 0; v < V; ++v) of_rows[v].settle();
+  }
   if (k < rows.classes) add_batch(std::false_type{}, k);
 #pragma unroll
-  for (int v = 0; v < V; ++v) sums[v] = of_rows[v].rebased();
+  for (int v = 0; v < V; ++v) sums[v] = of_rows[v].sums();
 }
 
 // A row's end: writes its statistics and its unreduced loss, and adds to what the thread has of the reduced one. A row

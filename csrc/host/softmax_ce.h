@@ -131,6 +131,8 @@ inline Problem make_problem(const Inputs& inputs, const Options& options) {
   rows.target = p.inputs.target.const_data_ptr();
   rows.weight = weight ? weight->const_data_ptr() : nullptr;
   rows.options = options;
+  // A lone class has the whole label, smoothed or not; without smoothing its zero gradient is exact.
+  if (rows.classes == 1 && !p.probabilities()) rows.options.label_smoothing = 0;
   return p;
 }
 

@@ -32,6 +32,10 @@ template <class V>
 TORCHCE_HD V operator*(One, V v) {
   return v;
 }
+template <class T>
+constexpr bool kIsOne = false;
+template <>
+inline constexpr bool kIsOne<One> = true;
 
 // abs is |x|.
 // Valid: all x. On the CPU -0 stays -0 and a NaN keeps its sign.

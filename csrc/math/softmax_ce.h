@@ -28,6 +28,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "rounding.h"
 
 namespace torchce::softmax_ce {
 
@@ -44,7 +45,7 @@ struct ClassIndex {
         index(math::select(ignored | bad, I{}, target)) {}
 };
 
-// Smoothing is what a call says of label smoothing, and makes of it the coefficients h, b and u_k.
+// Smoothing is what a call says of label smoothing, and makes of it h, b and the shares of u_k.
 template <class A>
 struct Smoothing {
   A label_smoothing, classes;  // eps, C
@@ -56,18 +57,73 @@ struct Smoothing {
   }
   // b of rows with a class index.
   TORCHCE_HD A uniform() const { return label_smoothing / classes; }
-  // u_k of a class that the target gives the probability `probability`.
+  // (1 - eps) t_k + eps / C of a class that the target gives the probability `probability`.
   template <class V>
-  TORCHCE_HD V coefficient(V probability, V weight) const {
-    return weight * (probability * (A(1) - label_smoothing) + uniform());
+  TORCHCE_HD V share(V probability) const {
+    return probability * (A(1) - label_smoothing) + uniform();
   }
 };
 
-// u_k (x_k - max), with 0 * -inf = 0: a class that the target excludes costs nothing, however unlikely it is.
+// Coefficient is u_k as its factors: w_k and the class's share of the label. They are kept apart because u_k may
+// underflow where its product with a large gap does not. Weight: V, or One where there is none or it is the only
+// factor.
+template <class Weight, class V>
+struct Coefficient {
+  Weight weight;
+  V share;
+
+  TORCHCE_HD V value() const { return weight * share; }
+  // u_k (x_k - max), with 0 * -inf = 0: a class that the target excludes costs nothing, however unlikely it is.
+  TORCHCE_HD V gap(V x, V max) const {
+    if constexpr (math::kIsOne<Weight>) {
+      return math::select(share == V{}, V{}, share * (x - max));
+    } else {
+      return math::select((share == V{}) | (weight == V{}), V{}, weight * (share * (x - max)));
+    }
+  }
+};
 template <class V>
-TORCHCE_HD V weighted_gap(V coefficient, V x, V max) {
-  return math::select(coefficient == V{}, V{}, coefficient * (x - max));
+TORCHCE_HD Coefficient<math::One, V> coefficient(V share) {
+  return {{}, share};
 }
+
+// LogitSums are what some of a row's classes add up to, against a number near their largest logit.
+template <bool kSpread, class V>
+struct LogitSums {
+  V exponentials{}, coefficients{}, gaps{};  // sum exp(x_k - from), sum u_k, sum u_k (x_k - from)
+
+  // Those of one class, given exp(x - from).
+  template <class Weight>
+  TORCHCE_HD static LogitSums of(V exponential, const Coefficient<Weight, V>& u, V x, V from) {
+    if constexpr (!kSpread) return {exponential};
+    return {exponential, u.value(), u.gap(x, from)};
+  }
+  TORCHCE_HD LogitSums operator+(const LogitSums& other) const {
+    if constexpr (!kSpread) return {exponentials + other.exponentials};
+    return {exponentials + other.exponentials, coefficients + other.coefficients, gaps + other.gaps};
+  }
+};
+
+// CompensatedLogitSums adds up LogitSums, and may change the number that they are against.
+template <bool kSpread, class V>
+struct CompensatedLogitSums {
+  math::CompensatedSum<V, false> exponentials;
+  math::CompensatedSum<V, true> coefficients, gaps;
+
+  TORCHCE_HD void add(const LogitSums<kSpread, V>& sums) {
+    exponentials.add(sums.exponentials);
+    if constexpr (kSpread) {
+      coefficients.add(sums.coefficients);
+      gaps.add(sums.gaps);
+    }
+  }
+  // `factor` is exp(from - to).
+  template <class Factor>
+  TORCHCE_HD void rebase(V from, V to, Factor factor) {
+    exponentials.scale(factor);
+    if constexpr (kSpread) gaps.add(coefficient(coefficients.sum).gap(from, to));
+  }
+};
 
 // h (lse - x_y), with 0 * inf = 0. A row with a NaN has a NaN log_sum, which must show even under h = 0.
 template <class V>
@@ -120,13 +176,15 @@ struct GradientFactors {
 
 // index_factors gives those of a row with a class index. `sum_coefficients` is U, but 0 where there is no smoothing, as
 // 0 times an infinite class weight would be NaN. kSpread: there may be smoothing.
+//
+// `divisor` is that of a mean. It divides h first: g divided by a sum of tiny class weights might be infinite.
 template <bool kSpread, class V, class A>
-TORCHCE_HD GradientFactors<V> index_factors(V grad_output, V hot, const Smoothing<A>& smoothing, A sum_coefficients,
-                                            V sum) {
-  GradientFactors<V> factors{{}, {}, grad_output * hot};
+TORCHCE_HD GradientFactors<V> index_factors(V grad_output, A divisor, V hot, const Smoothing<A>& smoothing,
+                                            A sum_coefficients, V sum) {
+  GradientFactors<V> factors{{}, {}, grad_output * (hot / divisor)};
   V of_all = factors.hot;
   if constexpr (kSpread) {
-    const V spread = grad_output * smoothing.uniform();
+    const V spread = grad_output * smoothing.uniform() / divisor;
     factors.spread = math::select(spread == spread, spread, V{});  // NaN where g is infinite and there is no smoothing
     of_all += factors.spread * sum_coefficients;
   }
@@ -147,12 +205,14 @@ TORCHCE_HD V scaled_probability(V x, V max, V scale) {
 }
 
 // class_gradient is the gradient of a class, given scaled_probability; at the target class `hot` is subtracted from it.
-template <class V, class Spread>
-TORCHCE_HD V class_gradient(V scaled_probability, Spread spread, V coefficient) {
-  return scaled_probability - spread * coefficient;
+// Of a certain class, p = 1, it is exactly 0 where the others have no coefficient: `scale` is that product, rounded.
+template <class V>
+TORCHCE_HD V class_gradient(V scaled_probability, V spread, V coefficient) {
+  return scaled_probability - math::rounded_product(spread, coefficient);
 }
 
-// d loss / d t_j = (1 - eps) w_j (lse - x_j), from hot = (1 - eps) w_j
+// g d loss / d t_j = g (1 - eps) w_j (lse - x_j), from hot = g (1 - eps) w_j: the last product may be out of range
+// where one of the first two is not.
 template <class V>
 TORCHCE_HD V target_gradient(V x, V hot, V max, V log_sum) {
   return hot * (log_sum - (x - max));

@@ -1,0 +1,183 @@
+"""Roundings of softmax cross entropy that all go in one direction, products in an order that leaves float32's range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import cases
+import pytest
+import reference
+import torch
+from cases import dtype_id
+from comparison import assert_accurate, check_softmax_ce, run
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchce.functional
+
+INF = math.inf
+EPS = torch.finfo(torch.float32).eps
+LEAST = torch.finfo(torch.float32).min
+
+LAYOUTS = [pytest.param(None, id="adjacent"), pytest.param("transposed", id="strided")]
+KINDS = ["index", "smoothed", "one_hot", "uniform", "random"]
+# e^-7.5575 is just what an addition to 1 rounds badly, and so is e^-16, one ulp of 1.
+GAPS = (7.5575, 0.1, 16.0, 3.3)
+
+
+def class_counts(device: str, step: int) -> range:
+    """Those from 2 to 512; some in the emulation, which takes a thousand times as long."""
+    return range(2, 513, step if device == "cpu" else 51)
+
+
+def target_of(kind: str, outlier: Tensor, classes: int) -> tuple[Tensor, float]:
+    """A target of rows whose largest logit is that of class `outlier`, and a label smoothing."""
+    one_hot = F.one_hot(outlier, classes).float()
+    if kind in ("index", "smoothed"):
+        return outlier, 0.1 if kind == "smoothed" else 0.0
+    if kind == "random":
+        return cases.probabilities(one_hot.shape, torch.float32, str(outlier.device)), 0.0
+    return (one_hot if kind == "one_hot" else torch.full_like(one_hot, 1 / classes)), 0.0
+
+
+def hold_to_four_eps(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
+    """Errors beyond torch's are at most one ulp and 4 eps of the condition, half of what the suite allows."""
+    options = {"label_smoothing": label_smoothing, "reduction": "none"}
+    grad_output = torch.ones(len(logits), device=logits.device)
+    ours, theirs = (
+        run(function, logits, target, options, grad_output, False)
+        for function in (torchce.functional.cross_entropy, F.cross_entropy)
+    )
+    truths = reference.softmax_ce(logits, target, grad_output=grad_output, **options)
+    for name, our, their, truth in zip(("loss", "grad_logits"), ours[:2], theirs[:2], truths[:2], strict=True):
+        error, their_error = ((reference.float64(value) - truth.value).abs() for value in (our, their))
+        excess = (error - their_error - EPS * truth.value.abs()) / truth.condition.clamp_min(1e-30)
+        assert float(excess.max()) <= 4 * EPS, f"{name} of {logits.shape[1]} classes: {float(excess.max()) / EPS} eps"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_constant_rows_with_an_outlier(device: str, layout: str | None, kind: str) -> None:
+    """One large term beside equal small ones: added one by one they would all round the same way."""
+    for classes in class_counts(device, 1 if kind == "index" else 3):
+        outlier = torch.tensor([0, classes // 2, classes - 1], device=device)
+        logits = -GAPS[classes % len(GAPS)] * (1 - F.one_hot(outlier, classes).float())
+        logits = cases.laid_out(layout, lambda s: torch.empty(s, device=device), logits.shape).copy_(logits)
+        hold_to_four_eps(logits, *target_of(kind, outlier, classes))
+
+
+@pytest.mark.parametrize("kind", ["index", "random"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_rows(device: str, layout: str | None, kind: str) -> None:
+    for classes in class_counts(device, 3):
+        logits = cases.arranged(layout, (3, classes), torch.float32, device)
+        hold_to_four_eps(logits, *target_of(kind, logits.argmax(1), classes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_of_equal_rows_keeps_no_error(device: str, layout: str | None) -> None:
+    logits = cases.laid_out(layout, lambda s: torch.full(s, -7.5575, device=device), (64, 32))
+    logits[:, 0] = 0
+    loss = torchce.functional.cross_entropy(logits, torch.zeros(64, dtype=torch.int64, device=device))
+    assert abs(float(loss) - math.log1p(31 * math.exp(-float(torch.tensor(7.5575))))) <= 4 * EPS
+
+
+# --- products out of range ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upstream", [0.0, 0.125, 1e-30], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_target_gradient_at_a_mask_of_the_least_number(device: str, layout: str | None, upstream: float) -> None:
+    """g w (lse - x) is in range where w (lse - x) is not."""
+    logits = cases.arranged(layout, (4, 40), torch.float32, device)
+    logits[:, 3:7] = LEAST
+    target = cases.probabilities((4, 40), torch.float32, device)
+    _, _, grad = run(
+        torchce.functional.cross_entropy,
+        logits,
+        target,
+        {"weight": torch.full((40,), 2.0, device=device), "reduction": "sum"},
+        torch.tensor(upstream, device=device),
+        True,
+    )
+    assert grad is not None
+    truth = reference.softmax_ce(
+        logits, target, torch.full((40,), 2.0), reduction="sum", grad_output=torch.tensor(upstream)
+    ).grad_target
+    assert truth is not None
+    assert_accurate("grad_target", grad, truth)
+    if upstream == 0.125:
+        assert float(grad[0, 3]) == pytest.approx(0.125 * 2 * -LEAST, rel=1e-6)
+
+
+# Evenly spread over 1000 classes, 0.1 would leave coefficients so small that the digits of w t itself are lost.
+@pytest.mark.parametrize(("classes", "label_smoothing"), [(3, 0.0), (3, 0.1), (40, 0.0), (40, 0.1), (1000, 0.0)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_coefficients_that_underflow(device: str, layout: str | None, classes: int, label_smoothing: float) -> None:
+    """w t is 0 in float32, w t (lse - x) is not: infinite, or 1e-9."""
+    logits = cases.arranged(layout, (3, classes), torch.float32, device)
+    logits[0, 1], logits[1, 1] = -INF, -1e38
+    target = torch.zeros(3, classes, device=device)
+    target[:, 0], target[:2, 1] = 1, 1e-9
+    weight = torch.full((classes,), 1e-38, device=device)
+    loss = check_softmax_ce(
+        logits, target, weight=weight, reduction="none", label_smoothing=label_smoothing, grad_output=torch.ones(3)
+    )
+    assert loss[0] == INF
+    weight[1] = 0  # then neither costs anything
+    loss = torchce.functional.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
+    assert float(loss.max()) < 1e-30
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("weight", [1e-38, 7e-39, 1e-30, 1e30])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_of_tiny_weights(device: str, layout: str | None, weight: float, label_smoothing: float) -> None:
+    """The upstream gradient divided by the sum of the weights would be infinite before it meets one."""
+    logits = cases.arranged(layout, (1, 7), torch.float32, device)
+    weights = torch.full((7,), weight, device=device)
+    check_softmax_ce(logits, torch.tensor([3], device=device), weight=weights, label_smoothing=label_smoothing)
+
+
+# --- zeros ----------------------------------------------------------------------------------------------------------
+
+
+def certain_rows(device: str) -> Tensor:
+    """Three classes, of which the first has p = 1."""
+    return torch.tensor([[0.0, -200.0, -INF], [5.0, -150.0, -3e38], [-7.0, -INF, -INF]], device=device)
+
+
+def one_class(device: str) -> Tensor:
+    return cases.normal((5, 1), torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("make", [certain_rows, one_class])
+@pytest.mark.parametrize("label", [0.3, 1.0, 0.7])
+@pytest.mark.parametrize("weight", [None, 1.7])
+def test_gradient_of_a_certain_class_is_zero(
+    device: str, weight: float | None, label: float, make: Callable[[str], Tensor], dtype: torch.dtype
+) -> None:
+    """p sum(u) - u with p = 1 and no other u: exactly 0, as torch has it."""
+    logits = make(device).to(dtype)
+    target = torch.zeros_like(logits)
+    target[:, 0] = label
+    weights = None if weight is None else torch.full((logits.shape[1],), weight, device=device)
+    for reduction in cases.REDUCTIONS:
+        for inner in (logits, logits[:, :, None].expand(*logits.shape, 40)):
+            of_inner = target if inner.dim() == 2 else target[:, :, None].expand(inner.shape)
+            options = {"weight": weights, "reduction": reduction}
+            _, grad, _ = run(torchce.functional.cross_entropy, inner, of_inner, options, None, False)
+            assert torch.equal(grad[:, 0], torch.zeros_like(grad[:, 0]))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weight", [None, 1.7])
+def test_gradient_of_a_lone_class_is_zero(device: str, weight: float | None, label_smoothing: float) -> None:
+    logits, target = one_class(device), torch.zeros(5, dtype=torch.int64, device=device)
+    weights = None if weight is None else torch.full((1,), weight, device=device)
+    options = {"weight": weights, "label_smoothing": label_smoothing}
+    loss, grad, _ = run(torchce.functional.cross_entropy, logits, target, options, None, False)
+    assert float(loss) == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
