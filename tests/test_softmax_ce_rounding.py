@@ -111,21 +111,21 @@ def test_target_gradient_at_a_mask_of_the_least_number(device: str, layout: str 
         assert float(grad[0, 3]) == pytest.approx(0.125 * 2 * -LEAST, rel=1e-6)
 
 
-# Evenly spread over 1000 classes, 0.1 would leave coefficients so small that the digits of w t itself are lost.
-@pytest.mark.parametrize(("classes", "label_smoothing"), [(3, 0.0), (3, 0.1), (40, 0.0), (40, 0.1), (1000, 0.0)])
+# Spread over more classes, 0.1 would leave them coefficients that are subnormal numbers, of few digits.
+@pytest.mark.parametrize(("classes", "label_smoothing"), [(3, 0.0), (3, 0.1), (40, 0.0), (1000, 0.0)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_coefficients_that_underflow(device: str, layout: str | None, classes: int, label_smoothing: float) -> None:
-    """w t is 0 in float32, w t (lse - x) is not: infinite, or 1e-9."""
+    """w t is 0 in float32, but w t (lse - x) is infinite."""
     logits = cases.arranged(layout, (3, classes), torch.float32, device)
-    logits[0, 1], logits[1, 1] = -INF, -1e38
+    logits[:2, 1] = -INF
     target = torch.zeros(3, classes, device=device)
     target[:, 0], target[:2, 1] = 1, 1e-9
     weight = torch.full((classes,), 1e-38, device=device)
     loss = check_softmax_ce(
         logits, target, weight=weight, reduction="none", label_smoothing=label_smoothing, grad_output=torch.ones(3)
     )
-    assert loss[0] == INF
-    weight[1] = 0  # then neither costs anything
+    assert loss.tolist()[:2] == [INF, INF]
+    weight[1] = 0  # then it costs nothing
     loss = torchce.functional.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
     assert float(loss.max()) < 1e-30
 

@@ -15,7 +15,7 @@ class StripSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
   using Sums = LogitSums<Target::kSpread, V>;
-  static constexpr int kPartialSums = 4;
+  static constexpr int kPartialSums = 4;  // of a block, so that none gathers more than eight roundings
 
   math::ExpInSum<V> exp;
   // A logit may exceed the reference of its row's sum by this much: a reference raised for every block would make the
