@@ -184,8 +184,8 @@ FAULTS = {
     ),
     "gaps of masked logits are rebased as if their maximum were 0": Fault(
         SUMS,
-        "max == minus_infinity() ? to : max",
-        "max == minus_infinity() && !PLANTED ? to : base(max)",
+        "return max == minus_infinity() ? base(larger) : max;",
+        "return max == minus_infinity() && !PLANTED ? base(larger) : base(max);",
         "test_infinite_weights.py::test_minus_infinite_logits",
     ),
     "an infinite weight's loss is left to the formula": Fault(
