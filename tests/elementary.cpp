@@ -1,55 +1,65 @@
-// Prints the largest errors of csrc/math/elementary.h's functions against double, for the SIMD level it is compiled
-// for: a line "function range ulps" each. tests/test_elementary.py compiles, runs and judges it.
+// Prints the largest errors of csrc/math/elementary.h's functions, of floats against double and of doubles against long
+// double, for the SIMD level it is compiled for: a line "function range ulps" each. tests/test_elementary.py compiles,
+// runs and judges it.
 //
 // The argument "all" takes every float32 of a function's domain; without it every mantissa is taken at the exponents
-// where the results vary, and one of 509 elsewhere.
+// where the results vary, and one of 509 elsewhere. Of doubles it is a sample over all exponents, 64 times as large
+// with "all", and the neighbours of where the functions split their domain.
 #define TORCHCE_LEVEL under_test
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/vector.h"
 
 namespace {
 
 using namespace torchce;
-using cpu::under_test::Floats;
 using cpu::under_test::kLanes;
-constexpr int L = kLanes<float>;
+using cpu::under_test::Lanes;
 
-double ulp_of(double value) {
-  const double magnitude = std::fabs(value);
-  if (!(magnitude >= std::numeric_limits<float>::min())) return std::numeric_limits<float>::denorm_min();
-  return std::ldexp(1.0, std::ilogb(magnitude) - 23);
+template <class A>
+using Limits = std::numeric_limits<A>;
+template <class A>
+constexpr bool kIsDouble = sizeof(A) == sizeof(double);
+template <class A>
+using Exact = std::conditional_t<kIsDouble<A>, long double, double>;
+template <class A>
+using Bits = std::conditional_t<kIsDouble<A>, uint64_t, uint32_t>;
+
+template <class A>
+Exact<A> ulp_of(Exact<A> value) {
+  const Exact<A> magnitude = std::fabs(value);
+  if (!(magnitude >= Limits<A>::min())) return Limits<A>::denorm_min();
+  return std::ldexp(Exact<A>(1), std::ilogb(magnitude) + 1 - Limits<A>::digits);
 }
 
 // Error in ulps of the exact value; a NaN where none is due, or the reverse, is infinitely wrong.
-double error_of(float value, double exact) {
+template <class A>
+double error_of(A value, Exact<A> exact) {
   if (std::isnan(exact)) return std::isnan(value) ? 0 : HUGE_VAL;
-  if (double(value) == exact || value == float(exact)) return std::fabs(double(value) - exact) / ulp_of(exact);
-  const double error = std::fabs(double(value) - exact) / ulp_of(exact);
+  if (value == exact) return 0;
+  const double error = double(std::fabs(value - exact) / ulp_of<A>(exact));
   return std::isnan(error) ? HUGE_VAL : error;
 }
 
-// The largest error over the floats with bits first, first + step, ... up to last, `allowance(x, exact)` ulps aside.
-template <class F, class Exact, class Allowance>
-double largest_error(uint32_t first, uint32_t last, uint32_t step, F function, Exact exact, Allowance allowance) {
+// The largest error over the numbers at(0), ... at(count - 1), `allowance(x, exact)` ulps aside.
+template <class A, class At, class F, class Wanted, class Allowance>
+double largest_error(uint64_t count, At at, F function, Wanted wanted, Allowance allowance) {
+  constexpr int L = kLanes<A>;
   double largest = 0;
-  for (uint64_t bits = first; bits <= last; bits += uint64_t(step) * L) {
-    float x[L], y[L];
-    Floats v;
-    for (int l = 0; l < L; ++l) {
-      const uint64_t at = bits + uint64_t(step) * l;
-      const uint32_t lane = uint32_t(at > last ? last : at);
-      std::memcpy(&x[l], &lane, sizeof lane);
-    }
+  for (uint64_t i = 0; i < count; i += L) {
+    A x[L], y[L];
+    Lanes<A> v;
+    for (int l = 0; l < L; ++l) x[l] = at(i + l < count ? i + l : count - 1);
     std::memcpy(&v, x, sizeof v);
     v = function(v);
     std::memcpy(y, &v, sizeof v);
     for (int l = 0; l < L; ++l) {
-      const double wanted = exact(double(x[l]));
-      largest = std::fmax(largest, error_of(y[l], wanted) - allowance(double(x[l]), wanted));
+      const Exact<A> exact = wanted(Exact<A>(x[l]));
+      largest = std::fmax(largest, error_of<A>(y[l], exact) - allowance(double(x[l]), exact));
     }
   }
   return largest;
@@ -57,87 +67,124 @@ double largest_error(uint32_t first, uint32_t last, uint32_t step, F function, E
 
 bool take_all = false;
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
+template <class A>
+Bits<A> bits_of(A x) {
+  Bits<A> bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-// Floats between two of one sign, `from` the one nearer to 0; every one where `dense`.
-template <class F, class Exact, class Allowance>
-void check(const char* name, float from, float to, bool dense, F function, Exact exact, Allowance allowance) {
-  const double error =
-      largest_error(bits_of(from), bits_of(to), take_all || dense ? 1 : 509, function, exact, allowance);
-  std::printf("%s [%g,%g] %.3f\n", name, from, to, error);
+// Numbers between two of one sign, `from` the one nearer to 0; every float where `dense`.
+template <class A, class F, class Wanted, class Allowance>
+void check(const char* name, A from, A to, bool dense, F function, Wanted wanted, Allowance allowance) {
+  const uint64_t first = bits_of(from), distance = bits_of(to) - first;
+  uint64_t step = take_all || dense ? 1 : 509;
+  if (kIsDouble<A>) step = distance / (take_all ? 1 << 26 : 1 << 20) | 1;
+  const auto at = [&](uint64_t i) {
+    const Bits<A> bits = Bits<A>(first + (i * step < distance ? i * step : distance));
+    A x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  const double error = largest_error<A>(distance / step + 2, at, function, wanted, allowance);
+  std::printf("%s%s [%g,%g] %.3f\n", name, kIsDouble<A> ? " of doubles" : "", double(from), double(to), error);
 }
 
-double nothing(double, double) { return 0; }
+// Doubles beside so many borders, where a function goes over to the next part of its domain.
+template <class Border, class F, class Wanted, class Allowance>
+void check_borders(const char* name, int count, Border border, F function, Wanted wanted, Allowance allowance) {
+  constexpr int kNeighbours = 16;
+  const auto at = [&](uint64_t i) {
+    const double x = border(int(i / kNeighbours));
+    return x + (int(i % kNeighbours) - kNeighbours / 2) * std::ldexp(1.0, std::ilogb(x) - 52);
+  };
+  const double error = largest_error<double>(uint64_t(count) * kNeighbours, at, function, wanted, allowance);
+  std::printf("%s of doubles at borders %.3f\n", name, error);
+}
 
+constexpr auto nothing = [](double, auto) { return 0.0; };
+
+template <class A>
 void check_exponentials() {
-  const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  const auto exact = [](double x) { return std::exp(x); };
+  constexpr A infinity = Limits<A>::infinity(), nan = Limits<A>::quiet_NaN();
+  constexpr A kFar = kIsDouble<A> ? -750 : -110;  // e to that is 0
+  const auto exact = [](Exact<A> x) { return std::exp(x); };
   const auto all_ranges = [&](const char* name, auto function, auto allowance) {
-    check(name, -0.0f, -0.25f, false, function, exact, allowance);
-    check(name, -0.25f, -8.0f, true, function, exact, allowance);
-    check(name, -8.0f, -110.0f, false, function, exact, allowance);
-    check(name, -110.0f, -infinity, false, function, exact, allowance);
-    check(name, nan, nan, true, function, exact, allowance);
+    check<A>(name, -A(0), A(-0.25), false, function, exact, allowance);
+    check<A>(name, A(-0.25), -8, true, function, exact, allowance);
+    check<A>(name, -8, kFar, false, function, exact, allowance);
+    check<A>(name, kFar, -infinity, false, function, exact, allowance);
+    check<A>(name, nan, nan, true, function, exact, allowance);
+    if constexpr (kIsDouble<A>) {  // of n, between whose multiples of 1/32 the borders are with and without a table
+      check_borders(name, 35000, [](int i) { return -0x1.62e42fefa39efp-6 * (i + 1); }, function, exact, allowance);
+    }
   };
-  all_ranges("exp_of_negative", [](Floats x) { return math::exp_of_negative(x); }, nothing);
-  // What the short polynomial promises beyond the last rounding, in ulps of the value: 2^-23, and the rounding of
-  // 1 / ln 2, or without a fused multiply-add of the product with it.
+  all_ranges("exp_of_negative", [](auto x) { return math::exp_of_negative(x); }, nothing);
+  // What the short polynomial promises beyond the last rounding, in ulps of the value: that of its fit, the rounding of
+  // 1 / ln 2, and without a fused multiply-add of the product with it.
+  constexpr double kFit = kIsDouble<A> ? 0x1p-52 : 0x1p-23, kOfConstant = kIsDouble<A> ? 0x1p-55 : 0x1p-26;
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)
-  constexpr double kPerX = 0x1p-26;
+  constexpr double kOfProduct = 0;
 #else
-  constexpr double kPerX = 0x1p-26 + 0x1p-24;
+  constexpr double kOfProduct = kIsDouble<A> ? 0x1p-53 : 0x1p-24;
 #endif
-  const auto short_allowance = [](double x, double exact) {
-    return (std::fmin(-x, 1e3) * kPerX + 0x1p-23) * exact / ulp_of(exact);
+  const auto short_allowance = [](double x, Exact<A> exact) {
+    return double((std::fmin(-x, 1e4) * (kOfConstant + kOfProduct) + kFit) * exact / ulp_of<A>(exact));
   };
-  const auto sum_allowance = [&](double x, double exact) {  // below 2^-126 nothing, in a sum
-    return x < -87.0 ? 0x1p-126 / ulp_of(exact) : short_allowance(x, exact);
+  const auto sum_allowance = [&](double x, Exact<A> exact) {  // below the smallest normal number nothing, in a sum
+    constexpr Exact<A> kSmallest = Limits<A>::min();
+    return exact < 1.2L * kSmallest ? double(kSmallest / ulp_of<A>(exact)) : short_allowance(x, exact);
   };
-  const math::ExpInSum<Floats> in_sum;
+  const math::ExpInSum<Lanes<A>> in_sum;
   all_ranges("ExpInSum", in_sum, sum_allowance);
   // The scale is a power of two, so that nothing but the exponential is rounded.
-  const auto scaled = [&](const char* name, float scale, auto exp, auto allowance) {
-    const typename decltype(exp)::Scale scale_of_lanes(Floats{} + scale);
+  const auto scaled = [&](const char* name, A scale, auto exp, auto allowance) {
+    const typename decltype(exp)::Scale scale_of_lanes(Lanes<A>{} + scale);
     const auto function = [&](auto x) { return exp(x, scale_of_lanes); };
-    const auto wanted = [scale](double x) { return scale * std::exp(x); };
-    check(name, -0.25f, -16.0f, false, function, wanted, allowance);
-    check(name, -16.0f, -130.0f, false, function, wanted, allowance);
-    check(name, -infinity, -infinity, true, function, wanted, allowance);
+    const auto wanted = [scale](Exact<A> x) { return scale * std::exp(x); };
+    check<A>(name, A(-0.25), -16, false, function, wanted, allowance);
+    check<A>(name, -16, kFar - 20, false, function, wanted, allowance);
+    check<A>(name, -infinity, -infinity, true, function, wanted, allowance);
   };
-  for (const float scale : {1.0f, 0x1p-20f, 0x1p-30f}) {
-    scaled("ScaledExp", scale, math::ScaledExp<Floats, false>(), nothing);
-    scaled("ScaledExp short", scale, math::ScaledExp<Floats, true>(), short_allowance);
+  // Above and below where a scale takes out the excess in the exponent.
+  for (const A scale : {A(1), A(kIsDouble<A> ? 0x1p-50 : 0x1p-20), A(kIsDouble<A> ? 0x1p-60 : 0x1p-30)}) {
+    scaled("ScaledExp", scale, math::ScaledExp<Lanes<A>, false>(), nothing);
+    scaled("ScaledExp short", scale, math::ScaledExp<Lanes<A>, true>(), short_allowance);
   }
-  scaled("ScaledExp", nan, math::ScaledExp<Floats, false>(), nothing);
+  scaled("ScaledExp", nan, math::ScaledExp<Lanes<A>, false>(), nothing);
 }
 
+template <class A>
 void check_logarithms() {
-  const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  const auto log = [](Floats x) { return math::log(x); };
-  const auto log1p_unit = [](Floats x) { return math::log1p_unit(x); };
-  const auto log1p = [](Floats x) { return math::log1p(x); };
-  const auto exact_log = [](double x) { return std::log(x); };
-  const auto exact_log1p = [](double x) { return std::log1p(x); };
-  check("log", 1.0f, 4.0f, true, log, exact_log, nothing);
-  check("log", 4.0f, infinity, false, log, exact_log, nothing);
-  check("log", nan, nan, true, log, exact_log, nothing);
-  check("log1p_unit", 0.0f, 0x1p-3f, false, log1p_unit, exact_log1p, nothing);
-  check("log1p_unit", 0x1p-3f, 1.0f, true, log1p_unit, exact_log1p, nothing);
-  check("log1p_unit", nan, nan, true, log1p_unit, exact_log1p, nothing);
-  check("log1p", 0.0f, 0x1p-3f, false, log1p, exact_log1p, nothing);
-  check("log1p", 0x1p-3f, 8.0f, true, log1p, exact_log1p, nothing);
-  check("log1p", 8.0f, 0x1p100f, false, log1p, exact_log1p, nothing);
-  check("log1p", nan, nan, true, log1p, exact_log1p, nothing);
+  constexpr A infinity = Limits<A>::infinity(), nan = Limits<A>::quiet_NaN();
+  const auto log = [](auto x) { return math::log(x); };
+  const auto log1p_unit = [](auto x) { return math::log1p_unit(x); };
+  const auto log1p = [](auto x) { return math::log1p(x); };
+  const auto exact_log = [](Exact<A> x) { return std::log(x); };
+  const auto exact_log1p = [](Exact<A> x) { return std::log1p(x); };
+  check<A>("log", 1, 4, true, log, exact_log, nothing);
+  check<A>("log", 4, infinity, false, log, exact_log, nothing);
+  check<A>("log", nan, nan, true, log, exact_log, nothing);
+  check<A>("log1p_unit", 0, A(0x1p-3), false, log1p_unit, exact_log1p, nothing);
+  check<A>("log1p_unit", A(0x1p-3), 1, true, log1p_unit, exact_log1p, nothing);
+  check<A>("log1p_unit", nan, nan, true, log1p_unit, exact_log1p, nothing);
+  check<A>("log1p", 0, A(0x1p-3), false, log1p, exact_log1p, nothing);
+  check<A>("log1p", A(0x1p-3), 8, true, log1p, exact_log1p, nothing);
+  check<A>("log1p", 8, A(0x1p100), false, log1p, exact_log1p, nothing);
+  check<A>("log1p", nan, nan, true, log1p, exact_log1p, nothing);
+  if constexpr (kIsDouble<A>) {  // of the exponents
+    const auto border = [](int i) { return std::ldexp(i % 2 == 0 ? 1.0 : double(0.9f), 1 + i / 2); };
+    check_borders("log", 2000, border, log, exact_log, nothing);
+    check_borders("log1p", 198, [&](int i) { return border(i) - 1; }, log1p, exact_log1p, nothing);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   take_all = argc > 1 && std::strcmp(argv[1], "all") == 0;
-  check_exponentials();
-  check_logarithms();
+  check_exponentials<float>();
+  check_exponentials<double>();
+  check_logarithms<float>();
+  check_logarithms<double>();
 }

@@ -4,7 +4,8 @@
 // of a term that a sum loses anyway, and the multiplication by a row's factor. All of them split e^x into 2^n 2^f, put
 // n into the exponent and take a polynomial of f: no branch, and no table but one that is looked up within registers.
 //
-// Valid ranges and errors are those of floats; doubles go to libm (elementary.h says what the figures are).
+// Valid ranges and errors are those of floats; doubles have a range and fits of their own (elementary.h says what the
+// figures are).
 #pragma once
 
 #include <type_traits>
@@ -14,23 +15,36 @@
 
 namespace torchce::math {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147182f;
-constexpr float kLn2High = 0.693359375f,
-                kLn2Low = -2.12194440e-4f;  // in two parts: the first times a multiple of 1/32 is exact
+template <class A>
+constexpr A kLog2E = A(1.4426950408889634);
+template <class A>
+constexpr A kLn2 = A(0.6931471805599453);
+// ln 2 in two parts: the first times a multiple of 1/32, of doubles an integer, is exact.
+template <class A>
+constexpr A kLn2High = kWide<A> ? A(0.6931471805582987) : A(0.693359375);
+template <class A>
+constexpr A kLn2Low = kWide<A> ? A(1.6465949582897082e-12) : A(-2.12194440e-4);
+
+template <class V>
+constexpr int kMantissaBits = kWide<V> ? 52 : 23;
+template <class V>
+constexpr int kExponentBias = kWide<V> ? 1023 : 127;
 
 // e^x = 2^n 2^f, n = k + i / 2^b, |f| <= 2^-(b+1). Where a permutation of lanes can look up 2^(i/2^b), b is as large as
-// the lanes of two AVX-512 vectors or one of AVX2 allow, and the polynomial of f is short. Elsewhere b is 0.
+// the lanes of two AVX-512 vectors or one of AVX2 allow, and the polynomial of f is short. Elsewhere b is 0, and so it
+// is for doubles: a table of 16 takes a quarter off the time of their exponential, and adds an ulp to its error.
 //
 // Adding 1.5 * 2^(23-b) to a float leaves it, rounded to a multiple of 2^-b, in the low bits of the mantissa: i lowest,
 // k above. Shifted into the exponent's place k is a power of two, but for the exponent's bias, which is in the table.
-// Where there is none, it is part of the number that is added.
+// Where there is none, it is part of the number that is added. To a double 1.5 * 2^52 is added.
 template <class F>
-constexpr int kTableBits = sizeof(F) == 64   ? 5
+constexpr int kTableBits = kWide<F>          ? 0
+                           : sizeof(F) == 64 ? 5
                            : sizeof(F) == 32 ? 3
                                              : 0;
 template <class F>
-constexpr float kRoundToTable = float(3 << (22 - kTableBits<F>)) + (kTableBits<F> == 0 ? 127.0f : 0.0f);
+constexpr auto kRoundToTable = ElementOf<F>(int64_t{3} << (kMantissaBits<F> - 1 - kTableBits<F>)) +
+                               ElementOf<F>(kTableBits<F> == 0 ? kExponentBias<F> : 0);
 
 // 2^(i/32)
 constexpr float kPowers[32] = {
@@ -39,10 +53,11 @@ constexpr float kPowers[32] = {
     1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
     1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
 
-// PowerOfTwo is 2^n of a float n + kRoundToTable, where n is a multiple of 2^-b.
-// Valid: -126 <= n < 128, and n = -127, which gives 0; between these two results are anything from 0 to 2^-126.
+// PowerOfTwo is 2^n of a number n + kRoundToTable, where n is a multiple of 2^-b.
+// Valid: -126 <= n < 128, and n = -127, which gives 0; between these two results are anything from 0 to 2^-126. For
+// doubles: -1022 <= n < 1024, and n = -1023.
 // Error: none with b = 0, else the rounding of the table, 1/2 ulp.
-template <class F, int bits = kTableBits<F> >
+template <class F, int bits = kTableBits<F>>
 class PowerOfTwo {
   using I = typename BitsOf<F>::type;
   static constexpr int kLanes = sizeof(F) / sizeof(float);
@@ -75,7 +90,7 @@ class PowerOfTwo {
 template <class F>
 class PowerOfTwo<F, 0> {
  public:
-  TORCHCE_HD F operator()(F shifted) const { return from_bits(to_bits(shifted) << 23); }
+  TORCHCE_HD F operator()(F shifted) const { return from_bits(to_bits(shifted) << kMantissaBits<F>); }
 };
 
 // Terms are the factors of a polynomial, the highest power's first.
@@ -84,8 +99,8 @@ struct Terms {
   static constexpr int kCount = n;
   F each[n];
 };
-template <class F, int n>
-TORCHCE_HD constexpr Terms<F, n> operator*(F factor, const Terms<float, n>& terms) {
+template <class F, class A, int n>
+TORCHCE_HD constexpr Terms<F, n> operator*(F factor, const Terms<A, n>& terms) {
   Terms<F, n> products{};
   for (int i = 0; i < n; ++i) products.each[i] = factor * terms.each[i];
   return products;
@@ -103,39 +118,57 @@ TORCHCE_HD F polynomial(F r, const Terms<Term, n>& terms) {
 
 // LongExp is a minimax fit of e^r.
 // Valid: |r| <= ln 2 / 2^(b+1).
-// Error: 2^-28 of the value with b = 0, else less than 2^-30.
-template <int bits>
-struct LongExp {
+// Error: of the value 2^-28 with b = 0, else less than 2^-30; of doubles 2^-57.
+template <class A, int bits>
+struct LongExp;
+template <>
+struct LongExp<float, 0> {
   static constexpr Terms<float, 7> kTerms = {
       {1.38146132631e-3f, 8.3687098241e-3f, 4.16683873612e-2f, 1.66665206898e-1f, 4.99999934517e-1f, 1.0f, 1.0f}};
 };
 template <>
-struct LongExp<3> {
+struct LongExp<float, 3> {
   static constexpr Terms<float, 5> kTerms = {{4.16604323e-2f, 1.66680259e-1f, 0.5f, 1.0f, 1.0f}};
 };
 template <>
-struct LongExp<5> {
+struct LongExp<float, 5> {
   static constexpr Terms<float, 4> kTerms = {{1.66666808e-1f, 0.5f, 1.0f, 1.0f}};
+};
+template <>
+struct LongExp<double, 0> {
+  static constexpr Terms<double, 12> kTerms = {
+      {2.497837682684176e-8, 2.762518909285883e-7, 2.7557640888405562e-6, 2.4801508677651313e-5, 1.98412694661798e-4,
+       1.388888892679954e-3, 8.333333333500063e-3, 4.166666666660395e-2, 1.6666666666666433e-1, 0.5, 1.0, 1.0}};
 };
 
 // ShortExp is a minimax fit of 2^f, exactly 1 at 0.
 // Valid: |f| <= 2^-(b+1).
-// Error: of the value 2^-23.1, 2^-25 and 2^-24, with b = 0, 3 and 5.
+// Error: of the value 2^-23.1, 2^-25 and 2^-24, with b = 0, 3 and 5; of doubles 2^-51.9.
 //
 // It saves two or three operations of e^x, and costs the two parts of ln 2: f is x / ln 2 less n, where 1 / ln 2 is
-// rounded (|x| 2^-26 of the value), and so is the product if there is no fused multiply-add (|x| 2^-24).
-template <int bits>
-struct ShortExp {
+// rounded (|x| 2^-26 of the value, of doubles |x| 2^-55), and so is the product if there is no fused multiply-add
+// (|x| 2^-24, of doubles |x| 2^-53).
+template <class A, int bits>
+struct ShortExp;
+template <>
+struct ShortExp<float, 0> {
   static constexpr Terms<float, 6> kTerms = {
       {1.3264646e-3f, 9.671576e-3f, 5.5507347e-2f, 2.4022241e-1f, 6.93147e-1f, 1.0f}};
 };
 template <>
-struct ShortExp<3> {
+struct ShortExp<float, 3> {
   static constexpr Terms<float, 4> kTerms = {{5.54962218e-2f, 2.4025763e-1f, 6.93147214e-1f, 1.0f}};
 };
 template <>
-struct ShortExp<5> {
+struct ShortExp<float, 5> {
   static constexpr Terms<float, 3> kTerms = {{2.40226531e-1f, 6.9315733e-1f, 1.0f}};
+};
+template <>
+struct ShortExp<double, 0> {
+  static constexpr Terms<double, 11> kTerms = {{7.038171324320137e-9, 1.0208328787117516e-7, 1.3215653689377617e-6,
+                                                1.5252659399389253e-5, 1.5403529993956923e-4, 1.333355822584522e-3,
+                                                9.618129107983448e-3, 5.550410866448156e-2, 2.40226506959091e-1,
+                                                6.931471805599492e-1, 1.0}};
 };
 
 // exp_of_rest is the polynomial of what is left of x beyond n: of x - n ln 2, or if kShort of x / ln 2 - n.
@@ -143,10 +176,12 @@ struct ShortExp<5> {
 // Error: the fit's and the polynomial's, beside the rest's: one rounding, or if kShort what ShortExp says of 1 / ln 2.
 template <bool kShort, class F, class Term, int count>
 TORCHCE_HD F exp_of_rest(F x, F n, const Terms<Term, count>& terms) {
+  using A = ElementOf<F>;
+  constexpr A kHigh = kLn2High<A>, kLow = kLn2Low<A>;
   if constexpr (kShort) {
-    return polynomial(x * kLog2E - n, terms);
+    return polynomial(x * kLog2E<A> - n, terms);
   } else {
-    return polynomial((x - n * kLn2High) - n * kLn2Low, terms);
+    return polynomial((x - n * kHigh) - n * kLow, terms);
   }
 }
 
@@ -154,51 +189,46 @@ TORCHCE_HD double exp_of_negative(double x) { return __builtin_exp(x); }
 
 // exp_of_negative is e^x.
 // Valid: x <= 0 and NaN; -infinity gives 0. A positive x is not promised anything, +infinity gives NaN.
-// Error: at most 2 ulp (1.84), of the smallest float where the result is subnormal.
+// Error: at most 2 ulp (1.84, of doubles 1.15), of the smallest number where the result is subnormal.
 //
 // 2^n is applied as 2^(n + 64) 2^-64, so that subnormal results are rounded once.
 template <class F>
 TORCHCE_HD F exp_of_negative(F x) {
-  if constexpr (kOfDoubles<F>) {
-    return each_lane(x, [](double lane) { return exp_of_negative(lane); });
-  } else {
-    constexpr float kRound = kRoundToTable<F> + 64.0f;
-    constexpr auto kTerms = 0x1p-64f * LongExp<kTableBits<F> >::kTerms;
-    x = select(x < -104.0f, F{} - 104.0f, x);  // e^-104 rounds to 0
-    const F shifted = x * kLog2E + kRound;
-    return exp_of_rest<false>(x, shifted - kRound, kTerms) * PowerOfTwo<F>()(shifted);
-  }
+  using A = ElementOf<F>;
+  constexpr A kRound = kRoundToTable<F> + A(64), kLeast = kWide<F> ? -746 : -104;  // e to that rounds to 0
+  constexpr auto kTerms = A(0x1p-64) * LongExp<A, kTableBits<F>>::kTerms;
+  x = select(x < kLeast, F{} + kLeast, x);
+  const F shifted = x * kLog2E<A> + kRound;
+  return exp_of_rest<false>(x, shifted - kRound, kTerms) * PowerOfTwo<F>()(shifted);
 }
 
 // unseen is the value, of which the compiler cannot see that it is constant: the larger of x and a constant takes two
 // instructions, that of two variables one.
 // Valid: all values.
 // Error: none.
-TORCHCE_HD float unseen(float value) {
-  int32_t bits = to_bits(value);
+template <class A>
+TORCHCE_HD A unseen(A value) {
+  auto bits = to_bits(value);
   asm("" : "+r"(bits));
   return from_bits(bits);
 }
 
 // ExpInSum is e^x, for a sum that has a term of 1 or more in it.
-// Valid: x <= 64 and NaN; -infinity gives 0, +infinity NaN. Below 2^-126 results are anything from 0 to 2^-126.
-// Error: |x| 2^-26 + 2^-23 of the value, without fused multiply-adds |x| 2^-24 more, and 2 ulp (0.92).
+// Valid: x <= 64 and NaN; -infinity gives 0, +infinity NaN. Below 2^-126, with doubles 2^-1022, results are anything
+// from 0 to that.
+// Error: |x| 2^-26 + 2^-23 of the value, without fused multiply-adds |x| 2^-24 more, and 2 ulp (0.92); of doubles
+// |x| 2^-55 + 2^-52, |x| 2^-53, and 2 ulp (1.32).
 template <class V>
 struct ExpInSum {
-  PowerOfTwo<V, kOfDoubles<V> ? 0 : kTableBits<V> > power_of_two;
-  V least{};  // 2^-127 is one less than the exponent can say, which makes it 0
+  using A = ElementOf<V>;
+  PowerOfTwo<V> power_of_two;
+  V least{};  // 2^-127 is one less than the exponent can say, which makes it 0; of doubles it is 2^-1023
 
-  TORCHCE_HD ExpInSum() {
-    if constexpr (!kOfDoubles<V>) least += unseen(-127.0f * kLn2);
-  }
+  TORCHCE_HD ExpInSum() { least += unseen(-kExponentBias<V> * kLn2<A>); }
   TORCHCE_HD V operator()(V x) const {
-    if constexpr (kOfDoubles<V>) {
-      return exp_of_negative(x);
-    } else {
-      x = select(x < least, least, x);
-      const V shifted = x * kLog2E + kRoundToTable<V>;
-      return exp_of_rest<true>(x, shifted - kRoundToTable<V>, ShortExp<kTableBits<V> >::kTerms) * power_of_two(shifted);
-    }
+    x = select(x < least, least, x);
+    const V shifted = x * kLog2E<A> + kRoundToTable<V>;
+    return exp_of_rest<true>(x, shifted - kRoundToTable<V>, ShortExp<A, kTableBits<V>>::kTerms) * power_of_two(shifted);
   }
 };
 
@@ -211,30 +241,38 @@ struct ExpInSum {
 template <class V>
 TORCHCE_HD V larger_of_negatives(V x, V y) {
 #if defined(__SSE2__) && !defined(__SSE4_1__)  // has no such instruction
-  return select(x < y, y, x);
+  constexpr bool kOfIntegers = false;
+#elif defined(__SSE2__) && !defined(__AVX512F__)  // has it for 32 bits alone
+  constexpr bool kOfIntegers = !kWide<V>;
 #else
-  using Words = typename WordsOf<V>::type;
-  const Words a = Words(to_bits(x)), b = Words(to_bits(y));
-  return from_bits(typename BitsOf<V>::type(a < b ? a : b));  // `select` would not become one instruction
+  constexpr bool kOfIntegers = true;
 #endif
+  if constexpr (kOfIntegers) {
+    using Words = typename WordsOf<V>::type;
+    const Words a = Words(to_bits(x)), b = Words(to_bits(y));
+    return from_bits(typename BitsOf<V>::type(a < b ? a : b));  // `select` would not become one instruction
+  } else {
+    return select(x < y, y, x);
+  }
 }
 
 // ScaledExp is scale e^x; kShort: of the shorter polynomial, where the result is rounded to 16 bits.
 // Valid: x <= 0 and every scale; a NaN in x may count as -infinity, one in the scale makes NaN of everything.
-// Error: at most 2 ulp (1.84), of the smallest float where the result is subnormal; if kShort ExpInSum's.
+// Error: at most 2 ulp (1.84, of doubles 1.15), of the smallest number where the result is subnormal; if kShort
+// ExpInSum's.
 //
-// Where e^x is below 2^-190 it may count as 0: with an infinite scale that is NaN, and infinity elsewhere. A positive x
-// is not promised anything; +infinity gives NaN.
+// Where e^x is below 2^-190, of doubles 2^-1086, it may count as 0: with an infinite scale that is NaN, and infinity
+// elsewhere. A positive x is not promised anything; +infinity gives NaN.
 //
 // The scale is a factor of the polynomial's terms, which also takes out an excess of 64 in the exponent of e^x, which
-// keeps e^x normal down to 2^-190. The terms must not become subnormal that way: where the scale is below 2^-24 there
-// is no excess, because a product with less than 2^-126 is 0 then.
+// keeps e^x normal down to there. The terms must not become subnormal that way: where the scale is below 2^-24, of
+// doubles 2^-53, there is no excess, because a product with less than 2^-126, or 2^-1022, is 0 then.
 template <class V, bool kShort>
 class ScaledExp {
-  static constexpr int kBits = kOfDoubles<V> ? 0 : kTableBits<V>;
-  using Exp = std::conditional_t<kShort, ShortExp<kBits>, LongExp<kBits> >;
+  using A = ElementOf<V>;
+  using Exp = std::conditional_t<kShort, ShortExp<A, kTableBits<V>>, LongExp<A, kTableBits<V>>>;
   static constexpr int kTerms = Exp::kTerms.kCount;
-  PowerOfTwo<V, kBits> power_of_two;
+  PowerOfTwo<V> power_of_two;
 
  public:
   // What a scale makes of the constants.
@@ -244,16 +282,13 @@ class ScaledExp {
 
     TORCHCE_HD Scale() {}
     TORCHCE_HD explicit Scale(V scale) {
-      if constexpr (kOfDoubles<V>) {
-        terms.each[0] = scale;
-      } else {
-        const auto small = abs(scale) < 0x1p-24f;
-        const V factor = select(small, scale, scale * 0x1p-64f);
-        terms = select(factor - factor == V{}, factor, V{}) * Exp::kTerms;
-        terms.each[kTerms - 1] = factor;  // that of 1 alone where it is infinite: with others the sum would be NaN
-        round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + 64.0f));
-        least = select(small, V{} - 127.0f * kLn2, V{} - 191.0f * kLn2);
-      }
+      constexpr A kSmall = kWide<V> ? A(0x1p-53) : A(0x1p-24), kBias = kExponentBias<V>, kExcess = 64;
+      const auto small = abs(scale) < kSmall;
+      const V factor = select(small, scale, scale * A(0x1p-64));
+      terms = select(factor - factor == V{}, factor, V{}) * Exp::kTerms;
+      terms.each[kTerms - 1] = factor;  // that of 1 alone where it is infinite: with others the sum would be NaN
+      round = select(small, V{} + kRoundToTable<V>, V{} + (kRoundToTable<V> + kExcess));
+      least = select(small, V{} - kBias * kLn2<A>, V{} - (kBias + kExcess) * kLn2<A>);
     }
     // The scale of one lane, in all of them.
     TORCHCE_HD Scale(const Scale& of_lanes, int lane)
@@ -264,13 +299,9 @@ class ScaledExp {
 
   TORCHCE_HD ScaledExp() {}
   TORCHCE_HD V operator()(V x, const Scale& scale) const {
-    if constexpr (kOfDoubles<V>) {
-      return exp_of_negative(x) * scale.terms.each[0];
-    } else {
-      x = larger_of_negatives(x, scale.least);
-      const V shifted = x * kLog2E + scale.round;
-      return exp_of_rest<kShort>(x, shifted - scale.round, scale.terms) * power_of_two(shifted);
-    }
+    x = larger_of_negatives(x, scale.least);
+    const V shifted = x * kLog2E<A> + scale.round;
+    return exp_of_rest<kShort>(x, shifted - scale.round, scale.terms) * power_of_two(shifted);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define TORCHCE_HD __host__ __device__ __forceinline__
@@ -51,34 +52,44 @@ TORCHCE_HD V abs(V x) {
 
 #if !defined(__CUDACC__)
 
-// BitsOf<F> are integers as wide as floats F, WordsOf<F> such integers without a sign, FloatsOf<I> floats as wide as
-// integers I.
-template <class F>
-struct BitsOf {
-  typedef int32_t type __attribute__((vector_size(sizeof(F))));
+// ElementOf<V> is the type of a lane of V, of V itself where it is a scalar.
+template <class V>
+struct LaneType {
+  using type = std::remove_cvref_t<decltype(V{}[0])>;
 };
-template <>
-struct BitsOf<float> {
-  using type = int32_t;
+template <class V>
+  requires std::is_arithmetic_v<V>
+struct LaneType<V> {
+  using type = V;
 };
-template <class F>
-struct WordsOf {
-  typedef uint32_t type __attribute__((vector_size(sizeof(F))));
+template <class V>
+using ElementOf = typename LaneType<V>::type;
+
+// kWide<V> says whether lanes of V are of 64 bits, as doubles are.
+template <class V>
+constexpr bool kWide = sizeof(ElementOf<V>) == sizeof(double);
+
+// SameLanes<V, Element>::type has an Element in the place of every lane of V.
+template <class V, class Element>
+struct SameLanes {
+  typedef Element type __attribute__((vector_size(sizeof(V))));
 };
-template <>
-struct WordsOf<int32_t> {
-  using type = uint32_t;
-};
-template <class I>
-struct FloatsOf {
-  typedef float type __attribute__((vector_size(sizeof(I))));
-};
-template <>
-struct FloatsOf<int32_t> {
-  using type = float;
+template <class V, class Element>
+  requires std::is_arithmetic_v<V>
+struct SameLanes<V, Element> {
+  using type = Element;
 };
 
-// to_bits gives the bits of a float, or of every lane of a vector of floats; from_bits the float of such bits.
+// BitsOf<F> are integers as wide as floats or doubles F, WordsOf<F> such integers without a sign, FloatsOf<I> floats or
+// doubles as wide as integers I.
+template <class F>
+using BitsOf = SameLanes<F, std::conditional_t<kWide<F>, int64_t, int32_t>>;
+template <class F>
+using WordsOf = SameLanes<F, std::conditional_t<kWide<F>, uint64_t, uint32_t>>;
+template <class I>
+using FloatsOf = SameLanes<I, std::conditional_t<kWide<I>, double, float>>;
+
+// to_bits gives the bits of a float or double, or of every lane of a vector of them; from_bits the number of such bits.
 // Valid: all x, all bits.
 // Error: none; the bits of NaNs are kept.
 template <class F>
@@ -93,23 +104,6 @@ TORCHCE_HD typename FloatsOf<I>::type from_bits(I bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-
-// each_lane calls a function of libm in every lane, where V holds doubles.
-// Valid: what the function takes.
-// Error: the function's.
-template <class V, class F>
-TORCHCE_HD V each_lane(V x, F function) {
-  for (unsigned lane = 0; lane < sizeof(V) / sizeof(double); ++lane) x[lane] = function(x[lane]);
-  return x;
-}
-
-// kOfDoubles says whether V is double or a vector of doubles.
-template <class V>
-constexpr bool kOfDoubles = sizeof(decltype(V{}[0])) == sizeof(double);
-template <>
-inline constexpr bool kOfDoubles<float> = false;
-template <>
-inline constexpr bool kOfDoubles<double> = true;
 
 #endif
 
