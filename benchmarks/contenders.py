@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchce
-from benchmarks.problems import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, Problem
+from benchmarks.problems import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
 from benchmarks.traffic import PHASES
 
 Loss = Callable[..., Tensor]
@@ -67,10 +67,11 @@ class _ForwardBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-        divisor = torchce.softmax_ce.mean_divisor(target, weight, IGNORE_INDEX, logits.shape[1], torch.float32)
+        dtype = torchce.ops.accumulation_dtype(logits.dtype)
+        divisor = torchce.softmax_ce.mean_divisor(target, weight, IGNORE_INDEX, logits.shape[1], dtype)
         ctx.grad = logits.detach()
         loss = torchce.ops.softmax_ce_forward_backward_(
-            divisor.reciprocal(), ctx.grad, target, weight, torch.float32, 2, IGNORE_INDEX, label_smoothing
+            divisor.reciprocal(), ctx.grad, target, weight, dtype, 2, IGNORE_INDEX, label_smoothing
         )
         return (loss / divisor).to(logits.dtype)
 
@@ -81,9 +82,10 @@ class _ForwardBackward(torch.autograd.Function):
 
 def _torchce_forward_backward(problem: Problem) -> Loss:
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
+    _require(problem.variant != SOFT64, "takes probabilities of the logits' dtype or float32")
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-        weight = None if weight is None else weight.float()
+        weight = None if weight is None else weight.to(torchce.ops.accumulation_dtype(logits.dtype))
         return _ForwardBackward.apply(logits, target, weight, label_smoothing)  # type: ignore[no-any-return]
 
     return loss

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.cases import Case
 from benchmarks.contenders import COMPILE, COPY, EAGER, IN_PLACE, LIGER, QUACK, TORCHCE
-from benchmarks.problems import BCE, CPU, CROSS_ENTROPY, CUDA, Problem
+from benchmarks.problems import BCE, CHANNELS_LAST, CPU, CROSS_ENTROPY, CUDA, SOFT64, TRAINED, Problem
 
 SPEEDUP = "speed-up"
 COPY_SHARE = "share of copy"
@@ -28,7 +28,7 @@ class Goal:
     bound: float
     op: str | None = None  # None: all of them, here and below
     sizes: tuple[str, ...] | None = None  # exact, or with a variant: "1024x1000 soft"
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[str, ...] = TRAINED
     phases: tuple[str, ...] = (TRAINING,)
     contender: str = TORCHCE
     peers: tuple[str, ...] = (EAGER, COMPILE)  # a speed-up is over the fastest of them
@@ -97,6 +97,8 @@ _LARGE_C = _sizes([p for p in _CE_2D if p.rows >= 8192 and p.classes >= 32768])
 _LARGE_BCE = _sizes([p for p in CUDA if p.op == BCE and p.rows * p.classes >= 1 << 24])
 _LARGE_CPU = ("512x32000", "256x128256")
 _NOT_LAUNCH_BOUND = _sizes([p for p in CPU if not p.launch_bound])
+_MIXED = _sizes([p for p in CPU if p.variant in (SOFT64, CHANNELS_LAST)])
+_ALIKE = tuple(size for size in _NOT_LAUNCH_BOUND if size not in _MIXED)
 
 CPU_GOALS = [
     Goal("cpu", SPEEDUP, 3.0, CROSS_ENTROPY, _LARGE_CPU, ("float32",)),
@@ -106,6 +108,8 @@ CPU_GOALS = [
     # Never slower, whatever the size.
     Goal("cpu", SPEEDUP, 1.0, sizes=_NOT_LAUNCH_BOUND, phases=(FORWARD,)),
     Goal("cpu", SPEEDUP, 1.0, CROSS_ENTROPY, ("256x1000",)),
+    Goal("cpu", SPEEDUP, 1.0, sizes=_MIXED),
+    Goal("cpu", SPEEDUP, 1.0, sizes=_NOT_LAUNCH_BOUND, dtypes=("float64",), phases=(FORWARD, TRAINING)),
     Goal("cpu", SPEEDUP, 3.0, BCE, ("512x32000",)),
     Goal("cpu", SPEEDUP, 2.5, BCE, ("4096x1000",)),
     Goal("cpu", SPEEDUP, 6.0, sizes=_LARGE_CPU, contender=IN_PLACE),
@@ -113,7 +117,7 @@ CPU_GOALS = [
     Goal("cpu", SPEEDUP, 1 / 1.2, sizes=("32x10",), phases=(FORWARD, TRAINING), peers=(EAGER,)),
     # Forward takes at most 1.6 times as long as copying its inputs. That copy moves each byte twice, in and out, and so
     # takes twice as long as the yardstick, which moves only as many bytes as forward does.
-    Goal("cpu", COPY_SHARE, 1 / (2 * 1.6), sizes=_NOT_LAUNCH_BOUND, phases=(FORWARD,)),
+    Goal("cpu", COPY_SHARE, 1 / (2 * 1.6), sizes=_ALIKE, phases=(FORWARD,)),
     Goal("cpu", PEAK, 1.0),
     Goal("cpu", PEAK, 0.0, contender=IN_PLACE),
 ]

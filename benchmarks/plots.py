@@ -20,7 +20,7 @@ from benchmarks.cases import Case, cases
 from benchmarks.contenders import COPY, FORWARD_BACKWARD, IN_PLACE, OURS, PEERS, TORCHCE
 from benchmarks.goals import SPEEDUP, TRAINING, verdicts
 from benchmarks.ledger import Row
-from benchmarks.problems import CROSS_ENTROPY, DTYPES
+from benchmarks.problems import CROSS_ENTROPY, TRAINED
 
 # Okabe and Ito's palette: told apart with any colour vision, and in print by lightness.
 COLOURS = {
@@ -71,7 +71,7 @@ def _on_curve(case: Case) -> bool:
 
 
 def _dtypes(found: Sequence[Case]) -> list[str]:
-    return [dtype for dtype in DTYPES if any(case.dtype == dtype for case in found)]
+    return [dtype for dtype in TRAINED if any(case.dtype == dtype for case in found)]
 
 
 def _heading(figure: Figure, title: str, subtitle: str) -> None:

@@ -16,7 +16,11 @@ LINEAR_CROSS_ENTROPY = "linear_cross_entropy"
 """Ops go by their names in :mod:`torch.nn.functional`."""
 
 LABELS = {CROSS_ENTROPY: "CE", BCE: "BCE", LINEAR_CROSS_ENTROPY: "linear CE"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+TRAINED = ("float32", "bfloat16")  # what models are trained in: measured everywhere, and what tables and plots show
+
+SOFT64 = "soft float64"  # probabilities wider than the logits
+CHANNELS_LAST = "channels_last"  # logits, beside a contiguous target
 
 IGNORE_INDEX = -100
 IGNORED_SHARE = 0.5
@@ -42,12 +46,12 @@ class Problem:
     op: str
     shape: tuple[int, ...]  # of the logits
     reason: str
-    variant: str = ""  # soft, smoothing, weight, ignored; pos_weight
+    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored; pos_weight, CHANNELS_LAST
     quick: bool = False  # part of --quick
     key: bool = False  # part of --key, and of README's table: what a reader decides by
     launch_bound: bool = False  # so small that launching it is what takes the time
     hidden: int = 0  # width before the linear layer of linear_cross_entropy
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    dtypes: tuple[str, ...] = TRAINED
 
     @property
     def size(self) -> str:
@@ -95,6 +99,8 @@ class Problem:
         logits = normal(*self.shape, scale=LOGIT_SCALE)
         if self.op == BCE:
             keywords = {}
+            if self.variant == CHANNELS_LAST:
+                logits = logits.contiguous(memory_format=torch.channels_last)
             if self.variant == "pos_weight":  # [C, 1, 1] in the logits' dtype, as torch's promotion wants it
                 keywords["pos_weight"] = uniform(self.classes, *[1] * (len(self.shape) - 2), dtype=dtype).add_(0.5)
             targets = uniform(*self.shape, dtype=dtype).round_()
@@ -102,6 +108,8 @@ class Problem:
 
         if self.variant == "soft":
             return Inputs((logits, torch.softmax(normal(*self.shape, scale=1.0), 1)), {})
+        if self.variant == SOFT64:
+            return Inputs((logits, torch.softmax(normal(*self.shape, scale=1.0), 1, torch.float64)), {})
         target = indices()
         if self.variant == "ignored":
             target[uniform(*target.shape) < IGNORED_SHARE] = IGNORE_INDEX
@@ -125,11 +133,23 @@ def _bce(*shape: int, reason: str, **options: Any) -> Problem:
 CPU = [
     _ce(32, 10, reason="digits: the cost of a call, not of its arithmetic", launch_bound=True, quick=True, key=True),
     _ce(256, 1000, reason="an ImageNet batch: logits fit the L2 cache"),
-    _ce(4096, 1000, reason="a large ImageNet batch: logits fit the L3 cache at most", quick=True, key=True),
+    _ce(
+        *(4096, 1000),
+        reason="a large ImageNet batch: logits fit the L3 cache at most",
+        quick=True,
+        key=True,
+        dtypes=tuple(DTYPES),
+    ),
     _ce(65536, 32, reason="tagging: many short rows, shorter than a cache line or two"),
     _ce(512, 32000, reason="Llama 2's vocabulary: memory bound", quick=True, key=True),
     _ce(256, 128256, reason="Llama 3's vocabulary: the longest rows", key=True),
-    _ce(8, 19, 256, 256, reason="Cityscapes segmentation: classes are strided", quick=True, key=True),
+    _ce(
+        *(8, 19, 256, 256),
+        reason="Cityscapes segmentation: classes are strided",
+        quick=True,
+        key=True,
+        dtypes=tuple(DTYPES),
+    ),
     _ce(
         1024,
         1000,
@@ -138,14 +158,22 @@ CPU = [
         quick=True,
         key=True,
     ),
+    _ce(1024, 1000, reason="a target computed in float64: one dtype is not enough", variant=SOFT64),
     _ce(4096, 1000, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
     _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
     _bce(32, 10, reason="the cost of a call, not of its arithmetic", launch_bound=True),
-    _bce(4096, 1000, reason="multi-label tagging: fits the L3 cache at most", quick=True, key=True),
+    _bce(
+        *(4096, 1000),
+        reason="multi-label tagging: fits the L3 cache at most",
+        quick=True,
+        key=True,
+        dtypes=tuple(DTYPES),
+    ),
     _bce(512, 32000, reason="extreme multi-label: memory bound", quick=True, key=True),
     _bce(8, 1, 512, 512, reason="binary segmentation"),
     _bce(8, 19, 256, 256, reason="multi-label segmentation: one weight [C, 1, 1] a class", variant="pos_weight"),
+    _bce(8, 19, 256, 256, reason="convolutions run channels_last, masks are contiguous", variant=CHANNELS_LAST),
 ]
 
 _QUACK = "QuACK's published grid: "

@@ -19,7 +19,7 @@ from benchmarks.cases import Case, cases
 from benchmarks.contenders import COMPILE, EAGER, FORWARD_BACKWARD, IN_PLACE, LIGER, QUACK, TORCHCE
 from benchmarks.goals import BACKWARD, FORWARD, TRAINING
 from benchmarks.ledger import RESULTS, ROOT, Row, folder, latest
-from benchmarks.problems import DTYPES, GRIDS, LABELS, LINEAR_CROSS_ENTROPY
+from benchmarks.problems import GRIDS, LABELS, LINEAR_CROSS_ENTROPY, TRAINED
 from benchmarks.report import describe, environments, ratio, seconds, size
 
 NOT_MEASURED = "not yet measured"
@@ -42,7 +42,7 @@ def _table(device: str, rows: Sequence[Row]) -> str:
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for op, extent, variant in HEADLINES[device]:
         name = f"{LABELS[op]} {extent} {variant}".rstrip()
-        for dtype in DTYPES:
+        for dtype in TRAINED:
             case = found.get((op, extent, variant, dtype))
             lines.append([name, dtype, *_figures(case, peers)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.problems import BCE, CROSS_ENTROPY, IGNORED_SHARE, Problem
+from benchmarks.problems import BCE, CROSS_ENTROPY, IGNORED_SHARE, SOFT64, Problem
 
 INDEX_BYTES = 8  # int64
+WIDE_BYTES = 8  # float64
 STATISTIC_BYTES = 4  # float32
 
 PHASES = ("forward", "backward", "forward+backward")
@@ -31,12 +32,13 @@ PHASES = ("forward", "backward", "forward+backward")
 def traffic_bytes(problem: Problem, phase: str, element_bytes: int) -> int | None:
     """Bytes one call of ``phase`` moves, for logits of ``element_bytes`` each."""
     logits = math.prod(problem.shape) * element_bytes
-    soft = problem.variant == "soft"
+    soft = problem.variant in ("soft", SOFT64)
     kept = 1 - IGNORED_SHARE if problem.variant == "ignored" else 1.0
     if problem.op == BCE:
         target, statistics = logits, 0
     elif problem.op == CROSS_ENTROPY:
-        target = logits if soft else problem.rows * INDEX_BYTES
+        probabilities = math.prod(problem.shape) * WIDE_BYTES if problem.variant == SOFT64 else logits
+        target = probabilities if soft else problem.rows * INDEX_BYTES
         statistics = problem.rows * STATISTIC_BYTES * (3 if soft else 2)
     else:
         return None

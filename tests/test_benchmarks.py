@@ -17,7 +17,7 @@ from benchmark_rows import ENVIRONMENT, ROWS, row
 from benchmarks import __main__ as command
 from benchmarks import contenders, goals, ledger, measure, plots, problems, report, timing, traffic
 from benchmarks.cases import cases
-from benchmarks.problems import BCE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, Problem
+from benchmarks.problems import BCE, CHANNELS_LAST, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ L = 4 * 6 * 4  # float32 logits of shape [4, 6]
 TRAFFIC = [
     pytest.param(Problem(CROSS_ENTROPY, (4, 6), ""), (L + 32 + 32, L + 32 + 32 + L), id="indices"),
     pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "soft"), (2 * L + 48, 3 * L + 48), id="probabilities"),
+    pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", SOFT64), (3 * L + 48, 4 * L + 48), id="wide_probabilities"),
     pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "weight"), (L + 32 + 24 + 32, 2 * L + 32 + 24 + 32), id="weight"),
     pytest.param(Problem(CROSS_ENTROPY, (4, 6), "", "ignored"), (L // 2 + 64, L // 2 + 64 + L), id="half_ignored"),
     pytest.param(Problem(CROSS_ENTROPY, (2, 6, 2), ""), (L + 32 + 32, 2 * L + 32 + 32), id="strided_classes"),
@@ -111,6 +112,26 @@ def test_goals_are_judged_against_the_fastest_peer() -> None:
     assert case.copy_share("torchce") == pytest.approx(0.4)
     assert case.bandwidth("torchce") == pytest.approx(196_616_192 / 0.020)
     assert len(report.missed_goals(ROWS)) == 2
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"dtype": "float64", "size": "8x19x256x256"},
+        {"size": "1024x1000", "variant": SOFT64},
+        {"op": BCE, "size": "8x19x256x256", "variant": CHANNELS_LAST},
+    ],
+    ids=["float64", "wide_probabilities", "channels_last"],
+)
+@pytest.mark.parametrize("phase", ["forward", "forward+backward"])
+def test_slower_than_torch_is_a_missed_goal(problem: dict[str, str], phase: str) -> None:
+    def missed(ours: float) -> list[goals.Verdict]:
+        values = {**problem, "phase": phase, "peak_bytes": None}
+        (case,) = cases([row("torchce", ours, **values), row("eager", 0.020, **values)])
+        return [verdict for verdict in goals.verdicts(case) if not verdict.met]
+
+    assert len(missed(0.021)) == 1
+    assert not missed(0.019)
 
 
 def test_nothing_is_judged_that_was_not_measured() -> None:
@@ -224,18 +245,20 @@ TINY = [
     pytest.param(Problem(CROSS_ENTROPY, (2, 5, 3, 3), "strided classes"), id="ce_4d"),
     *(
         pytest.param(Problem(CROSS_ENTROPY, (8, 5), "", variant), id=f"ce_{variant}")
-        for variant in ("soft", "smoothing", "weight", "ignored")
+        for variant in ("soft", SOFT64, "smoothing", "weight", "ignored")
     ),
     pytest.param(Problem(BCE, (2, 5, 3, 3), "", "pos_weight"), id="bce_pos_weight"),
+    pytest.param(Problem(BCE, (2, 5, 3, 3), "", CHANNELS_LAST), id="bce_channels_last"),
     pytest.param(Problem(LINEAR_CROSS_ENTROPY, (8, 5), "", hidden=4), id="linear"),
 ]
 ALL_PHASES = traffic.PHASES
 NO_COMPILE = [c for c in contenders.CONTENDERS if "cpu" in c.devices and c.name != contenders.COMPILE]
 
 
+# bfloat16 asks more of the contenders than float32.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("problem", TINY)
-def test_every_kind_of_problem_is_measured(problem: Problem) -> None:
-    dtype = "bfloat16"  # the one that asks more of the contenders
+def test_every_kind_of_problem_is_measured(problem: Problem, dtype: str) -> None:
     rows = list(measure.measure(problem, dtype, "cpu", NO_COMPILE, measure.Budget(0.0, 1), ALL_PHASES))
     found = {(r.phase, r.contender): r for r in rows}
     for phase in ALL_PHASES:
