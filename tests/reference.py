@@ -19,6 +19,9 @@ from torch import Tensor
 class Truth(NamedTuple):
     value: Tensor  # float64, on the CPU
     condition: Tensor  # float64, same shape, >= |value| up to rounding
+    # Both float64 and of the same shape, where there is anything to say:
+    partial: Tensor | None = None  # how large a sum or quotient on the way to it may be
+    subnormal: Tensor | None = None  # how far it moves where each coefficient that is subnormal in float32 moves by 1
 
 
 class SoftmaxCE(NamedTuple):
@@ -107,8 +110,20 @@ def softmax_ce(
         return torch.where(kept, rows, torch.zeros_like(rows))
 
     row_loss = only_kept(sum_of_losses(coefficient, negative_log_p, k))
-    row_condition = only_kept(times(coefficient.abs(), negative_log_p + 1).sum(k, keepdim=True))
-    loss, g = _reduce(row_loss, row_condition, total, reduction, grad_output, class_dim=k)
+
+    def of_loss(magnitude: Tensor, of_sum: float = 1.0) -> Tensor:
+        """What the rows' losses are if their coefficients are as large as that, and `of_sum` beside each loss."""
+        return only_kept(times(magnitude, negative_log_p + of_sum).sum(k, keepdim=True))
+
+    # The sum of exponentials is at least 1 and rounded once or twice, which is half of what a formula is allowed.
+    loss, g = _reduce(row_loss, of_loss(coefficient.abs(), 0.5), total, reduction, grad_output, class_dim=k)
+    summed = coefficient.abs()
+    if by_index and smoothing > 0:  # smoothing / classes multiplies what is summed
+        summed = torch.maximum(summed, w.abs())
+    subnormal = ((coefficient != 0) & (coefficient.abs() < torch.finfo(torch.float32).smallest_normal)).double()
+    moved = _reduce(of_loss(subnormal), of_loss(subnormal), total, reduction, None, class_dim=k)[0]
+    partial = of_loss(summed).squeeze(k) if reduction == "none" else of_loss(summed).sum()
+    loss = loss._replace(partial=partial, subnormal=moved.condition)
 
     # d loss / d x_j = p_j * (sum of coefficients) - coefficient_j
     coefficient_sum = coefficient.sum(k, keepdim=True)
@@ -116,11 +131,19 @@ def softmax_ce(
     coefficient_magnitude = coefficient.abs().sum(k, keepdim=True)
     grad_condition = only_kept(g.abs() * (p_condition * coefficient_magnitude + coefficient.abs()))
 
+    grad_subnormal = only_kept(g.abs() * (p * subnormal.sum(k, keepdim=True) + subnormal))
+
     grad_target = None
     if not by_index:
         scale = g * (1 - smoothing) * w
-        grad_target = Truth(scale * negative_log_p, scale.abs() * (negative_log_p + 1))
-    return SoftmaxCE(loss, Truth(grad_logits, grad_condition), grad_target)
+        subnormal = (w.abs() < torch.finfo(torch.float32).smallest_normal).double() * g.abs()
+        grad_target = Truth(
+            scale * negative_log_p,
+            scale.abs() * (negative_log_p + 1),
+            subnormal=times(subnormal, negative_log_p + 1),
+        )
+    grad_partial = (g.abs() * coefficient_magnitude.clamp_min(1)).expand_as(x)
+    return SoftmaxCE(loss, Truth(grad_logits, grad_condition, grad_partial, grad_subnormal), grad_target)
 
 
 def sigmoid_bce(
