@@ -39,11 +39,33 @@ auto pick(First first, Second second) {
     return second;
 }
 
-// The upstream gradient of a reduced loss, as each element receives it.
+// The smallest normal number: one below has lost digits.
 template <class A>
-TORCHCE_HD A grad_output_of_all(const Elements& problem) {
+constexpr A kSmallestNormal = sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__);
+
+// The upstream gradient of a reduced loss, as each element receives it: a product of two factors, the second of which
+// is mostly 1.
+template <class A>
+struct GradOutputOfAll {
+  A value, rest;
+};
+
+// The share of a mean is mostly g / N, but where that is subnormal a large gradient is multiplied with g first, as
+// torch does.
+template <class A>
+TORCHCE_HD GradOutputOfAll<A> grad_output_of_all(const Elements& problem) {
   const A grad_output = load_as<A>(problem.dtypes[kGradOutput], problem.data[kGradOutput], 0);
-  return problem.options.reduction == Reduction::mean ? grad_output / A(problem.numel) : grad_output;
+  if (problem.options.reduction != Reduction::mean) return {grad_output, A(1)};
+  const A share = grad_output / A(problem.numel);
+  const bool is_exact = grad_output == A(0) || !(math::abs(share) < kSmallestNormal<A>);
+  return is_exact ? GradOutputOfAll<A>{share, A(1)} : GradOutputOfAll<A>{grad_output, A(1) / A(problem.numel)};
+}
+
+// Whether a * b may stand for both factors: it is as exact as they, and so is its product with any number.
+template <class A>
+TORCHCE_HD bool is_exact_product(A a, A b) {
+  const A product = math::abs(a * b);
+  return a == A(0) || b == A(0) || (product >= kSmallestNormal<A> && product < math::kInfinity<A>);
 }
 
 }  // namespace torchce::sigmoid_bce

@@ -169,17 +169,20 @@ def sigmoid_bce(
     soft_positive = x.clamp_min(0) + torch.log1p(small)  # -log q
     element_loss = w * (times(pw * t, soft_negative) + times(1 - t, soft_positive))
 
-    # The kernels add the linear part and (1 + (pw - 1) * t) * log1p(...), whose terms may cancel where pw < 1.
-    logarithm = times(torch.log1p(small), 1 + x.abs())
+    # The kernels add the linear part and ((1 - t) + pw * t) * log1p(...).
+    logarithm = torch.log1p(small)
+    logarithm_condition = times(logarithm, 1 + x.abs())
     linear = times(torch.where(x >= 0, (1 - t).abs(), (pw * t).abs()), x.abs())
-    element_condition = w.abs() * (linear + (1 + (pw - 1).abs() * t.abs()) * logarithm)
+    element_condition = w.abs() * (linear + times((1 - t).abs() + (pw * t).abs(), logarithm_condition))
     loss, g = _reduce(element_loss, element_condition, torch.tensor(float(x.numel())), reduction, grad_output)
 
     p_condition, q_condition = times(p, 1 + times(q, x.abs())), times(q, 1 + times(p, x.abs()))
     grad_logits = g * w * ((1 - t) * p - pw * t * q)
     grad_logits_condition = (g * w).abs() * ((1 - t).abs() * p_condition + (pw * t).abs() * q_condition)
-    grad_target = g * w * (-x + times(pw - 1, soft_negative))
-    grad_target_condition = (g * w).abs() * (x.abs() + times((pw - 1).abs(), (-x).clamp_min(0) + logarithm))
+    # d loss / d t = pw * softplus(-x) - softplus(x), of terms that do not cancel where pw < 1
+    linear = torch.where(x >= 0, -x, times(pw, x.abs()))
+    grad_target = g * w * (linear + times(pw - 1, logarithm))
+    grad_target_condition = (g * w).abs() * (linear.abs() + times((pw - 1).abs(), logarithm_condition))
     return SigmoidBCE(loss, Truth(grad_logits, grad_logits_condition), Truth(grad_target, grad_target_condition))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import cases
 import pytest
 import reference
 import torch
 from cases import dtype_id
-from comparison import assert_accurate, assert_bitwise_equal, check_sigmoid_bce, run
+from comparison import assert_accurate, assert_bitwise_equal, check_sigmoid_bce, grad_output_for, run
 from torch import Tensor
 
 import torchce.functional
@@ -417,6 +418,122 @@ def test_odds_down_to_the_smallest(device: str, dtype: torch.dtype, target: floa
     truth = reference.sigmoid_bce(logits, targets, reduction="none", grad_output=upstream)
     assert_accurate("loss", loss, truth.loss)
     assert_accurate("grad_logits", grad, truth.grad_logits)
+
+
+# --- factors of every size: right by themselves, torch's error not granted ------------------------------------------
+
+POS_WEIGHTS = [0.0, 1e-8, 0.25, 1.0, 4.0, 1e20]
+MAGNITUDES = [0.0, 1e-30, 1e-7, 1e-3, 0.1, 0.7, 1.0, 3.0, 20.0, 46.0, 80.0, 200.0, 1e4, INF]
+
+
+def check_alone(logits: Tensor, target: Tensor, grad_output: float | None = None, **options: Any) -> None:
+    """Hold loss and gradients to the reference, as check_sigmoid_bce does, without torch beside them."""
+    upstream = None
+    if grad_output is not None:
+        shape = logits.shape if options["reduction"] == "none" else ()
+        upstream = torch.full(shape, grad_output, dtype=torch.float64, device=logits.device).to(logits.dtype)
+    results = run(bce, logits, target, options, upstream, True)
+    if upstream is None:
+        upstream = grad_output_for(results[0])
+    truths = reference.sigmoid_bce(logits, target, grad_output=upstream, **options)
+
+    def describe(index: tuple[int, ...]) -> str:
+        return f"logit {logits[index].item()!r}, target {target[index].item()!r}" if index else "all"
+
+    for name, got, truth in zip(("loss", "grad_logits", "grad_target"), results, truths, strict=True):
+        assert got is not None
+        assert_accurate(f"{name} of {options}, {grad_output}", got, truth, describe=describe)
+
+
+def grid(dtype: torch.dtype, device: str, magnitudes: list[float], targets: list[float]) -> tuple[Tensor, Tensor]:
+    x = torch.tensor([-m for m in magnitudes] + magnitudes, dtype=torch.float64, device=device)
+    t = torch.tensor(targets, dtype=torch.float64, device=device)
+    return x.repeat_interleave(len(t)).to(dtype), t.repeat(len(x)).to(dtype)
+
+
+@pytest.mark.parametrize("form", ["scalar", "each"])
+@pytest.mark.parametrize("pos_weight", POS_WEIGHTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_pos_weights_of_every_size(device: str, dtype: torch.dtype, pos_weight: float, form: str) -> None:
+    """A small c is not lost beside t = 1, nor log1p(exp(-|x|)) beside |x|; at -inf 0 times infinity is 0."""
+    logits, target = grid(dtype, device, MAGNITUDES, [0.0, 0.3, 0.5, 1.0])
+    kept = torch.promote_types(dtype, torch.float32)
+    shape = () if form == "scalar" else logits.shape
+    options = {"pos_weight": torch.full(shape, pos_weight, dtype=kept, device=device)}
+    check_alone(logits, target, reduction="none", **options)
+    finite = logits.isfinite()
+    if form == "each":
+        options = {"pos_weight": options["pos_weight"][finite]}
+    for reduction in ("mean", "sum"):
+        check_alone(logits[finite], target[finite], reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_target_gradient_where_pos_weight_is_small(device: str, dtype: torch.dtype) -> None:
+    """x = -20 without positive weight: -softplus(-20), which -20 + 20 does not leave."""
+    kept = torch.promote_types(dtype, torch.float32)
+    options = {"pos_weight": torch.zeros((), dtype=kept, device=device)}
+    target = torch.full((3,), 0.5, device=device, dtype=kept).requires_grad_()
+    logits = torch.tensor([-20.0, -INF, INF], dtype=dtype, device=device)
+    for create_graph in (False, True):
+        loss = bce(logits, target, reduction="sum", **options)
+        (grad,) = torch.autograd.grad(loss, target, create_graph=create_graph)
+        torch.testing.assert_close(
+            grad.tolist(), [-math.log1p(math.exp(-20.0)), 0.0, -INF], rtol=4 * torch.finfo(kept).eps, atol=0
+        )
+
+
+@pytest.mark.parametrize("pos_weight", [None, 1.0])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_target_gradient_without_pos_weight_is_exact(device: str, dtype: torch.dtype, pos_weight: float | None) -> None:
+    logits, target = grid(dtype, device, MAGNITUDES, [0.5])
+    options = {} if pos_weight is None else {"pos_weight": torch.full_like(logits, pos_weight)}
+    target.requires_grad_()
+    (grad,) = torch.autograd.grad(bce(logits, target, reduction="sum", **options), target)
+    assert torch.equal(grad, -logits)
+
+
+# (weight, pos_weight, upstream gradient), whose products in one order or the other are beyond float32.
+FACTORS = [
+    (weight, pos_weight, upstream)
+    for weight in (None, 1e-38, 1e-20, 0.0, 1.0, 1e20, 1e30)
+    for pos_weight in (None, 1e-8, 1e20)
+    for upstream in (0.0, 1e-38, 1e-30, 65504.0, 1e30, INF)
+]
+
+
+@pytest.mark.parametrize("form", ["scalar", "each"])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_factors_of_every_size(device: str, dtype: torch.dtype, reduction: str, form: str) -> None:
+    """Gradient, upstream gradient, weight and a mean's divisor are multiplied in an order that loses nothing."""
+    logits, target = grid(dtype, device, [1e-3, 1.0, 20.0, 46.0], [0.0, 0.3, 0.5, 1.0])
+    kept = torch.promote_types(dtype, torch.float32)
+    for weight, pos_weight, upstream in FACTORS:
+        values = {"weight": weight, "pos_weight": pos_weight}
+        shape = () if form == "scalar" else logits.shape
+        options = {
+            name: torch.full(shape, value, dtype=kept, device=device)
+            for name, value in values.items()
+            if value is not None
+        }
+        check_alone(logits, target, upstream, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_upstream_gradients_that_a_large_weight_needs(device: str, reduction: str, create_graph: bool) -> None:
+    """w g is below the smallest float32 and so is g / N, but with c = 1e20 the gradients are not."""
+    logits = torch.full((1000,), -1.0, device=device).requires_grad_()
+    target = torch.full((1000,), 0.5, device=device).requires_grad_()
+    for weight, upstream in ((1e-20, 1e-30), (1.0, 1e-38), (1e-3, 1e-38)):
+        options = {"weight": torch.tensor(weight, device=device), "pos_weight": torch.tensor(1e20, device=device)}
+        grad_output = torch.tensor(upstream, device=device)
+        loss = bce(logits, target, reduction=reduction, **options)
+        grads = torch.autograd.grad(loss, (logits, target), grad_output, create_graph=create_graph)
+        truth = reference.sigmoid_bce(logits, target, grad_output=grad_output, reduction=reduction, **options)
+        assert_accurate("grad_logits", grads[0].detach(), truth.grad_logits)
+        assert_accurate("grad_target", grads[1].detach(), truth.grad_target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)

@@ -71,20 +71,29 @@ def gradients(
     With p = sigmoid(x) and c = pos_weight (``csrc/math/sigmoid_bce.h``)::
 
         d loss / d x = w ((1 - t) p - c t (1 - p))
-        d loss / d t = w ((c - 1) softplus(-x) - x)
+        d loss / d t = w (b |x| + (c - 1) log1p(exp(-|x|))),  b = -1 where x >= 0, c where x < 0
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t, g = logits.to(acc), target.to(acc), grad_output.to(acc)
-    if Options(*options).reduction == 1:
+    mean, weighted = Options(*options).reduction == 1, weight is not None or pos_weight is not None
+    if mean and not weighted:
         g = g / logits.numel()
-    if weight is not None:
-        g = g * weight
+
+    def scaled(gradient: Tensor) -> Tensor:
+        """As torch's: weights may be large where the upstream gradient's share of a mean would be rounded away."""
+        gradient = gradient * g
+        if weight is not None:
+            gradient = gradient * weight
+        return gradient / logits.numel() if mean and weighted else gradient
+
     positive = t if pos_weight is None else pos_weight * t
-    grad_logits = g * ((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
+    grad_logits = scaled((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
     slope = -x
-    if pos_weight is not None:  # at -inf it is c softplus(-x), where the sum takes one infinity from another if c < 1
-        slope = torch.where(x == -torch.inf, -times(pos_weight, x), (1 - pos_weight) * F.logsigmoid(x) - x)
-    grad_target = g * slope
+    if pos_weight is not None:
+        negative = x < 0
+        slope = torch.where(negative, -times(pos_weight, x), slope)
+        slope = slope + (1 - pos_weight) * F.logsigmoid(torch.where(negative, -x, x))
+    grad_target = scaled(slope)
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
 

@@ -1,8 +1,8 @@
 // Sigmoid binary cross entropy of a range of elements, in the order of the problem's merged dimensions.
 #pragma once
 
-#include "../sigmoid_bce_element.h"
-#include "vector.h"
+#include "sigmoid_bce_factors.h"
+#include "sigmoid_bce_runs.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
@@ -10,98 +10,10 @@ namespace bce {
 
 using namespace sigmoid_bce;
 
-// One operand along a run of the innermost dimension.
-template <class T>
-struct Run {
-  T* data;
-  int64_t stride;
-
-  template <class A>
-  TORCHCE_SIMD Lanes<A> at(int64_t i, int count) const {
-    if (stride == 0) return broadcast(load_one<A>(data));
-    if (stride == 1 && count == kLanes<A>) return load<A>(data + i);
-    Lanes<A> v{};  // the remainder of a run, or a stride
-    for (int l = 0; l < count; ++l) v[l] = load_one<A>(data + (i + l) * stride);
-    return v;
-  }
-
-  template <class V>
-  TORCHCE_SIMD void put(int64_t i, int count, V v) const {
-    constexpr int L = sizeof(V) / sizeof(v[0]);
-    if (stride == 1 && count == L) return store(data + i, v);
-    for (int l = 0; l < count; ++l) store_one(data + (i + l) * stride, v[l]);
-  }
-};
-
-// A weight operand along a run: it is of the accumulation type, and one where it is absent.
-template <class A>
-Run<const A> weight_run(const Elements& problem, Operand operand, const int64_t* offsets) {
-  static constexpr A kOne = 1;
-  if (problem.data[operand] == nullptr) return {&kOne, 0};
-  return {static_cast<const A*>(problem.data[operand]) + offsets[operand], problem.strides[operand][problem.dims - 1]};
-}
-
-template <class T>
-Run<T> run_of(const Elements& problem, Operand operand, const void* data, const int64_t* offsets) {
-  return {static_cast<T*>(const_cast<void*>(data)) + offsets[operand], problem.strides[operand][problem.dims - 1]};
-}
-
-// Splits elements [begin, end) into runs of the innermost dimension: body(offsets of the operands, length).
-template <class F>
-TORCHCE_SIMD void for_each_run(const Elements& problem, int64_t begin, int64_t end, F body) {
-  const int inner = problem.dims - 1;
-  while (begin < end) {
-    int64_t index = begin, offsets[kOperands] = {}, inner_index = 0;
-    for (int d = inner; d >= 0; --d) {
-      const int64_t i = index % problem.sizes[d];
-      index /= problem.sizes[d];
-      if (d == inner) inner_index = i;
-      for (int operand = 0; operand < kOperands; ++operand) offsets[operand] += i * problem.strides[operand][d];
-    }
-    const int64_t left = problem.sizes[inner] - inner_index;
-    const int64_t length = left < end - begin ? left : end - begin;
-    body(offsets, length);
-    begin += length;
-  }
-}
-
-// Calls body(i, lanes that count) for the vectors of a run from element i on.
-template <class A, class F>
-TORCHCE_SIMD void for_each_vector(int64_t i, int64_t length, F body) {
-  constexpr int L = kLanes<A>;
-  for (; i + L <= length; i += L) body(i, L);
-  if (i < length) body(i, int(length - i));
-}
-
 // Pairs of vectors where all operands are dense. They take the even-odd order of 16-bit types only where logits and
 // target both are of 16 bits.
 template <class T, class U>
 using DensePair = VectorPair<std::conditional_t<kSixteenBits<T> && kSixteenBits<U>, T, Accumulate<T>>>;
-
-// Upstream gradients of kLanes elements.
-template <class A>
-struct GradOutput {
-  const Elements& problem;
-  const int64_t* offsets;
-  bool unreduced;
-  A of_all;
-
-  GradOutput(const Elements& problem, const int64_t* offsets)
-      : problem(problem),
-        offsets(offsets),
-        unreduced(problem.options.reduction == Reduction::none),
-        of_all(unreduced ? A(0) : grad_output_of_all<A>(problem)) {}
-
-  TORCHCE_SIMD Lanes<A> at(int64_t i, int count) const {
-    if (!unreduced) return broadcast(of_all);
-    Lanes<A> v{};
-    with_float_type(problem.dtypes[kGradOutput], [&](auto storage) {
-      v = run_of<const decltype(storage)>(problem, kGradOutput, problem.data[kGradOutput], offsets)
-              .template at<A>(i, count);
-    });
-    return v;
-  }
-};
 
 // The first `count` lanes of v; the others are 0.
 template <class A>
@@ -165,15 +77,15 @@ TORCHCE_SIMD double sum_of_losses(Run<const T> logits, Run<const U> target, int6
   return total.value();
 }
 
-// Writes gradient(x, target) of the whole pairs of a dense run; says how many elements that were.
-template <class T, class U, class F>
+// Writes gradient(x, target, place) of the whole pairs of a dense run; says how many elements that were. The place is
+// that of the first lane, where the pairs P are of vectors one after the other.
+template <class P, class T, class U, class F>
 TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output, int64_t length, F gradient) {
-  using P = DensePair<T, U>;
   int64_t i = 0;
   for (; i + P::kSize <= length; i += P::kSize) {
     const P x = P::load(logits + i), t = P::load(target + i);
     P g;
-    for (int v = 0; v < P::kVectors; ++v) g.v[v] = gradient(x.v[v], t.v[v]);
+    for (int v = 0; v < P::kVectors; ++v) g.v[v] = gradient(x.v[v], t.v[v], i + P::start(v));
     g.store(output + i);
   }
   return i;
@@ -238,32 +150,64 @@ void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, i
       const auto weight = weight_run<A>(problem, kWeight, offsets);
       const auto pos_weight = weight_run<A>(problem, kPosWeight, offsets);
       const auto output = run_of<Output>(problem, kOutput, problem.output, offsets);
-      const GradOutput<A> grad_output(problem, offsets);
+      const GradOutput<A> grad_output(problem, offsets, weight, length,
+                                      !kOfTarget && problem.data[kPosWeight] == nullptr);
       int64_t done = 0;
       if constexpr (!kOfTarget) {
-        if (!grad_output.unreduced && logits.stride == 1 && target.stride == 1 && output.stride == 1 &&
-            weight.stride == 0) {
-          const auto w = broadcast(load_one<A>(weight.data) * grad_output.of_all);
-          if (problem.data[kPosWeight] == nullptr) {
-            done = write_dense<T, U>(logits.data, target.data, output.data, length,
-                                     [&](auto x, auto t) { return gradient(x, t, w, One{}, smaller_odds(x)); });
-          } else if (pos_weight.stride == 0) {
-            const auto c = broadcast(load_one<A>(pos_weight.data));
-            done = write_dense<T, U>(logits.data, target.data, output.data, length,
-                                     [&](auto x, auto t) { return gradient(x, t, w, c, smaller_odds(x)); });
+        if (logits.stride == 1 && target.stride == 1 && output.stride == 1) {
+          const auto write = [&]<class P>(P, auto gradient) TORCHCE_HD_LAMBDA {
+            return write_dense<P>(logits.data, target.data, output.data, length, gradient);
+          };
+          A product;
+          Factor<A> upstream;
+          if (weight.stride == 0 && pos_weight.stride == 0 &&
+              grad_output.with_weight(load_one<A>(weight.data), &product)) {
+            using P = DensePair<T, U>;
+            const auto w = broadcast(product), c = broadcast(load_one<A>(pos_weight.data));
+            done = problem.data[kPosWeight] == nullptr
+                       ? write(P{}, [=](auto x, auto t, int64_t)
+                                        TORCHCE_HD_LAMBDA { return w * gradient(x, t, One{}, smaller_odds(x)); })
+                       : write(P{}, [=](auto x, auto t, int64_t)
+                                        TORCHCE_HD_LAMBDA { return w * gradient(x, t, c, smaller_odds(x)); });
+          } else if (weight.stride <= 1 && pos_weight.stride <= 1 && grad_output.as_factor(&upstream)) {
+            using P = VectorPair<A>;
+            const Factor<A> w(weight.data, weight.stride), c(pos_weight.data, pos_weight.stride);
+            done =
+                problem.data[kPosWeight] == nullptr
+                    ? write(P{},
+                            [&](auto x, auto t, int64_t i) TORCHCE_HD_LAMBDA {
+                              return grad_output.scale(gradient(x, t, One{}, smaller_odds(x)), upstream.at(i), w.at(i));
+                            })
+                    : write(P{}, [&](auto x, auto t, int64_t i) TORCHCE_HD_LAMBDA {
+                        return grad_output.scale(gradient(x, t, c.at(i), smaller_odds(x)), upstream.at(i), w.at(i));
+                      });
           }
         }
       }
-      for_each_vector<A>(done, length, [&](int64_t i, int count) {
-        const auto x = logits.template at<A>(i, count);
-        const auto w = weight.template at<A>(i, count) * grad_output.at(i, count);
-        const auto c = pos_weight.template at<A>(i, count);
-        if constexpr (kOfTarget) {
-          output.put(i, count, target_gradient(x, w, c));
-        } else {
-          output.put(i, count, gradient(x, target.template at<A>(i, count), w, c, smaller_odds(x)));
-        }
-      });
+      // Inlined wherever it is called: else what it captures would be read again after every store.
+      const auto write = [&](auto weight_at, auto pos_weight_at) TORCHCE_HD_LAMBDA {
+        for_each_vector<A>(done, length, [&](int64_t i, int count) TORCHCE_HD_LAMBDA {
+          const auto x = logits.template at<A>(i, count);
+          Lanes<A> grad;
+          if constexpr (kOfTarget) {
+            grad = target_gradient(x, pos_weight_at(i, count));
+          } else {
+            grad = gradient(x, target.template at<A>(i, count), pos_weight_at(i, count), smaller_odds(x));
+          }
+          output.put(i, count, grad_output.scale(grad, weight_at(i, count), i, count));
+        });
+      };
+      const auto at = [](Run<const A> run) {
+        return [=](int64_t i, int count) TORCHCE_HD_LAMBDA { return run.template at<A>(i, count); };
+      };
+      const auto one = [](int64_t, int) { return One{}; };
+      if (problem.data[kWeight] != nullptr) {
+        write(at(weight), at(pos_weight));
+      } else if (problem.data[kPosWeight] != nullptr) {
+        write(one, at(pos_weight));
+      } else {
+        write(one, one);
+      }
     });
   });
 }

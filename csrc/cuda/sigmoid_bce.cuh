@@ -102,7 +102,7 @@ template <class A, GradientOf of>
 struct Gradients {
   const Elements& problem;
   bool one_for_all;  // upstream gradient
-  A of_all;
+  GradOutputOfAll<A> of_all;
 
   template <class T, class U, Layout layout, int V, int kPacks>
   __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
@@ -115,19 +115,37 @@ struct Gradients {
         A grad[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const A x = get<A>(batch.logits[i], v), w = weights.weight(v) * grad_output.elements[v];
+          const A x = get<A>(batch.logits[i], v);
           const auto c = weights.pos_weight(v);
-          grad[v] = of == GradientOf::target ? target_gradient(x, w, c)
-                                             : gradient(x, get<A>(batch.target[i], v), w, c, odds_of_gradient<G>(x));
+          grad[v] = of == GradientOf::target ? target_gradient(x, c)
+                                             : gradient(x, get<A>(batch.target[i], v), c, odds_of_gradient<G>(x));
         }
+        scale(grad, grad_output, weights);
         store_pack(static_cast<G*>(problem.output) + batch.places[i].offset(kOutput), rounded<G>(grad), true);
       }
     }
   }
 
+  // Multiplies by upstream gradients and weights, where there are any.
+  template <Layout layout, int V>
+  __device__ __forceinline__ void scale(A (&grad)[V], const Pack<A, V>& grad_output,
+                                        const Weights<layout, A, V>& weights) const {
+    if (layout == Layout::dense || problem.data[kWeight] == nullptr) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) grad[v] = scaled(grad[v], grad_output.elements[v], One{});
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) grad[v] = scaled(grad[v], grad_output.elements[v], weights.weight(v));
+    }
+    if (of_all.rest != A(1)) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) grad[v] *= of_all.rest;
+    }
+  }
+
   template <Layout layout, int V>
   __device__ __forceinline__ Pack<A, V> load_grad_output(int64_t offset) const {
-    Pack<A, V> grad_output = repeat<V>(of_all);
+    Pack<A, V> grad_output = repeat<V>(of_all.value);
     if (!one_for_all) {
       with_float_type(problem.dtypes[kGradOutput], [&](auto storage) {
         const auto pack = load_operand<layout, V, decltype(storage)>(problem, kGradOutput, offset);
@@ -144,7 +162,8 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void backward(const Elemen
   using A = Accumulate<T>;
   const bool one_for_all = problem.options.reduction != Reduction::none ||
                            (layout != Layout::strided && problem.strides[kGradOutput][problem.dims - 1] == 0);
-  Gradients<A, of> gradients{problem, one_for_all, one_for_all ? grad_output_of_all<A>(problem) : A(0)};
+  const GradOutputOfAll<A> of_all = one_for_all ? grad_output_of_all<A>(problem) : GradOutputOfAll<A>{A(0), A(1)};
+  Gradients<A, of> gradients{problem, one_for_all, of_all};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, gradients);
 }
 

@@ -4,16 +4,18 @@
 // The loss is its negative logarithm with a weight on each part; for t between 0 and 1 it is the cross entropy of t, p:
 //
 //   loss = -w ( c t log p + (1 - t) log q ),  -log p = softplus(-x) = log(1 + exp(-x)),  -log q = x + softplus(-x)
-//        = w ( (1 - t) x + (1 + (c - 1) t) softplus(-x) ),  softplus(-x) = max(-x, 0) + log1p(exp(-|x|))
-//        = w ( a |x| + (1 + (c - 1) t) log1p(exp(-|x|)) ),  a = 1 - t where x >= 0, c t where x < 0
+//        = w ( (1 - t) x + ((1 - t) + c t) softplus(-x) ),  softplus(-x) = max(-x, 0) + l,  l = log1p(exp(-|x|))
+//        = w ( a |x| + ((1 - t) + c t) l ),  a = 1 - t where x >= 0, c t where x < 0
 //
 // The derivative of softplus(-x) is -q, which leaves (1 - t) - (1 - t) q = (1 - t) p beside the positive label's part:
 //
-//   dloss/dx = w ( (1 - t) - (1 + (c - 1) t) q ) = w ( (1 - t) p - c t q )
+//   dloss/dx = w ( (1 - t) p - c t q )
 //   dloss/dt = w ( (c - 1) softplus(-x) - x )
+//            = w ( b |x| + (c - 1) l ),  b = -1 where x >= 0, c where x < 0
 //
-// The last form of the loss never subtracts two large numbers, so it stays finite and exact to a rounding where the
-// true value is; likewise p and q are each computed, never as 1 minus the other.
+// None of these sums takes one large number from another where the result is small for all x near by, so each stays
+// finite and exact to a rounding where the true value is; likewise p and q are each computed, never as 1 minus the
+// other, and (1 - t) + c t not as 1 + (c - 1) t, which loses a small c beside t = 1.
 #pragma once
 
 #include "elementary.h"
@@ -22,11 +24,16 @@ namespace torchce::sigmoid_bce {
 
 using math::One;  // a weight that is absent
 
-// a |x|
+// a |x|, where 0 * inf = 0: what has no part costs nothing.
+template <class V>
+TORCHCE_HD V times_magnitude(V a, V x) {
+  return math::select(a == V{}, V{}, a * math::abs(x));
+}
+
+// The part of the loss that is linear in x.
 template <class V, class PosWeight>
 TORCHCE_HD V linear_part(V x, V target, PosWeight pos_weight) {
-  const V a = math::select(x < V{}, pos_weight * target, V{} + 1 - target);
-  return math::select(a == V{}, V{}, a * math::abs(x));  // 0 * inf = 0: a certain and right answer costs nothing
+  return times_magnitude(math::select(x < V{}, pos_weight * target, V{} + 1 - target), x);
 }
 
 // exp(-|x|), the odds of the label that is less likely.
@@ -49,11 +56,10 @@ struct UnweightedSum {
   TORCHCE_HD V value() const { return linear + math::log1p(odds); }
 };
 
-// 1 + (c - 1) t, the factor of log1p(exp(-|x|)).
+// (1 - t) + c t, the factor of log1p(exp(-|x|)).
 template <class V>
 TORCHCE_HD V curvature(V target, V pos_weight) {
-  const V one = V{} + 1;
-  return one + (pos_weight - one) * target;
+  return (V{} + 1 - target) + pos_weight * target;
 }
 template <class V>
 TORCHCE_HD One curvature(V, One one) {
@@ -66,34 +72,41 @@ TORCHCE_HD V loss(V x, V target, Weight weight, PosWeight pos_weight) {
          (linear_part(x, target, pos_weight) + curvature(target, pos_weight) * math::log1p_unit(smaller_odds(x)));
 }
 
-// `odds` are smaller_odds(x), as exact as the result must be.
-template <class V, class Weight, class PosWeight>
-TORCHCE_HD V gradient(V x, V target, Weight weight, PosWeight pos_weight, V odds) {
+// dloss/dx without w. `odds` are smaller_odds(x), as exact as the result must be.
+template <class V, class PosWeight>
+TORCHCE_HD V gradient(V x, V target, PosWeight pos_weight, V odds) {
   const V one = V{} + 1;
   const V larger = math::divide(one, one + odds);
   const V smaller = odds * larger;
   const V p = math::select(x < V{}, smaller, larger);
   const V q = math::select(x < V{}, larger, smaller);
-  return weight * ((one - target) * p - (pos_weight * target) * q);
+  return (one - target) * p - (pos_weight * target) * q;
 }
 
-// (c - 1) softplus(-x)
+// dloss/dt without w.
 template <class V>
-TORCHCE_HD V curved_part(V x, V pos_weight) {
+TORCHCE_HD V target_gradient(V x, V pos_weight) {
   const V one = V{} + 1;
-  const V negative_part = math::select(x < V{}, -x, V{});
-  const V softplus = negative_part + math::log1p_unit(smaller_odds(x));
-  // Without pos_weight the softplus has no part in it, whatever its value (0 * inf would be NaN).
-  return math::select(pos_weight == one, V{}, (pos_weight - one) * softplus);
+  return times_magnitude(math::select(x < V{}, pos_weight, -one), x) +
+         (pos_weight - one) * math::log1p_unit(smaller_odds(x));
 }
 template <class V>
-TORCHCE_HD V curved_part(V, One) {
-  return V{};
+TORCHCE_HD V target_gradient(V x, One) {
+  return -x;
 }
 
-template <class V, class Weight, class PosWeight>
-TORCHCE_HD V target_gradient(V x, Weight weight, PosWeight pos_weight) {
-  return weight * (curved_part(x, pos_weight) - x);
+// A gradient times the upstream gradient and w.
+//
+// With |gradient| <= 1 the larger of the two comes first, else the smaller: that product lies between its factors, or
+// the second takes it further the same way, so nothing over- or underflows but what the result does as well.
+template <class V>
+TORCHCE_HD V scaled(V gradient, V grad_output, V weight) {
+  const auto in_order = (math::abs(gradient) <= V{} + 1) == (math::abs(grad_output) >= math::abs(weight));
+  return gradient * math::select(in_order, grad_output, weight) * math::select(in_order, weight, grad_output);
+}
+template <class V>
+TORCHCE_HD V scaled(V gradient, V grad_output, One) {
+  return gradient * grad_output;
 }
 
 }  // namespace torchce::sigmoid_bce
