@@ -252,6 +252,38 @@ def test_layouts(device: str, dtype: torch.dtype, which: str, layout: str, shape
     check_sigmoid_bce(logits, target, target_grad=True, reduction="none")
 
 
+# Rows, columns and squares of every SIMD level: fewer than one, remainders, several tiles of either dimension.
+ACROSS_SHAPES = [
+    pytest.param((3, 2, 9, 11), id="3x2x9x11"),
+    pytest.param((2, 19, 37, 29), id="2x19x37x29"),
+    pytest.param((1, 33, 17, 1), id="1x33x17x1"),
+    pytest.param((2, 300, 5, 7), id="2x300x5x7"),
+    pytest.param((1100, 37), id="1100x37"),
+    pytest.param((45, 1100), id="45x1100"),
+]
+
+
+@pytest.mark.parametrize("shape", ACROSS_SHAPES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("target_dtype", [None, torch.float32, torch.int64, torch.bool], ids=dtype_id)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_fast_dimensions_that_differ(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype | None, reduction: str, shape: tuple[int, ...]
+) -> None:
+    """Either operand in another order than the gradient that is written, beside weights of either order."""
+    layout = "channels_last" if len(shape) > 2 else "transposed"
+    uniform = cases.uniform(shape, torch.float32, device)
+    target = uniform.round() if target_dtype in (torch.int64, torch.bool) else uniform
+    target = target.to(target_dtype or dtype)
+    logits = cases.LAYOUTS[layout](lambda s: cases.normal(s, dtype, device, scale=3), shape)
+    columns = {"pos_weight": cases.uniform((shape[1], *[1] * (len(shape) - 2)), torch.float32, device, seed=6) * 3}
+    each = {"weight": cases.uniform(shape, torch.float32, device, seed=7)}
+    for x in (logits, logits.contiguous()):
+        t = target if x is logits else cases.LAYOUTS[layout](lambda s: torch.empty(s).to(target), shape).copy_(target)
+        for options in ({}, columns, each) if target_dtype is None else ({},):
+            check_sigmoid_bce(x, t, target_grad=target.is_floating_point(), reduction=reduction, **options)
+
+
 @pytest.mark.parametrize("dims", [5, 8, 12])
 def test_many_dimensions_that_cannot_be_merged(device: str, dims: int) -> None:
     """No dimension of a strided operand steps evenly into the next, so a fixed number of loops runs out."""

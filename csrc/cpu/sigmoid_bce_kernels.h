@@ -2,7 +2,7 @@
 #pragma once
 
 #include "sigmoid_bce_factors.h"
-#include "sigmoid_bce_runs.h"
+#include "sigmoid_bce_pack.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
@@ -95,6 +95,10 @@ TORCHCE_SIMD int64_t write_dense(const T* logits, const U* target, auto* output,
 
 inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t begin, int64_t end, Partial* partial) {
   using namespace bce;
+  if (is_tile(problem)) {
+    return with_packed_operands(problem,
+                                [&](const Elements& packed) { sigmoid_bce_forward(packed, begin, end, partial); });
+  }
   with_types(problem, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using U = decltype(target_type);
@@ -139,6 +143,10 @@ inline void sigmoid_bce_forward(const sigmoid_bce::Elements& problem, int64_t be
 template <bool kOfTarget>
 void sigmoid_bce_gradient(const sigmoid_bce::Elements& problem, int64_t begin, int64_t end) {
   using namespace bce;
+  if (is_tile(problem)) {
+    return with_packed_operands(problem,
+                                [&](const Elements& packed) { sigmoid_bce_gradient<kOfTarget>(packed, begin, end); });
+  }
   with_types(problem, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using U = decltype(target_type);
