@@ -1,17 +1,17 @@
 """One tolerance for the whole suite, and one way to run ours, torch's and the reference on the same problem.
 
 The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of
-the output dtype at that value plus 6e-7 of the value's condition (reference.py). That is five times float32's eps, of
-which 31 additions in one lane of a baseline register may use all; a sum of a block that rounds the same way at every
-addition loses ten. Two places are stricter than the rule: 16-bit results are rounded once from float32 and so are not
-granted torch's error (torch rounds at every step), and float64 gets 1e-13, so that a float32 step in a float64 kernel
-cannot pass.
+the output dtype at that value plus 7e-7 of the value's condition (reference.py). That is six times float32's eps;
+kernels without fused multiply-adds take up to five, and a block whose 32 additions all round the same way took eight to
+twelve. Two places are stricter than the rule: 16-bit results are rounded once from float32 and so are not granted
+torch's error (torch rounds at every step), and float64 gets 1e-13, so that a float32 step in a float64 kernel cannot
+pass.
 
 What lies at the ends of float32's range is ruled too:
-- A coefficient below the least normal number may be off by one subnormal number.
+- A coefficient or e^-|x| below the least normal number may be off by one subnormal number.
 - A sum or quotient on the way may be infinite where it is beyond a sixteenth of the largest number, and the result then
   infinite or NaN, if torch's is no number either.
-- Where the upstream gradient is infinite, a gradient that is infinite may be NaN: as little finite.
+- A gradient that is infinite may be NaN where torch's is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import torchce.functional
 
-RELATIVE = {torch.float64: 1e-13, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
+RELATIVE = {torch.float64: 1e-13, torch.float32: 7e-7, torch.bfloat16: 7e-7, torch.float16: 7e-7}
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 # No power of two below, so that a gradient factor that is lost, squared or applied twice shows.
@@ -47,7 +47,6 @@ def assert_accurate(
     truth: Truth,
     theirs: Tensor | None = None,
     describe: Callable[[tuple[int, ...]], str] = str,
-    infinite_grad_output: bool = False,
 ) -> None:
     """Hold `ours` to the rule above; on failure print the worst element and its inputs.
 
@@ -55,7 +54,6 @@ def assert_accurate(
         ours: our result, any floating dtype and device
         theirs: torch's for the same inputs; None where torch has no answer
         describe: the inputs behind the element at an index, in words
-        infinite_grad_output: ours is a gradient, and what it was given is infinite
     """
     assert ours.shape == truth.value.shape, f"{what}: shape {ours.shape}, not {truth.value.shape}"
     if ours.numel() == 0:
@@ -75,10 +73,11 @@ def assert_accurate(
     farthest = (truth.value + torch.where(truth.value < 0, -allowed, allowed)).to(ours.dtype).to(torch.float64)
     same = (value == expected) | (value.isnan() & expected.isnan())
     good = (error <= allowed) | same | (farthest.isinf() & (value == farthest))
-    if infinite_grad_output:
-        good |= expected.isinf() & value.isnan()
-    if theirs is not None and truth.partial is not None:
-        good |= (truth.partial > accumulates.max / 16) & ~value.isfinite() & ~reference.float64(theirs).isfinite()
+    if theirs is not None:
+        their_value = reference.float64(theirs)
+        good |= expected.isinf() & value.isnan() & their_value.isnan()
+        if truth.partial is not None:
+            good |= (truth.partial > accumulates.max / 16) & ~value.isfinite() & ~their_value.isfinite()
     if bool(good.all()):
         return
     excess = torch.where(good, torch.zeros_like(error), (error / allowed).nan_to_num(nan=torch.inf))
@@ -221,7 +220,6 @@ def check(
     theirs = run(torch_function, logits, torch_target, options[1], grad_output, target_grad)
     grad_output = grad_output_for(ours[0]) if grad_output is None else grad_output
     truths = reference_function(logits, target, grad_output=grad_output, **options[0])
-    infinite_grad_output = bool(grad_output.isinf().any())
 
     for name, our, their, truth in zip(("loss", "grad_logits", "grad_target"), ours, theirs, truths, strict=True):
         if our is None and not (name == "grad_target" and target_grad):
@@ -229,7 +227,7 @@ def check(
         assert our.dtype == their.dtype, f"{name}: {our.dtype}, torch gives {their.dtype}"
         assert our.shape == their.shape, f"{name}: {our.shape}, torch gives {their.shape}"
         assert our.device == their.device, f"{name}: {our.device}, torch gives {their.device}"
-        assert_accurate(name, our, truth, their, describe, name != "loss" and infinite_grad_output)
+        assert_accurate(name, our, truth, their, describe)
     return ours[0]
 
 

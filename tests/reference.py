@@ -174,7 +174,16 @@ def sigmoid_bce(
     logarithm_condition = times(logarithm, 1 + x.abs())
     linear = times(torch.where(x >= 0, (1 - t).abs(), (pw * t).abs()), x.abs())
     element_condition = w.abs() * (linear + times((1 - t).abs() + (pw * t).abs(), logarithm_condition))
-    loss, g = _reduce(element_loss, element_condition, torch.tensor(float(x.numel())), reduction, grad_output)
+    count = torch.tensor(float(x.numel()))
+    loss, g = _reduce(element_loss, element_condition, count, reduction, grad_output)
+    # The same without weight, and exp(-|x|) where it is subnormal in float32, 0 included: what it is multiplied with.
+    unweighted = linear + times((1 - t).abs() + (pw * t).abs(), logarithm)
+    subnormal = (small < torch.finfo(torch.float32).smallest_normal).double()
+    moved = w.abs() * ((1 - t).abs() + (pw * t).abs()) * subnormal
+    loss = loss._replace(
+        partial=torch.maximum(unweighted, element_condition) if reduction == "none" else unweighted.sum(),
+        subnormal=_reduce(moved, moved, count, reduction, None)[0].condition,
+    )
 
     p_condition, q_condition = times(p, 1 + times(q, x.abs())), times(q, 1 + times(p, x.abs()))
     grad_logits = g * w * ((1 - t) * p - pw * t * q)
@@ -183,7 +192,11 @@ def sigmoid_bce(
     linear = torch.where(x >= 0, -x, times(pw, x.abs()))
     grad_target = g * w * (linear + times(pw - 1, logarithm))
     grad_target_condition = (g * w).abs() * (linear.abs() + times((pw - 1).abs(), logarithm_condition))
-    return SigmoidBCE(loss, Truth(grad_logits, grad_logits_condition), Truth(grad_target, grad_target_condition))
+    return SigmoidBCE(
+        loss,
+        Truth(grad_logits, grad_logits_condition, subnormal=g.abs() * moved),
+        Truth(grad_target, grad_target_condition, subnormal=(g * w * (pw - 1)).abs() * subnormal),
+    )
 
 
 def _reduce(

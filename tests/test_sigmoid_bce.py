@@ -515,6 +515,22 @@ def test_target_gradient_where_pos_weight_is_small(device: str, dtype: torch.dty
         )
 
 
+def test_target_gradient_with_an_infinite_pos_weight(device: str) -> None:
+    """c softplus(-x) is infinite, also where e^-|x| is 0 and infinity times it would be NaN."""
+    logits = torch.tensor([-1e4, -200.0, -1.0, 0.0, 50.0], device=device)
+    target = torch.full_like(logits, 0.5).requires_grad_()
+    options = {"pos_weight": torch.tensor(INF, device=device), "reduction": "sum"}
+    (grad,) = torch.autograd.grad(
+        torchce.functional.binary_cross_entropy_with_logits(logits, target, **options), target, create_graph=True
+    )
+    assert torch.equal(grad.detach().cpu(), torch.full((5,), INF))
+
+    def loss(target: Tensor) -> Tensor:
+        return torchce.functional.binary_cross_entropy_with_logits(logits, target, **options)
+
+    assert torch.equal(torch.func.grad(loss)(target.detach()).cpu(), torch.full((5,), INF))
+
+
 @pytest.mark.parametrize("pos_weight", [None, 1.0])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
 def test_target_gradient_without_pos_weight_is_exact(device: str, dtype: torch.dtype, pos_weight: float | None) -> None:

@@ -92,7 +92,8 @@ def gradients(
     if pos_weight is not None:
         negative = x < 0
         slope = torch.where(negative, -times(pos_weight, x), slope)
-        slope = slope + (1 - pos_weight) * F.logsigmoid(torch.where(negative, -x, x))
+        curved = (1 - pos_weight) * F.logsigmoid(torch.where(negative, -x, x))
+        slope = slope + torch.where(negative & pos_weight.isinf(), 0, curved)  # the linear part is infinite there
     grad_target = scaled(slope)
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 

@@ -86,9 +86,9 @@ TORCHCE_HD V gradient(V x, V target, PosWeight pos_weight, V odds) {
 // dloss/dt without w.
 template <class V>
 TORCHCE_HD V target_gradient(V x, V pos_weight) {
-  const V one = V{} + 1;
-  return times_magnitude(math::select(x < V{}, pos_weight, -one), x) +
-         (pos_weight - one) * math::log1p_unit(smaller_odds(x));
+  const V one = V{} + 1, curved = (pos_weight - one) * math::log1p_unit(smaller_odds(x));
+  const auto infinite = (x < V{}) & (pos_weight == V{} + math::kInfinityF);  // the linear part is, and times 0 NaN
+  return times_magnitude(math::select(x < V{}, pos_weight, -one), x) + math::select(infinite, V{}, curved);
 }
 template <class V>
 TORCHCE_HD V target_gradient(V x, One) {
