@@ -136,7 +136,8 @@ def softmax_ce(
     grad_target = None
     if not by_index:
         scale = g * (1 - smoothing) * w
-        subnormal = (w.abs() < torch.finfo(torch.float32).smallest_normal).double() * g.abs()
+        least = torch.finfo(torch.float32).smallest_normal
+        subnormal = (w.abs() < least).double() * g.abs() + (scale.abs() < least)
         grad_target = Truth(
             scale * negative_log_p,
             scale.abs() * (negative_log_p + 1),

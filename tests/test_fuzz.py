@@ -227,7 +227,9 @@ def wrong_problems(draw: st.DrawFn) -> Softmax:
     target = target.contiguous()
     if kind == "bce" and not target.is_floating_point():  # torch refuses these, ours does not
         target = target.float()
-    if target.dtype == torch.int32 or (target.dtype == torch.uint8 and logits.dim() > 2):  # these too
+    if target.dtype == torch.int32:  # these too
+        target = target.long()
+    if target.dtype == torch.uint8 and (logits.dim() > 2 or options.get("label_smoothing")):  # and such bytes
         target = target.long()
     what = draw(
         st.sampled_from(["target", "target dtype", "weight", "index", "ignore_index", "smoothing", "reduction"])

@@ -199,7 +199,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
       for (int c = 0; c < classes; ++c) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
-          const V hot = smoothing.hot(grad_output.lanes(w) * class_weight);
+          const V hot = grad_output.lanes(w) * smoothing.hot(class_weight);
           block.values[c][w] = target_gradient(block.values[c][w], hot, max.lanes(w), log_sum.lanes(w));
         }
       }

@@ -106,7 +106,7 @@ struct RowGradient {
   // The gradient of class k, whose logit has value x, without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
-      const A hot_of_class = coefficients.smoothing.hot(grad_output * coefficients.weight_of(k));
+      const A hot_of_class = grad_output * coefficients.smoothing.hot(coefficients.weight_of(k));
       return target_gradient(x, hot_of_class, max, log_sum);
     } else {
       A g = scaled_exp(x - max);
