@@ -137,7 +137,7 @@ def softmax_ce(
     if not by_index:
         scale = g * (1 - smoothing) * w
         least = torch.finfo(torch.float32).smallest_normal
-        subnormal = (w.abs() < least).double() * g.abs() + (scale.abs() < least)
+        subnormal = (w.abs() < least).double() * g.abs() + ((scale != 0) & (scale.abs() < least))
         grad_target = Truth(
             scale * negative_log_p,
             scale.abs() * (negative_log_p + 1),
