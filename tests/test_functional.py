@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import cases
@@ -498,3 +498,29 @@ def test_every_position_of_a_bad_index_is_found(shape: tuple[int, ...]) -> None:
         for reduction in cases.REDUCTIONS:
             with torch.no_grad(), pytest.raises(IndexError, match=rf"\(row {row} of {rows}, "):
                 ours.cross_entropy(logits, target.view(cases.index_shape(shape)), weight, reduction=reduction)
+
+
+# --- a mode of the processor ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flushed_subnormals() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_subnormal_float16_logits_are_flushed_too(flushed_subnormals: None) -> None:
+    """docs/compatibility.md says so: float16 is widened by arithmetic. torch keeps them."""
+    logits = torch.tensor([[1, 0]], dtype=torch.int16).view(torch.float16)  # the least subnormal number, and 0
+    target = torch.tensor([[0.5, 0.5]], dtype=torch.float16, requires_grad=True)
+    loss = ours.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, target)  # -x
+    assert torch.equal(grad.view(torch.int16) & 0x7FFF, torch.zeros(1, 2, dtype=torch.int16))
+    row, zeros, index = 512 * logits, torch.zeros_like(logits), torch.tensor([0])
+    with torch.autocast("cpu", dtype=torch.float16):  # for losses in float32
+        losses = [ours.cross_entropy(x, index, reduction="none") for x in (row, zeros)]
+        torchs = [theirs.cross_entropy(x, index, reduction="none") for x in (row, zeros)]
+    assert torch.equal(*losses)
+    assert not torch.equal(*torchs)
