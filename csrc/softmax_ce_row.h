@@ -109,7 +109,7 @@ TORCHCE_HD int64_t first_bad_row(const Rows& rows, int64_t begin, int64_t end) {
 
 template <class A>
 TORCHCE_HD Smoothing<A> smoothing_of(const Rows& rows) {
-  return {A(rows.options.label_smoothing), A(rows.classes)};
+  return {rows.options.label_smoothing, rows.classes};
 }
 
 // IndexedRow is the class index of one row, with its weight in the mean and its h.

@@ -1,11 +1,11 @@
 """One tolerance for the whole suite, and one way to run ours, torch's and the reference on the same problem.
 
 The rule: our error against the float64 reference may exceed torch's own error at the same dtype by at most one ulp of
-the output dtype at that value plus 7e-7 of the value's condition (reference.py). That is six times float32's eps;
-kernels without fused multiply-adds take up to five, and a block whose 32 additions all round the same way took eight to
-twelve. Two places are stricter than the rule: 16-bit results are rounded once from float32 and so are not granted
-torch's error (torch rounds at every step), and float64 gets 1e-13, so that a float32 step in a float64 kernel cannot
-pass.
+the output dtype at that value plus 7e-7 of the value's condition (reference.py). That is six times float32's eps:
+partial sums of eight terms and kernels without fused multiply-adds take up to five, and a block whose 32 additions all
+round the same way took eight to twelve. Two places are stricter than the rule: 16-bit results are rounded once from
+float32 and so are not granted torch's error (torch rounds at every step), and float64 gets 1e-13, so that a float32
+step in a float64 kernel cannot pass.
 
 What lies at the ends of float32's range is ruled too:
 - A coefficient or e^-|x| below the least normal number may be off by one subnormal number.

@@ -111,12 +111,11 @@ def softmax_ce(
 
     row_loss = only_kept(sum_of_losses(coefficient, negative_log_p, k))
 
-    def of_loss(magnitude: Tensor, of_sum: float = 1.0) -> Tensor:
-        """What the rows' losses are if their coefficients are as large as that, and `of_sum` beside each loss."""
-        return only_kept(times(magnitude, negative_log_p + of_sum).sum(k, keepdim=True))
+    def of_loss(magnitude: Tensor) -> Tensor:
+        """What the rows' losses are if their coefficients are as large as that, and the roundings of a sum near 1."""
+        return only_kept(times(magnitude, negative_log_p + 1).sum(k, keepdim=True))
 
-    # The sum of exponentials is at least 1 and rounded once or twice, which is half of what a formula is allowed.
-    loss, g = _reduce(row_loss, of_loss(coefficient.abs(), 0.5), total, reduction, grad_output, class_dim=k)
+    loss, g = _reduce(row_loss, of_loss(coefficient.abs()), total, reduction, grad_output, class_dim=k)
     summed = coefficient.abs()
     if by_index and smoothing > 0:  # smoothing / classes multiplies what is summed
         summed = torch.maximum(summed, w.abs())

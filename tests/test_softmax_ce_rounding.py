@@ -23,7 +23,7 @@ LEAST = torch.finfo(torch.float32).min
 LAYOUTS = [pytest.param(None, id="adjacent"), pytest.param("transposed", id="strided")]
 KINDS = ["index", "smoothed", "one_hot", "uniform", "random"]
 # e^-7.5575 is just what an addition to 1 rounds badly, and so is e^-16, one ulp of 1.
-GAPS = (7.5575, 0.1, 16.0, 3.3)
+GAPS = (7.5575, 0.1, 16.0, 3.3, 9.27728, 14.4468)
 
 
 def class_counts(device: str, step: int) -> range:
@@ -41,8 +41,8 @@ def target_of(kind: str, outlier: Tensor, classes: int) -> tuple[Tensor, float]:
     return (one_hot if kind == "one_hot" else torch.full_like(one_hot, 1 / classes)), 0.0
 
 
-def hold_to_four_eps(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
-    """Errors beyond torch's are at most one ulp and 4 eps of the condition, half of what the suite allows."""
+def hold_to_five_eps(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
+    """Errors beyond torch's are at most one ulp and 5 eps of the condition: some nine roundings of a sum near 1."""
     options = {"label_smoothing": label_smoothing, "reduction": "none"}
     grad_output = torch.ones(len(logits), device=logits.device)
     ours, theirs = (
@@ -53,18 +53,19 @@ def hold_to_four_eps(logits: Tensor, target: Tensor, label_smoothing: float) -> 
     for name, our, their, truth in zip(("loss", "grad_logits"), ours[:2], theirs[:2], truths[:2], strict=True):
         error, their_error = ((reference.float64(value) - truth.value).abs() for value in (our, their))
         excess = (error - their_error - EPS * truth.value.abs()) / truth.condition.clamp_min(1e-30)
-        assert float(excess.max()) <= 4 * EPS, f"{name} of {logits.shape[1]} classes: {float(excess.max()) / EPS} eps"
+        assert float(excess.max()) <= 5 * EPS, f"{name} of {logits.shape[1]} classes: {float(excess.max()) / EPS} eps"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_constant_rows_with_an_outlier(device: str, layout: str | None, kind: str) -> None:
     """One large term beside equal small ones: added one by one they would all round the same way."""
+    gaps = torch.tensor(GAPS, device=device).repeat_interleave(3)[:, None]
     for classes in class_counts(device, 1 if kind == "index" else 3):
-        outlier = torch.tensor([0, classes // 2, classes - 1], device=device)
-        logits = -GAPS[classes % len(GAPS)] * (1 - F.one_hot(outlier, classes).float())
+        outlier = torch.tensor([0, classes // 2, classes - 1] * len(GAPS), device=device)
+        logits = -gaps * (1 - F.one_hot(outlier, classes).float())
         logits = cases.laid_out(layout, lambda s: torch.empty(s, device=device), logits.shape).copy_(logits)
-        hold_to_four_eps(logits, *target_of(kind, outlier, classes))
+        hold_to_five_eps(logits, *target_of(kind, outlier, classes))
 
 
 @pytest.mark.parametrize("kind", ["index", "random"])
@@ -72,7 +73,7 @@ def test_constant_rows_with_an_outlier(device: str, layout: str | None, kind: st
 def test_random_rows(device: str, layout: str | None, kind: str) -> None:
     for classes in class_counts(device, 3):
         logits = cases.arranged(layout, (3, classes), torch.float32, device)
-        hold_to_four_eps(logits, *target_of(kind, logits.argmax(1), classes))
+        hold_to_five_eps(logits, *target_of(kind, logits.argmax(1), classes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,6 +139,31 @@ def test_mean_of_tiny_weights(device: str, layout: str | None, weight: float, la
     logits = cases.arranged(layout, (1, 7), torch.float32, device)
     weights = torch.full((7,), weight, device=device)
     check_softmax_ce(logits, torch.tensor([3], device=device), weight=weights, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("weight", "upstream"), [(1e-38, 65536.0), (2e-38, 65536.0), (1e-20, 1e30)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiny_weight_in_a_large_mean(
+    device: str, layout: str | None, weight: float, upstream: float, label_smoothing: float
+) -> None:
+    """Divided by the sum of all weights it would have lost its digits before the upstream gradient comes."""
+    logits = cases.arranged(layout, (1000, 10), torch.float32, device)
+    weights = torch.ones(10, device=device)
+    weights[0] = weight
+    target = (torch.arange(1000, device=device) % 9 + 1).index_fill(0, torch.tensor([0, 500], device=device), 0)
+    grad_output = torch.tensor(upstream, device=device)
+    check_softmax_ce(logits, target, weight=weights, label_smoothing=label_smoothing, grad_output=grad_output)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.99, 0.9999, 0.999999])
+@pytest.mark.parametrize("classes", [3, 257])
+def test_smoothing_near_one(device: str, classes: int, label_smoothing: float) -> None:
+    """1 - eps of a float32 eps has few digits."""
+    logits = cases.normal((4, classes), torch.float32, device)
+    probabilities = cases.probabilities(logits.shape, torch.float32, device)
+    check_softmax_ce(logits, probabilities, label_smoothing=label_smoothing, target_grad=True)
+    check_softmax_ce(logits, logits.argmax(1), label_smoothing=label_smoothing)
 
 
 # --- zeros ----------------------------------------------------------------------------------------------------------

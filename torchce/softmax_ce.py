@@ -167,12 +167,12 @@ def gradients(
     index = torch.where(kept & is_class, index, 0)
     p = torch.softmax(torch.where(kept, x, 0), 1)  # masked before, as in `composite`
     row_weight = w.expand_as(x).gather(1, index)
-    hot, spread = (1 - label_smoothing) * row_weight, g * uniform
-    if reduction == 1:  # g, divided by a sum of tiny weights, might be infinite
+    unsmoothed, spread = g * (1 - label_smoothing), g * uniform
+    if reduction == 1:  # last, since g divided by a sum of tiny weights might be infinite
         divisor = torch.where(kept & is_class, row_weight, 0).sum()
-        hot, spread = hot / divisor, spread / divisor
+        unsmoothed, spread = unsmoothed / divisor, spread / divisor
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
-    h = g * hot
+    h = unsmoothed * row_weight
     grad_logits = p * h - torch.where(is_target, h, 0)  # a product with 0 would be NaN where h is infinite
     if label_smoothing != 0:
         grad_logits = grad_logits + spread * (p * w.sum() - w)

@@ -1,6 +1,8 @@
 // Copies the operands of a tile that are read across (sigmoid_bce_tiles.h) into the order of the others.
 #pragma once
 
+#include <memory>
+
 #include "../sigmoid_bce_element.h"
 #include "sigmoid_bce_tiles.h"
 #include "vector.h"
@@ -94,17 +96,18 @@ TORCHCE_SIMD bool is_tile(const Elements& problem) {
 // Calls f(the tile with its operands in one order), whose dimensions are merged where that makes them one.
 template <class F>
 __attribute__((noinline)) void with_packed_operands(const Elements& tile, F f) {
-  alignas(kBytes) char buffers[kOutput][kTileBytes + kBytes];
+  std::unique_ptr<char[]> buffers[kOutput];  // not on the stack, which some threads have little of
   Elements packed = tile;
   const int64_t across = tile.sizes[0], inner = tile.sizes[1];
   bool merges = true;
   for (int operand = 0; operand < kOperands; ++operand) {
     int64_t* strides = packed.strides[operand];
     if (is_copied(tile, operand)) {
+      buffers[operand].reset(new char[kTileBytes + kBytes]);
       const auto copy = [&](auto integer) {
         using I = decltype(integer);
         copy_across(static_cast<const I*>(tile.data[operand]), strides, across, inner,
-                    reinterpret_cast<I*>(buffers[operand]));
+                    reinterpret_cast<I*>(buffers[operand].get()));
       };
       switch (bytes_of(tile.dtypes[operand])) {
         case 8:
@@ -119,7 +122,7 @@ __attribute__((noinline)) void with_packed_operands(const Elements& tile, F f) {
         default:
           copy(uint8_t{});
       }
-      packed.data[operand] = buffers[operand];
+      packed.data[operand] = buffers[operand].get();
       strides[0] = inner;
       strides[1] = 1;
     }

@@ -103,7 +103,7 @@ struct RunningSums {
     }
     if (max > reference + A(kFar)) rebase();
     const A from = Sums::base(reference);
-    const auto sums = math::sum_in_pairs<n>(0, [&](int i) {
+    const auto of_class = [&](int i) {
       const A value = Logit::kIsPlain || is_there(i) ? logit.value(x(i)) : Sums::minus_infinity();
       const A exponential = exp_in_sum(value - from);
       if constexpr (kSpread) {
@@ -111,7 +111,11 @@ struct RunningSums {
       } else {
         return LogitSums<kSpread, A>{exponential};
       }
-    });
+    };
+    constexpr int kPaired = kSpread && n > 4 ? 4 : n;  // more partial sums of three kinds would spill
+    auto sums = math::sum_in_pairs<kPaired>(0, of_class);
+#pragma unroll
+    for (int i = kPaired; i < n; i += kPaired) sums = sums + math::sum_in_pairs<kPaired>(i, of_class);
     if constexpr (kSettles) {
       unsettled = unsettled + sums;
     } else {

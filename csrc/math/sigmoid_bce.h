@@ -98,7 +98,8 @@ TORCHCE_HD V target_gradient(V x, One) {
 // A gradient times the upstream gradient and w.
 //
 // With |gradient| <= 1 the larger of the two comes first, else the smaller: that product lies between its factors, or
-// the second takes it further the same way, so nothing over- or underflows but what the result does as well.
+// the second takes it further the same way, so nothing is infinite or 0 but what the result is as well. Beside a factor
+// that is a subnormal number the product has no more digits than that.
 template <class V>
 TORCHCE_HD V scaled(V gradient, V grad_output, V weight) {
   const auto in_order = (math::abs(gradient) <= V{} + 1) == (math::abs(grad_output) >= math::abs(weight));

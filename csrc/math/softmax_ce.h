@@ -48,19 +48,23 @@ struct ClassIndex {
 // Smoothing is what a call says of label smoothing, and makes of it h, b and the shares of u_k.
 template <class A>
 struct Smoothing {
-  A label_smoothing, classes;  // eps, C
+  A label_smoothing, unsmoothed, classes;  // eps, 1 - eps, C
+
+  // Taken from a double, as 1 - eps of a float eps has lost digits where eps is near 1.
+  TORCHCE_HD Smoothing(double eps, int64_t classes)
+      : label_smoothing(A(eps)), unsmoothed(A(1 - eps)), classes(A(classes)) {}
 
   // h of rows whose target class has the weight `weight`.
   template <class V>
   TORCHCE_HD V hot(V weight) const {
-    return (A(1) - label_smoothing) * weight;
+    return unsmoothed * weight;
   }
   // b of rows with a class index.
   TORCHCE_HD A uniform() const { return label_smoothing / classes; }
   // (1 - eps) t_k + eps / C of a class that the target gives the probability `probability`.
   template <class V>
   TORCHCE_HD V share(V probability) const {
-    return probability * (A(1) - label_smoothing) + uniform();
+    return probability * unsmoothed + uniform();
   }
 };
 
@@ -177,14 +181,18 @@ struct GradientFactors {
 // index_factors gives those of a row with a class index. `sum_coefficients` is U, but 0 where there is no smoothing, as
 // 0 times an infinite class weight would be NaN. kSpread: there may be smoothing.
 //
-// `divisor` is that of a mean. It divides h first: g divided by a sum of tiny class weights might be infinite.
+// `divisor` is that of a mean. Where g divided by it would be infinite, as by a sum of tiny class weights, it divides
+// h.
 template <bool kSpread, class V, class A>
 TORCHCE_HD GradientFactors<V> index_factors(V grad_output, A divisor, V hot, const Smoothing<A>& smoothing,
                                             A sum_coefficients, V sum) {
-  GradientFactors<V> factors{{}, {}, grad_output * (hot / divisor)};
+  const V share = grad_output / divisor;
+  const auto in_range = share - share == V{};
+  const V g = math::select(in_range, share, grad_output), rest = math::select(in_range, V{} + 1, V{} + divisor);
+  GradientFactors<V> factors{{}, {}, g * (hot / rest)};
   V of_all = factors.hot;
   if constexpr (kSpread) {
-    const V spread = grad_output * smoothing.uniform() / divisor;
+    const V spread = g * smoothing.uniform() / rest;
     factors.spread = math::select(spread == spread, spread, V{});  // NaN where g is infinite and there is no smoothing
     of_all += factors.spread * sum_coefficients;
   }
