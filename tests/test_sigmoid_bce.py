@@ -515,6 +515,16 @@ def test_target_gradient_where_pos_weight_is_small(device: str, dtype: torch.dty
         )
 
 
+def test_second_road_keeps_a_weight_of_zero(device: str) -> None:
+    """0 times a product that is infinite would be NaN."""
+    logits = torch.tensor([20.0, -20.0], device=device, requires_grad=True)
+    target = torch.tensor([0.25, 0.25], device=device, requires_grad=True)
+    zero, huge = torch.tensor(0.0, device=device), torch.tensor(1e30, device=device)
+    loss = torchce.functional.binary_cross_entropy_with_logits(logits, target, zero, pos_weight=huge, reduction="none")
+    for grad in torch.autograd.grad(loss, (logits, target), torch.full_like(loss, 1e30), create_graph=True):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 def test_target_gradient_with_an_infinite_pos_weight(device: str) -> None:
     """c softplus(-x) is infinite, also where e^-|x| is 0 and infinity times it would be NaN."""
     logits = torch.tensor([-1e4, -200.0, -1.0, 0.0, 50.0], device=device)

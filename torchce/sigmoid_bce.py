@@ -80,10 +80,12 @@ def gradients(
         g = g / logits.numel()
 
     def scaled(gradient: Tensor) -> Tensor:
-        """As torch's: weights may be large where the upstream gradient's share of a mean would be rounded away."""
-        gradient = gradient * g
-        if weight is not None:
-            gradient = gradient * weight
+        """With upstream gradient and weight, in the order of ``scaled`` in ``csrc/math/sigmoid_bce.h``, and a mean's N."""
+        if weight is None:
+            gradient = gradient * g
+        else:
+            in_order = (gradient.abs() <= 1) == (g.abs() >= weight.abs())
+            gradient = gradient * torch.where(in_order, g, weight) * torch.where(in_order, weight, g)
         return gradient / logits.numel() if mean and weighted else gradient
 
     positive = t if pos_weight is None else pos_weight * t
