@@ -80,7 +80,7 @@ def gradients(
         g = g / logits.numel()
 
     def scaled(gradient: Tensor) -> Tensor:
-        """With upstream gradient and weight, in the order of ``scaled`` in ``csrc/math/sigmoid_bce.h``, and a mean's N."""
+        """With upstream gradient and weight, in the order of ``scaled`` (csrc/math/sigmoid_bce.h), and a mean's N."""
         if weight is None:
             gradient = gradient * g
         else:
