@@ -19,9 +19,10 @@ from torch import Tensor
 class Truth(NamedTuple):
     value: Tensor  # float64, on the CPU
     condition: Tensor  # float64, same shape, >= |value| up to rounding
-    # Both float64 and of the same shape, where there is anything to say:
-    partial: Tensor | None = None  # how large a sum or quotient on the way to it may be
-    subnormal: Tensor | None = None  # how far it moves where each coefficient that is subnormal in float32 moves by 1
+    # The largest sum or quotient that a formula forms before it has the value, such as a sum of losses before the mean.
+    partial: Tensor | None = None
+    # The value's change where every coefficient, or e^-|x|, that is subnormal in float32 is larger by 1.
+    subnormal: Tensor | None = None
 
 
 class SoftmaxCE(NamedTuple):
@@ -142,6 +143,7 @@ def softmax_ce(
             scale.abs() * (negative_log_p + 1),
             subnormal=times(subnormal, negative_log_p + 1),
         )
+    # g over the sum of the weights is formed before a weight below 1 multiplies it.
     grad_partial = (g.abs() * coefficient_magnitude.clamp_min(1)).expand_as(x)
     return SoftmaxCE(loss, Truth(grad_logits, grad_condition, grad_partial, grad_subnormal), grad_target)
 
