@@ -37,7 +37,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_across(const 
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int kClasses = kUnroll<Target, A>;  // in flight
+  constexpr int kClasses = kUnroll<Target, T>;  // in flight
   const Rows& rows = call.rows;
   const int64_t packs = quotient(rows.outer * rows.inner, V);
   const LogitOf<Target, T> logit(rows);

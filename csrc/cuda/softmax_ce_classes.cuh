@@ -14,10 +14,17 @@ using namespace torchce::softmax_ce;
 template <class Target, class T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
 
-// Packs of logits a thread has in flight: four, halved for the exponentials of float64 and halved for the coefficients
-// of every class, which need the registers.
-template <class Target, class A>
-constexpr int kUnroll = 4 / (sizeof(A) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1);
+// Whether target probabilities are wider than logits of type T.
+template <class Target, class T>
+constexpr bool kIsWider = false;
+template <class P, class T>
+constexpr bool kIsWider<Probabilities<P>, T> = sizeof(P) > sizeof(T);
+
+// Packs of logits a thread has in flight: four, halved for the exponentials of float64, halved for the coefficients of
+// every class, and once more for those that come in two words a pack: all of them need the registers.
+template <class Target, class T>
+constexpr int kUnroll =
+    4 / (sizeof(T) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1) / (kIsWider<Target, T> ? 2 : 1);
 
 // Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
 //

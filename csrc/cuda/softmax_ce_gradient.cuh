@@ -137,7 +137,7 @@ __device__ __forceinline__ void write_gradient(const Backward& call, RowPosition
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
   using G = typename GradientType<Target, T, of>::type;
-  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
+  constexpr int V = kPack<T>, kBatch = kUnroll<Target, T>;
   const Rows& rows = call.rows;
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);

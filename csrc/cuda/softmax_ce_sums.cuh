@@ -162,7 +162,7 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
                                                                                  int threads, Keep keep) {
   using A = Accumulate<T>;
   using P = typename ProbabilityType<Target, T>::type;
-  constexpr int V = kPack<T>, kBatch = kUnroll<Target, A>;
+  constexpr int V = kPack<T>, kBatch = kUnroll<Target, T>;
   const T* x = at_row<T>(rows.logits, rows.logits_strides, at);
   const P* t = at_row<P>(rows.target, rows.target_strides, at);
   const LogitOf<Target, T> logit(rows);
@@ -239,7 +239,7 @@ template <int V, class T, class Target, class A>
 __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int share, int shares,
                                            ClassSums<A, Target::kSpread> (&sums)[V]) {
   using P = typename ProbabilityType<Target, T>::type;
-  constexpr int kBatch = kUnroll<Target, A>;
+  constexpr int kBatch = kUnroll<Target, T>;
   constexpr int kUnsettled = 8;                // batches
   constexpr bool kSettles = !Target::kSpread;  // coefficients leave no registers for it
   const RowPosition at(rows, r);
