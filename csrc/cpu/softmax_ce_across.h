@@ -29,7 +29,11 @@ class StripSums {
     for (int w = 0; w < W; ++w) {
       V max = largest[w];
       for (int c = 0; c < count; ++c) max = larger_or_second(max, x.values[c][w]);
-      raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
+      if (k == 0) {
+        reference[w] = max;  // nothing was added up that would have to be rescaled
+      } else {
+        raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
+      }
       largest[w] = max;
       const V from = reference[w];
       math::StridedSum<kPartialSums, Sums> of_block;
@@ -58,7 +62,7 @@ class StripSums {
   template <class Look>
   TORCHCE_SIMD StripSums(const StripLogits<T, Target, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
                          Look look) {
-    for (int w = 0; w < W; ++w) reference[w] = largest[w] = broadcast(kLowest<A>);
+    for (int w = 0; w < W; ++w) largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) TORCHCE_HD_LAMBDA {
       Block<A, W> x;
       logits.read(k, count, x);
@@ -91,6 +95,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
   PerRow<A, W> hot_logits{};
   const auto sum_up = [&](auto look) TORCHCE_HD_LAMBDA {
     StripSums<T, Target, W>(logits, coefficients, rows.classes, look).write(sums);
+    sums.against_max = rows.classes <= kBlockClasses;
   };
   if constexpr (Target::kProbabilities) {
     sum_up([](int64_t, int, Block<A, W>&) {});

@@ -70,6 +70,7 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
     });
     lane_sums.fold_max(sums.max, vectors);
     sums.reference = sums.max;
+    sums.against_max = true;
     for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       const RowCoefficients<T, Target> coefficients(rows, at);
       lane_sums.set(l, sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l])));

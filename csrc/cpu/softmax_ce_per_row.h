@@ -114,6 +114,7 @@ struct SumsPerRow {
   PerRow<A, W> reference, max;
   PerRow<A, W> exponentials;                     // sum_k exp(x_k - reference)
   PerRow<A, kSpreadVectors> coefficients, gaps;  // sum_k u_k, sum_k u_k (x_k - reference)
+  bool against_max = false;                      // whether every reference is its row's largest logit already
 
   // Makes the sums relative to the largest logit. The exponential is the one that was summed, so that its error, in
   // proportion to its argument, is the same with the other sign.
@@ -121,14 +122,16 @@ struct SumsPerRow {
     const math::ExpInSum<V> exp;
     for (int w = 0; w < vectors; ++w) {
       const V from = reference.lanes(w), to = max.lanes(w);
-      const V sum = exponentials.lanes(w) * exp(from - to);
+      const V sum = against_max ? exponentials.lanes(w) : exponentials.lanes(w) * exp(from - to);
       // The sum of a row with a finite logit has a term of 1, but for the rounding of its last factor. A row of -inf
       // alone has no sum, nor has a row with a NaN or +inf; the maximum of a row of -inf is -inf.
       const auto has_sum = sum > V{};
       exponentials.set(w,
                        math::select(has_sum, larger_or_second(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
       max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
-      if constexpr (Target::kSpread) gaps.set(w, gaps.lanes(w) + coefficient(coefficients.lanes(w)).gap(from, to));
+      if constexpr (Target::kSpread) {
+        if (!against_max) gaps.set(w, gaps.lanes(w) + coefficient(coefficients.lanes(w)).gap(from, to));
+      }
     }
   }
 
