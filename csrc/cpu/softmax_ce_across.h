@@ -188,14 +188,12 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const Statistics<A> statistics(rows, call.statistics);
   const A* weight = static_cast<const A*>(rows.weight);
   const auto smoothing = smoothing_of<A>(rows);
-  const A divisor = mean_divisor<A>(call);
   for_each_strip<A>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
     constexpr int W = wide.value;
     const StripLogits<T, Target, W> logits(rows, row, count);
     const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
     const auto max = PerRow<A, W>::of(statistics.max + row, count);
-    PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
-    for (int w = 0; w < W; ++w) grad_output.set(w, grad_output.lanes(w) / divisor);
+    const GradOutputs<A, W> upstream(call, row, count);
     auto log_sum = PerRow<A, W>::of(statistics.sum + row, count);
     for (int w = 0; w < W; ++w) log_sum.set(w, math::log(log_sum.lanes(w)));
     for_each_block(rows.classes, [&](int64_t k, int classes) {
@@ -204,7 +202,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
       for (int c = 0; c < classes; ++c) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
-          const V hot = grad_output.lanes(w) * smoothing.hot(class_weight);
+          const V hot = upstream.g.lanes(w) * smoothing.hot(class_weight);
           block.values[c][w] = target_gradient(block.values[c][w], hot, max.lanes(w), log_sum.lanes(w));
         }
       }

@@ -188,23 +188,27 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   }
 }
 
-// What the upstream gradient multiplies the rows with.
-template <int W, class A>
-TORCHCE_SIMD PerRow<A, W> grad_outputs(const Backward& call, int64_t row, int count) {
-  const int vectors = vectors_of<A>(count);
-  PerRow<A, W> result;
-  RowPosition at(call.rows, row);
-  if (call.rows.options.reduction != Reduction::none) {
-    const auto of_all = broadcast(row_grad_output<A>(call, at));
-    for (int w = 0; w < vectors; ++w) result.set(w, of_all);
-    return result;
+// The rows' DividedGradients. A mean's rows have one in common; others have no divisor, and a `rest` of 1.
+template <class A, int W>
+struct GradOutputs {
+  PerRow<A, W> g;
+  A rest = 1;
+
+  TORCHCE_SIMD GradOutputs(const Backward& call, int64_t row, int count) {
+    const int vectors = vectors_of<A>(count);
+    RowPosition at(call.rows, row);
+    if (call.rows.options.reduction != Reduction::none) {
+      const DividedGradient<A> of_all(row_grad_output<A>(call, at), mean_divisor<A>(call));
+      for (int w = 0; w < vectors; ++w) g.set(w, broadcast(of_all.g));
+      rest = of_all.rest;
+      return;
+    }
+    for (int l = 0; l < vectors * kLanes<A>; ++l) {
+      g[l] = row_grad_output<A>(call, at);
+      if (l + 1 < count) at.advance(call.rows);
+    }
   }
-  for (int l = 0; l < vectors * kLanes<A>; ++l) {
-    result[l] = row_grad_output<A>(call, at);
-    if (l + 1 < count) at.advance(call.rows);
-  }
-  return result;
-}
+};
 
 // Which NaNs a gradient can hold: with coefficients for every class, whatever the caller's tensors hold; else only the
 // plain ones that Factors makes or that were widened from 16 bits.
@@ -225,19 +229,18 @@ struct Factors {
     const int vectors = vectors_of<A>(count);
     const Statistics<A> statistics(call.rows, call.statistics);
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
-    const PerRow<A, W> grad_output = grad_outputs<W, A>(call, row, count);
-    const A divisor = mean_divisor<A>(call);
+    const GradOutputs<A, W> upstream(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.coefficients + row, count);
       for (int w = 0; w < vectors; ++w) {
-        set(w, probability_factors(grad_output.lanes(w) / divisor, coefficients.lanes(w), sum.lanes(w)));
+        set(w, probability_factors(upstream.g.lanes(w), coefficients.lanes(w), sum.lanes(w)));
       }
       return;
     }
     const A class_weights = targets->smoothing.label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
     for (int w = 0; w < vectors; ++w) {
-      auto of_rows = index_factors<true>(grad_output.lanes(w), divisor, targets->hot(w), targets->smoothing,
+      auto of_rows = index_factors<true>(upstream.g.lanes(w), upstream.rest, targets->hot(w), targets->smoothing,
                                          class_weights, sum.lanes(w));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);

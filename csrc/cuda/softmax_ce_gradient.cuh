@@ -83,18 +83,18 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
       : max(in.max), spread(0), hot(0), grad_output(0), log_sum(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
-    const A g = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
+    const DividedGradient<A> upstream(float_of<A>(call.grad_output_dtype, in.grad_output_bits), in.divisor);
     if constexpr (of == GradientOf::target) {
-      grad_output = g / in.divisor;
+      grad_output = upstream.g;
       log_sum = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
-      set(probability_factors(g / in.divisor, in.coefficients, in.sum));
+      set(probability_factors(upstream.g, in.coefficients, in.sum));
     } else {
       const auto smoothing = smoothing_of<A>(rows);
       const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
       ignored = row.ignored;
       index = row.index;
-      set(index_factors<Target::kSpread>(g, in.divisor, row.hot, smoothing, in.coefficients, in.sum));
+      set(index_factors<Target::kSpread>(upstream.g, upstream.rest, row.hot, smoothing, in.coefficients, in.sum));
     }
   }
   __device__ __forceinline__ void set(const GradientFactors<A>& factors) {

@@ -178,21 +178,30 @@ struct GradientFactors {
   V scale, spread, hot;
 };
 
-// index_factors gives those of a row with a class index. `sum_coefficients` is U, but 0 where there is no smoothing, as
-// 0 times an infinite class weight would be NaN. kSpread: there may be smoothing.
-//
-// `divisor` is that of a mean. Where g divided by it would be infinite, as by a sum of tiny class weights, it divides
-// h.
+// DividedGradient is an upstream gradient divided by a mean's divisor: but where that would be infinite, as by a sum of
+// tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients.
+template <class A>
+struct DividedGradient {
+  A g, rest;
+
+  TORCHCE_HD DividedGradient(A grad_output, A divisor) : g(grad_output / divisor), rest(1) {
+    if (g - g == A(0)) return;
+    g = grad_output;
+    rest = divisor;
+  }
+};
+
+// index_factors gives those of a row with a class index, whose DividedGradient is `g` and `rest`. `sum_coefficients` is
+// U, but 0 where there is no smoothing, as 0 times an infinite class weight would be NaN. kSpread: there may be
+// smoothing.
 template <bool kSpread, class V, class A>
-TORCHCE_HD GradientFactors<V> index_factors(V grad_output, A divisor, V hot, const Smoothing<A>& smoothing,
-                                            A sum_coefficients, V sum) {
-  const V share = grad_output / divisor;
-  const auto in_range = share - share == V{};
-  const V g = math::select(in_range, share, grad_output), rest = math::select(in_range, V{} + 1, V{} + divisor);
-  GradientFactors<V> factors{{}, {}, g * (hot / rest)};
+TORCHCE_HD GradientFactors<V> index_factors(V g, A rest, V hot, const Smoothing<A>& smoothing, A sum_coefficients,
+                                            V sum) {
+  const auto divided = [&](V x) TORCHCE_HD_LAMBDA { return rest == A(1) ? x : x / rest; };
+  GradientFactors<V> factors{{}, {}, g * divided(hot)};
   V of_all = factors.hot;
   if constexpr (kSpread) {
-    const V spread = g * smoothing.uniform() / rest;
+    const V spread = divided(g * smoothing.uniform());
     factors.spread = math::select(spread == spread, spread, V{});  // NaN where g is infinite and there is no smoothing
     of_all += factors.spread * sum_coefficients;
   }
