@@ -27,10 +27,11 @@ class StripSums {
   TORCHCE_SIMD void add(const StripLogits<T, Target, W>& logits, int64_t k, int count, const Block<A, W>& x,
                         const StripCoefficients<Target, A, W>& u) {
     for (int w = 0; w < W; ++w) {
+      // The first block starts the sums: nothing was added up that would have to be rescaled.
       V max = largest[w];
       for (int c = 0; c < count; ++c) max = larger_or_second(max, x.values[c][w]);
       if (k == 0) {
-        reference[w] = max;  // nothing was added up that would have to be rescaled
+        reference[w] = max;
       } else {
         raise_to(math::select(max > reference[w] + kHeadroom, max, reference[w]), w);
       }
@@ -48,7 +49,11 @@ class StripSums {
           return of_class;
         }
       });
-      totals[w].add(of_block.value());
+      if (k == 0) {
+        totals[w].start(of_block.value());
+      } else {
+        totals[w].add(of_block.value());
+      }
     }
   }
 

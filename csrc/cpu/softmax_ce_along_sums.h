@@ -181,7 +181,7 @@ class RowSums {
   math::ExpInSum<V> exp;
   A reference;  // what exponentials and gaps are against
   Largest<T> largest;
-  CompensatedLogitSums<Target::kSpread, V> total;
+  CompensatedLogitSums<Target::kSpread, V> total{};
 
   // Adds a block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one whose classes
   // before `begin` were in the pair before (kRemainder).

@@ -68,7 +68,7 @@ struct ClassSums {
   __device__ __forceinline__ static ClassSums of_each(int count, At at) {
     A larger = minus_infinity();
     for (int i = 0; i < count; ++i) larger = math::larger(larger, at(i).max);
-    CompensatedLogitSums<kSpread, A> total;
+    CompensatedLogitSums<kSpread, A> total{};
     for (int i = 0; i < count; ++i) {
       ClassSums each = at(i);
       each.rebase(larger);
@@ -88,7 +88,7 @@ template <class A, bool kSpread, bool kSettles = false>
 struct RunningSums {
   using Sums = ClassSums<A, kSpread>;
   static constexpr int kFar = 4;
-  CompensatedLogitSums<kSpread, A> total;
+  CompensatedLogitSums<kSpread, A> total{};
   LogitSums<kSpread, A> unsettled;
   A reference = Sums::minus_infinity();  // the maximum that both are relative to
   A max = Sums::minus_infinity();

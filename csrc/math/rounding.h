@@ -64,7 +64,7 @@ struct StridedSum {
 // Error: 1 ulp and 2^-46 of the sum of magnitudes for each addition (floats).
 template <class V, bool kMayBeInfinite>
 struct CompensatedSum {
-  V sum{}, excess{};
+  V sum, excess;
   TORCHCE_HD void add(V term) {
     term -= excess;
     const V next = sum + term;

@@ -108,12 +108,20 @@ struct LogitSums {
   }
 };
 
-// CompensatedLogitSums adds up LogitSums, and may change the number that they are against.
+// CompensatedLogitSums adds up LogitSums, and may change the number that they are against. It has to be started, or to
+// be made of zeros.
 template <bool kSpread, class V>
 struct CompensatedLogitSums {
   math::CompensatedSum<V, false> exponentials;
   math::CompensatedSum<V, true> coefficients, gaps;
 
+  TORCHCE_HD void start(const LogitSums<kSpread, V>& sums) {
+    exponentials = {sums.exponentials, V{}};
+    if constexpr (kSpread) {
+      coefficients = {sums.coefficients, V{}};
+      gaps = {sums.gaps, V{}};
+    }
+  }
   TORCHCE_HD void add(const LogitSums<kSpread, V>& sums) {
     exponentials.add(sums.exponentials);
     if constexpr (kSpread) {
