@@ -140,7 +140,7 @@ def cross_entropy(
 def _plain_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor | None:
-    """The loss of class indices where nothing can be wrong that the op does not find out itself, else None.
+    """The loss where nothing can be wrong that the op does not find out itself, else None.
 
     It is tried first, because a small loss takes less time than all the questions of :func:`_problem`.
     """
@@ -148,14 +148,14 @@ def _plain_loss(
         not torch.compiler.is_compiling()
         and (type(input) is Tensor or type(input) is Parameter)
         and type(target) is Tensor
-        and target.dtype is torch.int64
+        and type(ignore_index) is int
+        and (target.dtype is torch.int64 or (target.dtype is input.dtype and ignore_index < 0))
         and (
             target.is_cpu
             if input.is_cpu
             else input.is_cuda and target.is_cuda and ops.has_cuda() and not CHECKS_TARGETS
         )
-        and (weight is None or _is_plain_weight(weight, input))
-        and type(ignore_index) is int
+        and (weight is None or _is_plain_weight(weight, input, target))
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0
         and not torch._C._is_any_autocast_enabled()
@@ -173,11 +173,15 @@ def _plain_loss(
         return None
 
 
-def _is_plain_weight(weight: Tensor, input: Tensor) -> bool:
-    """Whether the op takes ``weight`` as it is, or refuses it for its shape, which then has a problem to be named."""
+def _is_plain_weight(weight: Tensor, input: Tensor, target: Tensor) -> bool:
+    """Whether the op takes ``weight`` as it is, or refuses it for its shape, which then has a problem to be named.
+
+    One beside probabilities has a say in the loss's dtype, if it is not the logits'.
+    """
     return (
         type(weight) is Tensor
         and weight.dtype is ops.accumulation_dtype(input.dtype)
+        and (target.dtype is torch.int64 or weight.dtype is input.dtype)
         and weight.is_contiguous()
         and not weight.requires_grad
         and not weight.is_meta
