@@ -82,7 +82,7 @@ class _ForwardBackward(torch.autograd.Function):
 
 def _torchce_forward_backward(problem: Problem) -> Loss:
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
-    _require(problem.variant != SOFT64, "takes probabilities of the logits' dtype or float32")
+    _require(problem.variant != SOFT64, "is measured with probabilities of the logits' dtype")
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         weight = None if weight is None else weight.to(torchce.ops.accumulation_dtype(logits.dtype))

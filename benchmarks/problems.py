@@ -159,6 +159,7 @@ CPU = [
         key=True,
     ),
     _ce(1024, 1000, reason="a target computed in float64: one dtype is not enough", variant=SOFT64),
+    _ce(4, 19, 128, 128, reason="the same with strided classes", variant=SOFT64),
     _ce(4096, 1000, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
     _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),

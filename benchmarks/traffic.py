@@ -1,7 +1,7 @@
 """How many bytes of memory a call must move, with everything read once and written once.
 
-With L bytes of logits, T of target, W of class weights or ``pos_weight``, S of row statistics (two float32 a row,
-three for probability targets; none for BCE) and k the share of rows that are not ignored::
+With L bytes of logits, T of target, W of class weights or ``pos_weight``, S of row statistics (two numbers a row, three
+for probability targets, in the dtype that is computed in; none for BCE) and k the share of rows that are not ignored::
 
     forward             k L + k' T + W     read,   S written
     backward            k L + k' T + W + S read,   L written
@@ -24,7 +24,7 @@ from benchmarks.problems import BCE, CROSS_ENTROPY, IGNORED_SHARE, SOFT64, Probl
 
 INDEX_BYTES = 8  # int64
 WIDE_BYTES = 8  # float64
-STATISTIC_BYTES = 4  # float32
+STATISTIC_BYTES = 4  # float32, where nothing is wider
 
 PHASES = ("forward", "backward", "forward+backward")
 
@@ -39,7 +39,8 @@ def traffic_bytes(problem: Problem, phase: str, element_bytes: int) -> int | Non
     elif problem.op == CROSS_ENTROPY:
         probabilities = math.prod(problem.shape) * WIDE_BYTES if problem.variant == SOFT64 else logits
         target = probabilities if soft else problem.rows * INDEX_BYTES
-        statistics = problem.rows * STATISTIC_BYTES * (3 if soft else 2)
+        number = max(STATISTIC_BYTES, element_bytes, WIDE_BYTES if problem.variant == SOFT64 else 0)
+        statistics = problem.rows * number * (3 if soft else 2)
     else:
         return None
     weights = problem.classes * element_bytes if problem.variant in ("weight", "pos_weight") else 0

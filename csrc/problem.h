@@ -10,8 +10,10 @@ namespace torchce {
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // torch's numbers
 enum class GradientOf { logits, target };                        // which one a backward computes
 
-// Element types the kernels read. The accumulation type is double for float64 and float for the rest.
+// Element types the kernels read.
 enum class DType : int { float64, float32, bfloat16, float16, int64, int32, uint8 };
+
+constexpr bool is_floating(DType dtype) { return dtype <= DType::float16; }
 
 // Steps, in elements, along the outer (N), class (C) and inner (S) dimension. Operands without classes leave that 0.
 struct RowStrides {
@@ -44,6 +46,7 @@ struct Rows {
   RowStrides target_strides;
   DType target_dtype;  // an integer type: indices
   const void* weight;  // [C] of the accumulation type, or null: all ones
+  DType accumulation;  // acc of schemas.h
   Options options;
 };
 

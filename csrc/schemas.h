@@ -1,12 +1,13 @@
 // The op schemas: the contract between Python and every device's kernels.
 //
 // A loss's options are one fragment, of the same fields in the same order as its Options in problem.h and in Python.
-// They stand last, so that a new one is appended with a default. Shapes and meanings, with acc the accumulation dtype
-// (float64 for float64 logits, else float32):
+// They stand last, so that a new one is appended with a default. Shapes and meanings, with acc the accumulation dtype,
+// which is float64 where the logits are float64, or probabilities or their weights are, else float32:
 //
 //   softmax_ce
 //     logits       [C], [N, C] or [N, C, d1...dk], any strides
-//     target       class indices, the logits' shape without C; or probabilities, the logits' shape
+//     target       class indices, the logits' shape without C; or probabilities, the logits' shape, of the logits'
+//                  dtype or float32; where acc is float64, logits and probabilities are of float32 or float64
 //     weight       [C], acc
 //     loss         the index target's shape for reduction 0, else a scalar; of dtype, or the logits'
 //     statistics   [2, rows] acc, max and sum of exp(x - max); a third row for probabilities, their total

@@ -30,13 +30,20 @@ struct Probabilities {
   using Logit = PlainLogit;
 };
 
-// Calls f with the logits' storage type and the kind of target.
+// Calls f with the logits' storage type and the kind of target. Other pairs of dtypes the host refuses (schemas.h).
 template <class F>
 inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, F f) {
+  if (is_floating(rows.target_dtype) && rows.accumulation == DType::float64) {
+    const auto with_target = [&](auto logits) {
+      if (rows.target_dtype == DType::float64) return f(logits, Probabilities<double>{});
+      f(logits, Probabilities<float>{});
+    };
+    return rows.dtype == DType::float64 ? with_target(double{}) : with_target(FloatInDouble{});
+  }
   with_float_type(rows.dtype, [&](auto logits) {
     using T = decltype(logits);
-    if (rows.target_dtype == rows.dtype) return f(logits, Probabilities<T>{});
-    if constexpr (kSixteenBits<T>) {  // the host refuses float32 probabilities beside other logits
+    if constexpr (!kInDouble<T>) {
+      if (rows.target_dtype == rows.dtype) return f(logits, Probabilities<T>{});
       if (rows.target_dtype == DType::float32) return f(logits, Probabilities<float>{});
     }
     if (rows.options.label_smoothing != 0) return f(logits, SmoothedIndices{});

@@ -19,6 +19,11 @@ struct Half {
   uint16_t bits;
 };
 
+// A float32 element that is computed in float64, because another operand of its problem is of float64.
+struct FloatInDouble {
+  float value;
+};
+
 template <class T>
 constexpr bool kSixteenBits = sizeof(T) == sizeof(uint16_t);
 
@@ -30,8 +35,16 @@ template <>
 struct AccumulateOf<double> {
   using A = double;
 };
+template <>
+struct AccumulateOf<FloatInDouble> {
+  using A = double;
+};
 template <class T>
 using Accumulate = typename AccumulateOf<T>::A;
+
+// Whether elements of T are computed in float64.
+template <class T>
+constexpr bool kInDouble = sizeof(Accumulate<T>) == sizeof(double);
 
 #if defined(__CUDACC__)
 
@@ -134,6 +147,10 @@ template <class A>
 TORCHCE_HD A load_one(const Half* p) {
   return widen(*p);
 }
+template <class A>
+TORCHCE_HD A load_one(const FloatInDouble* p) {
+  return p->value;
+}
 
 template <class T, class A>
 TORCHCE_HD void store_one(T* p, A value) {
@@ -146,6 +163,10 @@ TORCHCE_HD void store_one(BFloat16* p, A value) {
 template <class A>
 TORCHCE_HD void store_one(Half* p, A value) {
   *p = narrow(Half{}, float(value));
+}
+template <class A>
+TORCHCE_HD void store_one(FloatInDouble* p, A value) {
+  p->value = float(value);
 }
 
 // The bytes of one element.

@@ -207,6 +207,9 @@ KERNEL_TYPES = [
     *(pytest.param(kind, dtype, id=f"{kind}-{dtype_id(dtype)}") for kind in KERNEL_KINDS for dtype in DTYPES),
     pytest.param("float32_probability", torch.bfloat16, id="float32_probability-bfloat16"),
     pytest.param("float32_probability", torch.float16, id="float32_probability-float16"),
+    pytest.param("float32_probability", torch.float64, id="float32_probability-float64"),
+    pytest.param("float64_probability", torch.float32, id="float64_probability-float32"),
+    pytest.param("float64_weighted_probability", torch.float32, id="float64_weighted_probability-float32"),
 ]
 
 
@@ -214,13 +217,15 @@ def kernel_problem(kind: str, logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """A target of that kind and its options; index targets have a row that is ignored, the others weights."""
     shape, dtype, device = tuple(logits.shape), logits.dtype, str(logits.device)
     if kind.endswith("probability"):
-        target = probabilities(shape, dtype if kind == "probability" else torch.float32, device)
+        target_dtype = {"float32_probability": torch.float32, "float64_probability": torch.float64}.get(kind, dtype)
+        target = probabilities(shape, target_dtype, device)
     else:
         target = softmax_target("index", shape, dtype, device)
         target.view(-1)[1:2] = -100  # of a single row: none
     if kind == "index":
         return target, {}
-    weight = uniform(shape[:1] if len(shape) == 1 else shape[1:2], dtype, device)
+    weight_dtype = torch.float64 if kind == "float64_weighted_probability" else dtype
+    weight = uniform(shape[:1] if len(shape) == 1 else shape[1:2], weight_dtype, device)
     return target, {"label_smoothing": 0.1, "weight": weight}
 
 

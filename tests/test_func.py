@@ -118,6 +118,36 @@ def test_transform_of_the_target(device: str, transform: str, loss: str) -> None
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("wide", ["logits", "target", "weight"])
+def test_float64_beside_float32(device: str, wide: str) -> None:
+    """Formulas are as exact as kernels: as those of the same numbers, all in float64."""
+    logits, target = problem("cross_entropy_probability", device, torch.float32)
+    operands = {"logits": logits, "target": target, "weight": cases.uniform([5], torch.float32, device)}
+    operands[wide] = operands[wide].double()
+    x, y, weight = operands.values()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return ours.cross_entropy(x, y, weight)
+
+    def expected_loss(x: Tensor, y: Tensor) -> Tensor:
+        return theirs.cross_entropy(x, y, weight.double())
+
+    def gradients(f: Loss, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        return torch.autograd.grad(f(x, y), (x, y), create_graph=True)
+
+    def tangent(f: Loss, x: Tensor, y: Tensor, along: Tensor) -> Tensor:
+        return jvp(lambda x: f(x, y), (x,), (along,))[1]
+
+    torch.testing.assert_close(vmap(loss)(x, y), vmap(expected_loss)(x.double(), y.double()), rtol=1e-13, atol=0)
+    along = direction(x)
+    expected = tangent(expected_loss, x.double(), y.double(), along.double())
+    torch.testing.assert_close(tangent(loss, x, y, along), expected, rtol=1e-12, atol=0)
+    for result, expected in zip(gradients(loss, x, y), gradients(expected_loss, x.double(), y.double()), strict=True):
+        tolerance = 1e-13 if result.dtype == torch.float64 else 2**-24  # one rounding
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=1e-16)
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap", "vmap_of_grad"])
 def test_options_reach_through(device: str, transform: str) -> None:
     """Weight, ignore_index, smoothing and pos_weight under a transform."""

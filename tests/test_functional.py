@@ -98,6 +98,25 @@ def test_elementwise_mean_works_with_a_warning(name: str) -> None:
     torch.testing.assert_close(result, torch_function(*problem(name)))
 
 
+# --- the short way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_a_plain_loss_is_not_questioned(
+    device: str, kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small losses would take half as long again."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("was questioned")
+
+    monkeypatch.setattr("torchce.functional.softmax_ce._problem", fail)
+    weight = cases.uniform([5], torch.float32, device) if weighted else None
+    target = cases.softmax_target(kind, (6, 5), torch.float32, device)
+    check_softmax_ce(cases.normal((6, 5), torch.float32, device), target, weight=weight, label_smoothing=0.1)
+
+
 # --- dtypes under autocast ------------------------------------------------------------------------------------------
 
 
@@ -111,6 +130,21 @@ def test_autocast_cross_entropy(device: str, kind: str, reduction: str, dtype: t
     with torch.autocast(device, dtype=torch.bfloat16):
         loss = check_softmax_ce(logits, target, target_grad=kind == "probability", reduction=reduction)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("target_dtype", cases.DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_autocast_probabilities(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    """torch's autocast leaves float64 as it is, and then the loss is of it."""
+    logits, target = cases.normal((6, 21), dtype, device, scale=3), cases.probabilities((6, 21), target_dtype, device)
+    weight = None if weight_dtype is None else cases.uniform([21], weight_dtype, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = check_softmax_ce(logits, target, target_grad=True, weight=weight)
+    wide = torch.float64 in (dtype, target_dtype, weight_dtype)
+    assert loss.dtype == (torch.float64 if wide else torch.float32)
 
 
 @pytest.mark.parametrize("target_dtype", cases.DTYPES, ids=dtype_id)

@@ -49,6 +49,16 @@ def test_gradient_is_the_same_and_lies_in_the_logits(
     assert grad.data_ptr() == logits.data_ptr()
 
 
+def test_gradient_lies_in_the_logits_beside_float64_probabilities(device: str) -> None:
+    function, leaf, target = problem("probability", device)
+    target = target.double()
+    (expected,) = torch.autograd.grad(function(leaf, target), leaf)
+    logits = leaf.clone()
+    (grad,) = torch.autograd.grad(function(logits, target, inplace_backward=True), logits)
+    assert_bitwise_equal(grad, expected)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_modules_take_it(device: str, loss: str) -> None:
     _, leaf, target = problem(loss, device)

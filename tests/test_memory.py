@@ -239,8 +239,47 @@ def test_float32_targets_of_16_bit_logits_are_not_converted(device: str, kind: s
     assert_peaks(problem._replace(target=problem.target.float()), device, "mean", torch.enable_grad)
 
 
-@pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("kind", ["probability", "bce"])
+@pytest.mark.parametrize(
+    ("dtype", "target_dtype", "weight_dtype"),
+    [
+        (torch.float32, torch.float64, None),
+        (torch.float64, torch.float32, None),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+    ids=["target", "logits", "weight"],
+)
+def test_float64_beside_float32_is_not_converted(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    """Three numbers a row are kept in float64; neither logits nor probabilities are, beside what came in."""
+    problem = make("probability", device, dtype)
+    classes = problem.logits.shape[1]
+    options = {} if weight_dtype is None else {"weight": cases.uniform([classes], weight_dtype, device)}
+    numbers = 3 * 8 * problem.logits.numel() // classes
+    problem = problem._replace(target=problem.target.to(target_dtype), options=options, row_numbers=numbers)
+    assert_peaks(problem, device, "mean", torch.enable_grad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target_dtype"),
+    [(torch.bfloat16, torch.float64), (torch.float64, torch.bfloat16)],
+    ids=["logits", "target"],
+)
+def test_16_bits_beside_float64_cost_a_copy_in_float32(
+    device: str, dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    """And, where a gradient is asked for, its own in float32."""
+    problem = make("probability", device, dtype)
+    numbers = 3 * 8 * problem.logits.numel() // problem.logits.shape[1]
+    problem = problem._replace(target=problem.target.to(target_dtype), row_numbers=numbers)
+    assert_peaks(problem, device, "mean", torch.enable_grad, copied=2 * 4 * problem.logits.numel())
+
+
+@pytest.mark.parametrize(
+    ("kind", "target_dtype"),
+    [("probability", torch.bfloat16), ("bce", torch.bfloat16), ("bce", torch.float64)],
+    ids=["probability-bfloat16", "bce-bfloat16", "bce-float64"],
+)
 def test_other_pairs_of_dtypes_cost_one_conversion(device: str, kind: str, target_dtype: torch.dtype) -> None:
     """The narrower of logits and target in the wider dtype, and its gradient in both; torch needs more."""
     problem = make(kind, device)

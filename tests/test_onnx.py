@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchce
+from torchce import softmax_ce
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -129,3 +130,14 @@ def test_the_decomposition_is_the_op(
     decomposed = make_fx(op)(*arguments)
     assert not any("torchce" in str(node.target) for node in decomposed.graph.nodes)
     torch.testing.assert_close(decomposed(*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2], ids=["logits", "target", "weight"])
+def test_the_decomposition_of_float64_beside_float32_is_the_op(wide: int) -> None:
+    """What is kept for backward is of float64, too."""
+    op = torch.ops.torchce.softmax_ce_forward.default
+    operands = [cases.normal((6, 3), torch.float32, "cpu"), cases.probabilities((6, 3), torch.float32, "cpu")]
+    operands.append(cases.uniform([3], torch.float64, "cpu"))
+    operands[wide] = operands[wide].double()
+    arguments = (*operands, torch.float64, 1, -100, 0.1)
+    torch.testing.assert_close(softmax_ce._decomposition(*arguments), op(*arguments), rtol=1e-13, atol=0)

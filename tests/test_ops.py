@@ -57,6 +57,11 @@ SOFTMAX_SAMPLES = {
     "loss_dtype": {"shape": (6, 5), "dtype": torch.float16, "loss_dtype": torch.float32},
     "empty": {"shape": (0, 5), "reduction": SUM},  # opcheck takes NaN, the mean, for a difference
 }
+PROBABILITY_SAMPLES = SOFTMAX_SAMPLES | {  # float32 beside float64
+    "wide_target": {"shape": (6, 5), "target_dtype": torch.float64, "loss_dtype": torch.float64},
+    "wide_logits": {"shape": (3, 5, 4), "dtype": torch.float64, "target_dtype": torch.float32},
+    "wide_weight": {"shape": (6, 5), "weighted": True, "weight_dtype": torch.float64, "reduction": NONE},
+}
 BCE_SAMPLES = {
     "2d": {"shape": (6, 5)},
     "0d": {"shape": ()},
@@ -103,13 +108,15 @@ def softmax_problem(
     weighted: bool = False,
     smoothing: float = 0.0,
     loss_dtype: torch.dtype | None = None,
+    target_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> tuple[Named, list[str]]:
     """What every softmax op is given, by name, and the ops that take the problem."""
     classes = shape[0 if len(shape) == 1 else 1]
     named = {
         "logits": make_logits(shape, dtype, layout, device),
-        "target": cases.softmax_target(kind, shape, dtype, device),
-        "weight": cases.uniform([classes], torch.float32, device) if weighted else None,
+        "target": cases.softmax_target(kind, shape, target_dtype or dtype, device),
+        "weight": cases.uniform([classes], weight_dtype, device) if weighted else None,
         "dtype": loss_dtype,
         "reduction": reduction,
         "ignore_index": -100,
@@ -152,12 +159,12 @@ def bce_problem(
 def problem_of(loss: str, sample: str, device: str) -> tuple[Named, list[str]]:
     if loss == "bce":
         return bce_problem(device, **BCE_SAMPLES[sample])
-    return softmax_problem(device, loss, **SOFTMAX_SAMPLES[sample])
+    return softmax_problem(device, loss, **PROBABILITY_SAMPLES[sample])
 
 
 SAMPLES = [
     *(pytest.param("index", sample, id=f"index-{sample}") for sample in SOFTMAX_SAMPLES),
-    *(pytest.param("probability", sample, id=f"probability-{sample}") for sample in SOFTMAX_SAMPLES),
+    *(pytest.param("probability", sample, id=f"probability-{sample}") for sample in PROBABILITY_SAMPLES),
     *(pytest.param("bce", sample, id=f"bce-{sample}") for sample in BCE_SAMPLES),
 ]
 
@@ -352,6 +359,34 @@ def test_misuse_raises_before_anything_is_written(name: str) -> None:
         with pytest.raises(RuntimeError, match=argument):
             call(name, wrong)
         assert_bitwise_equal(wrong["logits"], before, argument)
+
+
+SAME_OR_FLOAT32 = "target: expected probabilities of the logits' dtype or float32, got"
+BESIDE_FLOAT64 = "target: expected float32 or float64 beside another float64 operand, and such logits, got"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target_dtype", "weight_dtype", "message"),
+    [
+        (torch.float32, torch.bfloat16, None, f"{SAME_OR_FLOAT32} BFloat16 for logits of Float"),
+        (torch.bfloat16, torch.float16, None, f"{SAME_OR_FLOAT32} Half for logits of BFloat16"),
+        (torch.bfloat16, torch.float64, None, f"{BESIDE_FLOAT64} Double for logits of BFloat16"),
+        (torch.float64, torch.bfloat16, None, f"{BESIDE_FLOAT64} BFloat16 for logits of Double"),
+        (
+            *(torch.bfloat16, torch.float32, torch.float64),
+            f"{BESIDE_FLOAT64} Float for logits of BFloat16 and a weight of Double",
+        ),
+    ],
+    ids=str,
+)
+def test_pairs_of_dtypes_without_kernels_are_refused(
+    dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None, message: str
+) -> None:
+    """torchce.functional converts what is of 16 bits."""
+    logits, target = cases.normal((6, 5), dtype, "cpu"), cases.probabilities((6, 5), target_dtype, "cpu")
+    weight = None if weight_dtype is None else torch.ones(5, dtype=weight_dtype)
+    with pytest.raises(RuntimeError, match=message):
+        call("softmax_ce_forward", PLAIN | {"logits": logits, "target": target, "weight": weight})
 
 
 @pytest.mark.parametrize("name", IN_PLACE)

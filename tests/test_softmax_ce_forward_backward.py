@@ -25,6 +25,8 @@ class ForwardBackward(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any) -> Tensor:
         shape = cases.index_shape(logits.shape) if reduction == "none" else ()
         dtype = torch.promote_types(logits.dtype, target.dtype)
+        if ops.softmax_ce_accumulation(logits, target, weight) == torch.float64:
+            dtype = torch.float64
         ctx.grad_output = grad_output_for(torch.empty(shape, dtype=dtype, device=logits.device))
         memory = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
         ctx.grad = memory.copy_(logits) if ops.one_stride(logits) and ops.one_stride(memory) else logits.clone()
@@ -47,7 +49,9 @@ def forward_backward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    weight = None if weight is None else weight.to(ops.accumulation_dtype(logits.dtype))
+    if weight is not None:
+        beside = weight if target.is_floating_point() else None
+        weight = weight.to(ops.softmax_ce_accumulation(logits, target, beside))
     return ForwardBackward.apply(logits, target, weight, reduction, ignore_index, label_smoothing)
 
 

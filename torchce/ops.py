@@ -49,8 +49,16 @@ warn_without_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a kernel computes in, for logits of ``dtype``."""
+    """The dtype a kernel computes in, for logits of ``dtype`` beside class indices, or in BCE."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softmax_ce_accumulation(logits: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The dtype a softmax_ce op computes in: probabilities and weights beside them have a say, too."""
+    dtypes = [logits.dtype]
+    if target.is_floating_point():
+        dtypes += [target.dtype] if weight is None else [target.dtype, weight.dtype]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # type: ignore[attr-defined]
@@ -113,7 +121,7 @@ def _(logits, target, weight, dtype, reduction, *_):  # type: ignore[no-untyped-
     rows = 1
     for size in row_shape:
         rows = rows * size
-    acc = accumulation_dtype(logits.dtype)
+    acc = softmax_ce_accumulation(logits, target, weight)
     loss = logits.new_empty(row_shape if reduction == 0 else [], dtype=dtype or logits.dtype)
     statistics = logits.new_empty([3 if target.is_floating_point() else 2, rows], dtype=acc)
     return loss, statistics, logits.new_empty([2], dtype=acc)

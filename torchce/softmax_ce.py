@@ -44,7 +44,7 @@ def composite(
     still reach the second derivatives. Where there is none, the pass over all logits is spared, if that can be seen.
     """
     reduction, ignore_index, label_smoothing = Options(*options)
-    acc = ops.accumulation_dtype(logits.dtype)
+    acc = ops.softmax_ce_accumulation(logits, target, weight)
     x = logits.to(acc)
     class_dim = min(1, x.dim() - 1)
     along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
@@ -143,7 +143,7 @@ def gradients(
         )
         return unbatched[0].squeeze(0), None if unbatched[1] is None else unbatched[1].squeeze(0)
 
-    acc = ops.accumulation_dtype(logits.dtype)
+    acc = ops.softmax_ce_accumulation(logits, target, weight)
     x = logits.to(acc)
     classes = x.shape[1]
     w = (x.new_ones(classes) if weight is None else weight).view(classes, *[1] * (x.dim() - 2))
@@ -290,7 +290,7 @@ def _decomposition(
     """The forward op in torch's own operations, for backends that know no others."""
     _, ignore_index, label_smoothing = Options(*options)
     loss = composite(logits, target, weight, dtype, *options)
-    x = logits.to(ops.accumulation_dtype(logits.dtype))
+    x = logits.to(ops.softmax_ce_accumulation(logits, target, weight))
     class_dim = min(1, x.dim() - 1)
     w = x.new_ones(x.shape[class_dim]) if weight is None else weight
     largest = x.amax(class_dim, keepdim=True)

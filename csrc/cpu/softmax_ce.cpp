@@ -41,7 +41,7 @@ void write_totals(const softmax_ce::Forward& call, double divisor) {
 }
 
 void write_totals(const softmax_ce::Forward& call, double divisor) {
-  if (call.rows.dtype == DType::float64) {
+  if (call.rows.accumulation == DType::float64) {
     write_totals<double>(call, divisor);
   } else {
     write_totals<float>(call, divisor);
@@ -59,7 +59,7 @@ void write_totals(const softmax_ce::Forward& call, double divisor) {
 // The first row whose target is no class, or -1; looked for on all cores.
 int64_t first_bad_row(const Rows& rows) {
   constexpr int64_t kRows = 1 << 15;  // of one chunk
-  if (host::is_floating(rows.target_dtype)) return -1;
+  if (is_floating(rows.target_dtype)) return -1;
   const auto look = [&](int64_t begin, int64_t end, Partial* partial) {
     partial->bad_row = softmax_ce::first_bad_row(rows, begin, end);
   };

@@ -42,6 +42,16 @@ constexpr int kLanes = kBytes / int(sizeof(A));
 
 #define TORCHCE_SIMD inline __attribute__((always_inline))
 
+// The number that an element is in memory, of types that the compiler has vectors of.
+template <class T>
+struct NumberOf {
+  using type = T;
+};
+template <>
+struct NumberOf<FloatInDouble> {
+  using type = float;
+};
+
 // `load` and `store` move kLanes<A> consecutive elements to and from a vector.
 
 template <class A, class T>
@@ -56,7 +66,7 @@ TORCHCE_SIMD Lanes<A> load(const T* p) {
     std::memcpy(&bits, p, sizeof bits);
     return math::from_bits(widen_bits(T{}, __builtin_convertvector(bits, Ints)));
   } else {
-    typedef T Stored __attribute__((vector_size(sizeof(T) * kLanes<A>)));
+    typedef typename NumberOf<T>::type Stored __attribute__((vector_size(sizeof(T) * kLanes<A>)));
     Stored stored;
     std::memcpy(&stored, p, sizeof stored);
     if constexpr (sizeof(T) == 1) {  // by doubling: GCC takes a longer step lane by lane
@@ -78,7 +88,8 @@ TORCHCE_SIMD void store(T* p, V value) {
     const Bits bits = __builtin_convertvector(narrow_bits<kNans>(T{}, math::to_bits(value)), Bits);
     std::memcpy(p, &bits, sizeof bits);
   } else {
-    typedef T Stored __attribute__((vector_size(sizeof(T) * (sizeof(V) / sizeof(value[0])))));
+    constexpr int kElements = sizeof(V) / sizeof(value[0]);
+    typedef typename NumberOf<T>::type Stored __attribute__((vector_size(sizeof(T) * kElements)));
     const Stored stored = __builtin_convertvector(value, Stored);
     std::memcpy(p, &stored, sizeof stored);
   }

@@ -10,9 +10,10 @@
 
 namespace torchce::cuda {
 
-// Elements in 16 bytes, the widest access there is.
+// Elements in 16 bytes, the widest access there is; those computed in float64 are as few as float64's, whose registers
+// they need.
 template <class T>
-constexpr int kPack = 16 / int(sizeof(T));
+constexpr int kPack = 16 / int(kInDouble<T> ? sizeof(double) : sizeof(T));
 
 template <class T, int V>
 struct Pack {

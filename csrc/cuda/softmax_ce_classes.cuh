@@ -12,19 +12,18 @@ using namespace torchce::softmax_ce;
 // Blocks of a kernel that must fit on a multiprocessor at once: three, but two where the exponentials of float64 or
 // the coefficients of every class need the registers.
 template <class Target, class T>
-constexpr int kBlocks = sizeof(T) == sizeof(double) || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
+constexpr int kBlocks = kInDouble<T> || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
 
-// Whether target probabilities are wider than logits of type T.
+// Whether target probabilities come in two words a pack of logits of type T.
 template <class Target, class T>
 constexpr bool kIsWider = false;
 template <class P, class T>
-constexpr bool kIsWider<Probabilities<P>, T> = sizeof(P) > sizeof(T);
+constexpr bool kIsWider<Probabilities<P>, T> = kPack<T> * sizeof(P) > 16;
 
 // Packs of logits a thread has in flight: four, halved for the exponentials of float64, halved for the coefficients of
 // every class, and once more for those that come in two words a pack: all of them need the registers.
 template <class Target, class T>
-constexpr int kUnroll =
-    4 / (sizeof(T) == sizeof(double) ? 2 : 1) / (Target::kSpread ? 2 : 1) / (kIsWider<Target, T> ? 2 : 1);
+constexpr int kUnroll = 4 / (kInDouble<T> ? 2 : 1) / (Target::kSpread ? 2 : 1) / (kIsWider<Target, T> ? 2 : 1);
 
 // Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
 //

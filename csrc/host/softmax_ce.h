@@ -86,7 +86,7 @@ struct Problem {
 
   int64_t count() const { return rows.outer * rows.inner; }
   bool probabilities() const { return is_floating(rows.target_dtype); }
-  ScalarType accumulation() const { return accumulation_type(rows.dtype); }
+  ScalarType number_type() const { return accumulation_type(rows.accumulation); }  // of all but loss and gradients
   Sizes loss_sizes() const { return rows.options.reduction == Reduction::none ? row_sizes : Sizes{}; }
   Sizes statistics_sizes() const { return {probabilities() ? 3 : 2, count()}; }
 };
@@ -112,16 +112,28 @@ inline Problem make_problem(const Inputs& inputs, const Options& options) {
   check(sizes_of(target) == wanted, "target: expected shape ", wanted, " for logits of shape ", sizes, ", got ",
         sizes_of(target));
   check_same_device(target, logits, "target");
+  rows.accumulation = rows.dtype == DType::float64 ? DType::float64 : DType::float32;
   if (p.probabilities()) {
-    const bool sixteen_bits = rows.dtype == DType::bfloat16 || rows.dtype == DType::float16;
-    check(rows.target_dtype == rows.dtype || (sixteen_bits && rows.target_dtype == DType::float32),
-          "target: probabilities must have the logits' dtype, or float32 for 16-bit logits");
+    if (rows.target_dtype == DType::float64 || (weight && weight->scalar_type() == ScalarType::Double)) {
+      rows.accumulation = DType::float64;
+    }
+    const auto name = [](const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); };
+    const auto is_wide = [](DType dtype) { return dtype == DType::float32 || dtype == DType::float64; };
+    if (rows.accumulation == DType::float64) {
+      check(is_wide(rows.dtype) && is_wide(rows.target_dtype),
+            "target: expected float32 or float64 beside another float64 operand, and such logits, got ", name(target),
+            " for logits of ", name(logits), weight ? " and a weight of " : "", weight ? name(*weight) : "");
+    } else {
+      check(rows.target_dtype == rows.dtype || rows.target_dtype == DType::float32,
+            "target: expected probabilities of the logits' dtype or float32, got ", name(target), " for logits of ",
+            name(logits));
+    }
   }
   if (weight) {
-    check(weight->scalar_type() == p.accumulation() && weight->is_contiguous() &&
-              sizes_of(*weight) == Sizes{rows.classes},
-          "weight: expected a contiguous ", torch::headeronly::toString(p.accumulation()), " tensor of shape [",
-          rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ", sizes_of(*weight));
+    check(
+        weight->scalar_type() == p.number_type() && weight->is_contiguous() && sizes_of(*weight) == Sizes{rows.classes},
+        "weight: expected a contiguous ", torch::headeronly::toString(p.number_type()), " tensor of shape [",
+        rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ", sizes_of(*weight));
     check_same_device(*weight, logits, "weight");
   }
   // A copy, where no strides describe the tensor, lives as long as the problem.
@@ -148,8 +160,7 @@ inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarTyp
   Problem p = make_problem(inputs, options);
   const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
   Tensor loss = empty(p.loss_sizes(), loss_type, inputs.logits);
-  Saved saved{empty(p.statistics_sizes(), p.accumulation(), inputs.logits),
-              empty({2}, p.accumulation(), inputs.logits)};
+  Saved saved{empty(p.statistics_sizes(), p.number_type(), inputs.logits), empty({2}, p.number_type(), inputs.logits)};
   Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), saved.statistics.mutable_data_ptr(),
                saved.totals.mutable_data_ptr()};
   check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
@@ -176,7 +187,7 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_o
         sizes_of(grad_output));
   check_same_device(grad_output, logits, "grad_output");
   const auto check_saved = [&](const Tensor& t, const Sizes& sizes, const char* name) {
-    check(sizes_of(t) == sizes && t.scalar_type() == p.accumulation() && t.is_contiguous(), name,
+    check(sizes_of(t) == sizes && t.scalar_type() == p.number_type() && t.is_contiguous(), name,
           ": not what the forward returned");
     check_same_device(t, logits, name);
   };

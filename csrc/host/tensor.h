@@ -74,8 +74,6 @@ inline DType dtype_of(ScalarType type, const char* name) {
 
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
-inline bool is_floating(DType dtype) { return dtype <= DType::float16; }
-
 inline DType float_dtype_of(const Tensor& t, const char* name) {
   const DType dtype = dtype_of(t, name);
   check(is_floating(dtype), name, ": expected a floating dtype, got ", torch::headeronly::toString(t.scalar_type()));

@@ -59,9 +59,9 @@ struct StridedSum {
   }
 };
 
-// CompensatedSum remembers what its additions rounded away (Kahan): float32 sums of 10^5 terms would lose digits.
-// Valid: all terms; infinite ones where kMayBeInfinite, else they make it a NaN.
-// Error: 1 ulp and 2^-46 of the sum of magnitudes for each addition (floats).
+// CompensatedSum remembers what its additions rounded away (Kahan): float32 sums of 10^5 terms would lose digits. It
+// has no value before it is given one: {} is 0, {x, {}} is x. Valid: all terms; infinite ones where kMayBeInfinite,
+// else they make it a NaN. Error: 1 ulp and 2^-46 of the sum of magnitudes for each addition (floats).
 template <class V, bool kMayBeInfinite>
 struct CompensatedSum {
   V sum, excess;

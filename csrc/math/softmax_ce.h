@@ -187,7 +187,8 @@ struct GradientFactors {
 };
 
 // DividedGradient is an upstream gradient divided by a mean's divisor: but where that would be infinite, as by a sum of
-// tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients.
+// tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients. Beside
+// probabilities, whose divisor is a number of rows, `rest` has no part: an infinite g stays infinite.
 template <class A>
 struct DividedGradient {
   A g, rest;

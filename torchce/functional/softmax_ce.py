@@ -54,8 +54,9 @@ def cross_entropy(
     r"""Softmax cross entropy between logits and class indices or probabilities.
 
     A drop-in replacement for :func:`torch.nn.functional.cross_entropy`, computed in one pass each way: softmax
-    probabilities are never stored, and 16-bit logits are never copied to float32. For logits x of one row, class
-    weights w, target class y, s = ``label_smoothing`` and lse = max + log sum exp(x - max):
+    probabilities are never stored, and 16-bit logits are not copied to float32, but where something of float64 stands
+    beside them. For logits x of one row, class weights w, target class y, s = ``label_smoothing`` and
+    lse = max + log sum exp(x - max):
 
     .. math:: (1 - s)\, w_y\, (\mathrm{lse} - x_y) + \frac{s}{C} \sum_k w_k\, (\mathrm{lse} - x_k)
 
@@ -246,21 +247,20 @@ def _promote(
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     """The tensors in dtypes that go together in the op, and the loss's dtype, or None for the logits'."""
     dtype = None
+    if target.dtype not in FLOATS and target.is_floating_point():  # autocast: torch casts what it can
+        target = target.to(torch.float32)
+    accumulation = ops.softmax_ce_accumulation(input, target, weight)
     if target.is_floating_point():
-        if target.dtype not in FLOATS:  # autocast: torch casts what it can
-            target = target.to(torch.float32)
         dtype = promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
-        if torch.float64 == dtype != input.dtype:
-            input = input.to(dtype)
-        # 16-bit logits are read as they are beside float32 probabilities; other pairs need one dtype.
-        if target.dtype != input.dtype and not (target.dtype == torch.float32 and input.dtype in SIXTEEN_BITS):
-            target = target.to(promoted(input.dtype, target.dtype))
-            if target.dtype != input.dtype and input.dtype not in SIXTEEN_BITS:
-                input = input.to(target.dtype)
-    if input.dtype != torch.float64 and autocasts(input):
+        # The op takes all pairs but those of 16 bits beside another 16 or beside float64.
+        if accumulation == torch.float64 and input.dtype in SIXTEEN_BITS:
+            input = input.to(torch.float32)
+        if target.dtype != input.dtype and target.dtype in SIXTEEN_BITS:
+            target = target.to(torch.float32)
+    if accumulation != torch.float64 and autocasts(input):
         dtype = torch.float32
     if weight is not None:
-        weight = weight.to(ops.accumulation_dtype(input.dtype)).contiguous()
+        weight = weight.to(accumulation).contiguous()
     return input, target, weight, dtype
 
 
