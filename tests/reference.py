@@ -19,9 +19,11 @@ from torch import Tensor
 class Truth(NamedTuple):
     value: Tensor  # float64, on the CPU
     condition: Tensor  # float64, same shape, >= |value| up to rounding
-    # The largest sum or quotient that a formula forms before it has the value, such as a sum of losses before the mean.
+    # The largest sum or quotient of finite terms that a formula forms before it has the value, such as a sum of losses
+    # before the mean.
     partial: Tensor | None = None
-    # The value's change where every coefficient, or e^-|x|, that is subnormal in float32 is larger by 1.
+    # The value's change where every coefficient, exponential or product of them that is subnormal in float32, and every
+    # exponential that is 0 there, is larger by 1.
     subnormal: Tensor | None = None
 
 
@@ -122,7 +124,8 @@ def softmax_ce(
         summed = torch.maximum(summed, w.abs())
     subnormal = ((coefficient != 0) & (coefficient.abs() < torch.finfo(torch.float32).smallest_normal)).double()
     moved = _reduce(of_loss(subnormal), of_loss(subnormal), total, reduction, None, class_dim=k)[0]
-    partial = of_loss(summed).squeeze(k) if reduction == "none" else of_loss(summed).sum()
+    finite = only_kept(times(summed, negative_log_p + 1).nan_to_num(posinf=0.0).sum(k, keepdim=True))
+    partial = finite.squeeze(k) if reduction == "none" else finite.sum()
     loss = loss._replace(partial=partial, subnormal=moved.condition)
 
     # d loss / d x_j = p_j * (sum of coefficients) - coefficient_j
@@ -131,12 +134,14 @@ def softmax_ce(
     coefficient_magnitude = coefficient.abs().sum(k, keepdim=True)
     grad_condition = only_kept(g.abs() * (p_condition * coefficient_magnitude + coefficient.abs()))
 
-    grad_subnormal = only_kept(g.abs() * (p * subnormal.sum(k, keepdim=True) + subnormal))
+    least = torch.finfo(torch.float32).smallest_normal
+    grad_subnormal = only_kept(
+        g.abs() * (p * subnormal.sum(k, keepdim=True) + subnormal + times((p < least).double(), coefficient_magnitude))
+    )
 
     grad_target = None
     if not by_index:
         scale = g * (1 - smoothing) * w
-        least = torch.finfo(torch.float32).smallest_normal
         subnormal = (w.abs() < least).double() * g.abs() + ((scale != 0) & (scale.abs() < least))
         grad_target = Truth(
             scale * negative_log_p,
@@ -190,13 +195,16 @@ def sigmoid_bce(
     p_condition, q_condition = times(p, 1 + times(q, x.abs())), times(q, 1 + times(p, x.abs()))
     grad_logits = g * w * ((1 - t) * p - pw * t * q)
     grad_logits_condition = (g * w).abs() * ((1 - t).abs() * p_condition + (pw * t).abs() * q_condition)
+    least = torch.finfo(torch.float32).smallest_normal
+    products = ((product != 0) & (product.abs() < least) for product in ((1 - t) * p, pw * t * q))
+    grad_moved = moved + w.abs() * sum(product.double() for product in products)
     # d loss / d t = pw * softplus(-x) - softplus(x), of terms that do not cancel where pw < 1
     linear = torch.where(x >= 0, -x, times(pw, x.abs()))
     grad_target = g * w * (linear + times(pw - 1, logarithm))
     grad_target_condition = (g * w).abs() * (linear.abs() + times((pw - 1).abs(), logarithm_condition))
     return SigmoidBCE(
         loss,
-        Truth(grad_logits, grad_logits_condition, subnormal=g.abs() * moved),
+        Truth(grad_logits, grad_logits_condition, subnormal=g.abs() * grad_moved),
         Truth(grad_target, grad_target_condition, subnormal=(g * w * (pw - 1)).abs() * subnormal),
     )
 
