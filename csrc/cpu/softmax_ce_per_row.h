@@ -29,7 +29,7 @@ constexpr int vectors_of(int rows) {
 template <class A, int W>
 struct PerRow {
   static constexpr int kRows = W * kLanes<A>;
-  A values[kRows];
+  alignas(kBytes) A values[kRows];  // a vector that spans two cache lines is slow to read back
 
   A& operator[](int l) { return values[l]; }
   A operator[](int l) const { return values[l]; }
@@ -50,9 +50,9 @@ template <class A, int W>
 struct IndexedRows {
   static constexpr int kRows = W * kLanes<A>;
   int count;
-  int64_t index[kRows];  // a class even where the row is not kept
-  PerRow<A, W> weight;   // 0 for ignored rows and idle lanes, NaN for bad rows
-  PerRow<A, W> kept;     // 0 for ignored rows and idle lanes, else 1
+  alignas(kBytes) int64_t index[kRows];  // a class even where the row is not kept
+  PerRow<A, W> weight;                   // 0 for ignored rows and idle lanes, NaN for bad rows
+  PerRow<A, W> kept;                     // 0 for ignored rows and idle lanes, else 1
   Smoothing<A> smoothing;
   bool any_bad, any_ignored;
 
