@@ -51,7 +51,7 @@ struct Rows {
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
-// U = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, sum of the class weights).
+// U = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, U of a row with a class index).
 // Both are of the accumulation type.
 struct Forward {
   Rows rows;

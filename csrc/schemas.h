@@ -11,7 +11,7 @@
 //     weight       [C], acc
 //     loss         the index target's shape for reduction 0, else a scalar; of dtype, or the logits'
 //     statistics   [2, rows] acc, max and sum of exp(x - max); a third row for probabilities, their total
-//     totals       [2] acc, the divisor of the mean and the sum of the class weights
+//     totals       [2] acc, the divisor of the mean, and what label smoothing's coefficients of a row add up to
 //   sigmoid_bce
 //     logits       any shape, any strides
 //     target       the logits' shape; the logits' dtype, float32, bool, uint8 or int64

@@ -143,8 +143,9 @@ TORCHCE_HD A mean_divisor(const Backward& call) {
   return call.rows.options.reduction == Reduction::mean ? static_cast<const A*>(call.totals)[0] : A(1);
 }
 
+// U of a row with a class index: the same for all of them.
 template <class A>
-TORCHCE_HD A sum_of_class_weights(const Backward& call) {
+TORCHCE_HD A sum_of_index_coefficients(const Backward& call) {
   return static_cast<const A*>(call.totals)[1];
 }
 

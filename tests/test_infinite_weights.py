@@ -12,6 +12,7 @@ from typing import Any
 
 import cases
 import pytest
+import reference
 import torch
 from cases import dtype_id
 from comparison import check_softmax_ce
@@ -194,7 +195,10 @@ def test_nan_shows(device: str, kind: str, layout: str | None, classes: int) -> 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["smoothed", "probability"])
 def test_products_beyond_float32(device: str, kind: str, layout: str | None, classes: int) -> None:
-    """One weight whose losses overflow float32, and weights whose sum does: infinite, as torch's."""
+    """One weight whose losses overflow float32, and weights whose sum does: infinite where the row's loss is.
+
+    torch, which divides by the classes last, makes smoothed losses infinite that are in range.
+    """
     logits = logits_of(classes, layout, torch.float32, device)
     target, options = problem("smoothed", logits)
     if kind == "probability":  # as large as an index's
@@ -202,6 +206,8 @@ def test_products_beyond_float32(device: str, kind: str, layout: str | None, cla
     for places in (0, classes // 2, classes - 1, slice(None)):
         options["weight"] = some(classes, places, 3e38).to(device, torch.float32)
         loss = torchce.functional.cross_entropy(logits, target, reduction="none", **options)
+        truth = reference.softmax_ce(logits, target, reduction="none", **options).loss.value.float()
         theirs = F.cross_entropy(logits, target, reduction="none", **options)
-        assert (loss == INF).tolist() == (theirs == INF).tolist()
+        assert (loss == INF).tolist() == (truth == INF).tolist()
+        assert not bool(((loss == INF) & (theirs != INF)).any())
         assert not bool(loss.isnan().any())

@@ -84,20 +84,6 @@ def test_logits_masked_with_the_least_number(device: str, dtype: torch.dtype, la
     check_softmax_ce(logits, target, reduction="none")
 
 
-@pytest.mark.parametrize("classes", [10, 65, 300, 1001])
-@pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
-def test_sums_beyond_float32_are_infinite(device: str, layout: str | None, classes: int) -> None:
-    """As torch's are, not NaN: with smoothing all classes count, and two masked ones are more than float32 can hold."""
-    logits = cases.arranged(layout, (3, classes), torch.float32, device)
-    logits[1, [1, classes // 2, classes - 1]] = torch.finfo(torch.float32).min
-    target = torch.zeros(3, dtype=torch.int64, device=device)
-    loss, grad = loss_and_grad(logits, target, label_smoothing=0.1, reduction="none")
-    torchs = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")
-    assert loss.isposinf().tolist() == torchs.isposinf().tolist() == [False, True, False]
-    assert bool(loss[[0, 2]].isfinite().all())
-    assert bool(grad.isfinite().all())
-
-
 @pytest.mark.parametrize("classes", [10, 33, 513, 1601])
 @pytest.mark.parametrize("layout", [None, "transposed"], ids=["adjacent", "strided"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import pytest
@@ -112,6 +113,28 @@ def test_target_gradient_at_a_mask_of_the_least_number(device: str, layout: str 
         assert float(grad[0, 3]) == pytest.approx(0.125 * 2 * -LEAST, rel=1e-6)
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["kernels", "differentiable"])
+@pytest.mark.parametrize(("weight", "upstream"), [(1e-16, 1e-30), (1e-30, 1e-16), (1e30, 1e-30), (1e-30, 1e30)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_target_gradient_whose_coefficient_underflows(
+    device: str, layout: str | None, weight: float, upstream: float, create_graph: bool
+) -> None:
+    """g w is 0 in float32 where g w (lse - x) is in range, or infinite."""
+    logits = cases.arranged(layout, (4, 40), torch.float32, device)
+    logits[:, 3:7] = LEAST
+    logits[1, 8:11] = -INF
+    target = cases.probabilities((4, 40), torch.float32, device).requires_grad_()
+    weights = torch.full((40,), weight, device=device)
+    grad_output = torch.tensor(upstream, device=device)
+    loss = torchce.functional.cross_entropy(logits, target, weights, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, target, grad_output, create_graph=create_graph)
+    truth = reference.softmax_ce(logits, target, weights, reduction="sum", grad_output=grad_output).grad_target
+    assert truth is not None
+    assert_accurate("grad_target", grad, truth)
+    assert float(grad[0, 3]) == pytest.approx(-LEAST * float(weights[0]) * upstream, rel=1e-6)
+    assert grad[1, 8:11].tolist() == [INF] * 3
+
+
 # Spread over more classes, 0.1 would leave them coefficients that are subnormal numbers, of few digits.
 @pytest.mark.parametrize(("classes", "label_smoothing"), [(3, 0.0), (3, 0.1), (40, 0.0), (1000, 0.0)])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,6 +177,118 @@ def test_tiny_weight_in_a_large_mean(
     target = (torch.arange(1000, device=device) % 9 + 1).index_fill(0, torch.tensor([0, 500], device=device), 0)
     grad_output = torch.tensor(upstream, device=device)
     check_softmax_ce(logits, target, weight=weights, label_smoothing=label_smoothing, grad_output=grad_output)
+
+
+def loss_and_grad(
+    road: str, logits: Tensor, target: Tensor, *, upstream: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, of the kernels, of the formulas in torch's own operations or of torch itself."""
+    function = F.cross_entropy if road == "torch" else torchce.functional.cross_entropy
+
+    def loss_of(x: Tensor) -> Tensor:
+        return function(x, target, **options)
+
+    grad_output = torch.tensor(upstream, device=logits.device)
+    if road == "func":
+        loss, pull_back = torch.func.vjp(loss_of, logits)
+        return loss, pull_back(grad_output)[0]
+    x = logits.detach().requires_grad_()
+    loss = loss_of(x)
+    (grad,) = torch.autograd.grad(loss, x, grad_output, create_graph=road == "differentiable")
+    return loss.detach(), grad.detach()
+
+
+ROADS = ["kernels", "differentiable", "func"]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("classes", [5, 15, 31, 40, 300, 1001])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_of_the_least_number_under_smoothing(device: str, layout: str | None, classes: int, road: str) -> None:
+    """The gaps of all classes add up to infinity, and are infinite times a weight, though the loss is in range."""
+    logits = cases.arranged(layout, (4, classes), torch.float32, device)
+    logits[:, 1 : 1 + classes // 2] = LEAST
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    weights = torch.full((classes,), 3.0, device=device)
+    weights[2::4] = -1
+    for weight in (None, weights):
+        options = {"weight": weight, "label_smoothing": 0.01, "reduction": "sum"}
+        loss, grad = loss_and_grad(road, logits, target, **options)
+        truth = reference.softmax_ce(logits, target, **options)
+        assert_accurate("loss", loss, truth.loss)
+        assert_accurate("grad_logits", grad, truth.grad_logits, loss_and_grad("torch", logits, target, **options)[1])
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("classes", [400, 512, 1001])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_class_weights_whose_sum_is_infinite(device: str, layout: str | None, classes: int, road: str) -> None:
+    logits = cases.arranged(layout, (4, classes), torch.float32, device)
+    target = torch.arange(4, device=device)
+    options = {"weight": torch.full((classes,), 1e36, device=device), "label_smoothing": 0.1, "reduction": "mean"}
+    loss, grad = loss_and_grad(road, logits, target, **options)
+    truth = reference.softmax_ce(logits, target, **options)
+    assert_accurate("loss", loss, truth.loss)
+    assert_accurate("grad_logits", grad, truth.grad_logits, loss_and_grad("torch", logits, target, **options)[1])
+
+
+@pytest.mark.parametrize("road", ["kernels", "differentiable"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("weight", "upstream"), [(1e30, 1e10), (1e-30, 1e-16), (1e-30, 1e-10), (1e-38, 1.0), (1e30, 1e-8), (1e-5, 1e-30)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_weights_of_a_mean(
+    device: str, layout: str | None, weight: float, upstream: float, label_smoothing: float, road: str
+) -> None:
+    """They have no part in the result, and g divided by their sum or multiplied with them is not always in range."""
+    logits, target = cases.arranged(layout, (4, 10), torch.float32, device), torch.arange(4, device=device)
+    options = {"weight": torch.full((10,), weight, device=device), "label_smoothing": label_smoothing}
+    _, grad = loss_and_grad(road, logits, target, upstream=upstream, **options)
+    truth = reference.softmax_ce(logits, target, grad_output=torch.tensor(upstream), **options)
+    assert_accurate("grad_logits", grad, truth.grad_logits)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_that_is_in_range_with_its_share(device: str, layout: str | None, road: str) -> None:
+    """g w is infinite, g w eps / C is not."""
+    logits, target = cases.arranged(layout, (3, 14), torch.float32, device), torch.arange(3, device=device)
+    weight = torch.ones(14, device=device)
+    weight[5] = 2e38
+    options = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
+    _, grad = loss_and_grad(road, logits, target, upstream=4.0, **options)
+    truth = reference.softmax_ce(logits, target, grad_output=torch.tensor(4.0), **options)
+    assert_accurate("grad_logits", grad, truth.grad_logits)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["kernels", "differentiable"])
+@pytest.mark.parametrize(("weight", "label_smoothing"), [(1.5e-38, 0.9999), (1e-36, 0.999), (1e-40, 0.999999)])
+def test_target_gradient_of_a_tiny_weight(
+    device: str, weight: float, label_smoothing: float, create_graph: bool
+) -> None:
+    """w (1 - eps) is subnormal, or 0."""
+    logits = cases.normal((4, 40), torch.float32, device)
+    logits[1, 3:5] = -INF
+    target = cases.probabilities((4, 40), torch.float32, device).requires_grad_()
+    weights, upstream = torch.full((40,), weight, device=device), torch.tensor(65536.0, device=device)
+    options = {"reduction": "sum", "label_smoothing": label_smoothing}
+    loss = torchce.functional.cross_entropy(logits, target, weights, **options)
+    (grad,) = torch.autograd.grad(loss, target, upstream, create_graph=create_graph)
+    truth = reference.softmax_ce(logits, target, weights, grad_output=upstream, **options).grad_target
+    assert truth is not None
+    assert_accurate("grad_target", grad, truth._replace(subnormal=None))
+    assert grad[1, 3:5].tolist() == [INF] * 2
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_infinite_upstream_of_a_weight_that_underflows(device: str, layout: str | None, label_smoothing: float) -> None:
+    """A weight divided by the sum of all is 0, but infinity times the weight is not NaN."""
+    logits = cases.arranged(layout, (20, 7), torch.float32, device)
+    weight = torch.tensor([1e28, 1e10, 1e-7, 1e24, 1e6, 1e15, 1e-26], device=device)
+    target, grad_output = torch.arange(20, device=device) % 7, torch.tensor(INF, device=device)
+    check_softmax_ce(logits, target, grad_output=grad_output, weight=weight, label_smoothing=label_smoothing)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.99, 0.9999, 0.999999])

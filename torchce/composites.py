@@ -34,6 +34,12 @@ def times(coefficient: Tensor, term: Tensor, weight: Tensor | None = None) -> Te
     return product if weight is None else times(weight, product)
 
 
+def product_in_range(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x * a * b`` in the order of ``product_in_range`` in ``csrc/math/rounding.h``, which stays in range."""
+    in_order = (x.abs() <= 1) == (a.abs() >= b.abs())
+    return x * torch.where(in_order, a, b) * torch.where(in_order, b, a)
+
+
 def reduced(losses: Tensor, reduction: int) -> Tensor:
     """``losses`` themselves, their mean or their sum, by torch's number."""
     return losses.mean() if reduction == 1 else losses.sum() if reduction == 2 else losses

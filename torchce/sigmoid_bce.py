@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
+from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, product_in_range, reduced, times
 from torchce.transforms import differentiates_backward, transformed
 
 
@@ -79,24 +79,20 @@ def gradients(
     if mean and not weighted:
         g = g / logits.numel()
 
-    def scaled(gradient: Tensor) -> Tensor:
-        """With upstream gradient and weight, in the order of ``scaled`` (csrc/math/sigmoid_bce.h), and a mean's N."""
-        if weight is None:
-            gradient = gradient * g
-        else:
-            in_order = (gradient.abs() <= 1) == (g.abs() >= weight.abs())
-            gradient = gradient * torch.where(in_order, g, weight) * torch.where(in_order, weight, g)
+    def of_loss(gradient: Tensor) -> Tensor:
+        """With upstream gradient, weight and a mean's N."""
+        gradient = gradient * g if weight is None else product_in_range(gradient, g, weight)
         return gradient / logits.numel() if mean and weighted else gradient
 
     positive = t if pos_weight is None else pos_weight * t
-    grad_logits = scaled((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
+    grad_logits = of_loss((1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x))
     slope = -x
     if pos_weight is not None:
         negative = x < 0
         slope = torch.where(negative, -times(pos_weight, x), slope)
         curved = (1 - pos_weight) * F.logsigmoid(torch.where(negative, -x, x))
         slope = slope + torch.where(negative & pos_weight.isinf(), 0, curved)  # the linear part is infinite there
-    grad_target = scaled(slope)
+    grad_target = of_loss(slope)
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
 

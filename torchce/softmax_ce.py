@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, reduced, times
+from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, product_in_range, reduced, times
 from torchce.transforms import all_finite, all_true, differentiates_backward, transformed
 
 
@@ -49,12 +49,12 @@ def composite(
     class_dim = min(1, x.dim() - 1)
     along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
     w = None if weight is None else weight.to(acc).view(along_classes)
-    uniform = label_smoothing / x.shape[class_dim]
+    classes = x.shape[class_dim]
 
     if target.is_floating_point():
         u = target.to(acc)
         if label_smoothing != 0:
-            u = (1 - label_smoothing) * u + uniform
+            u = (1 - label_smoothing) * u + label_smoothing / classes
         rows = -_over_classes(u, w, torch.log_softmax(x, class_dim), class_dim)
         return reduced(rows, reduction).to(dtype or logits.dtype)
 
@@ -63,7 +63,7 @@ def composite(
     if not all_true(kept):
         x = torch.where(kept.unsqueeze(class_dim), x, 0)
     log_p = torch.log_softmax(x, class_dim)
-    is_class = (index >= 0) & (index < x.shape[class_dim])
+    is_class = (index >= 0) & (index < classes)
     a_class = torch.where(is_class, index, 0)
     row_weight = kept.to(acc)
     if w is not None:
@@ -72,7 +72,10 @@ def composite(
     log_p_of_target = log_p.gather(class_dim, a_class.unsqueeze(class_dim)).squeeze(class_dim)
     rows = -times((1 - label_smoothing) * row_weight, log_p_of_target)
     if label_smoothing != 0:
-        rows = rows - uniform * _over_classes(None, w, log_p, class_dim)
+        # The share is within the sum, which is in range then wherever its terms are.
+        share = label_smoothing / classes
+        shared, terms = (None, share * log_p) if w is None else (share * w, log_p)
+        rows = rows - _over_classes(None, shared, terms, class_dim)
     if x.is_cpu:  # nll_loss raises for a bad index and is 0 in an ignored row
         rows = torch.where(kept, rows, F.nll_loss(log_p.detach(), index, ignore_index=ignore_index, reduction="none"))
     else:  # there it would take the process with it: the row becomes NaN instead
@@ -129,7 +132,7 @@ def gradients(
 
     With p = softmax(x), coefficients u_k of all classes and h of the target class (``csrc/math/softmax_ce.h``)::
 
-        d loss / d x_j = p_j (h + b sum_k u_k) - b u_j - h [j == y]
+        d loss / d x_j = p_j (h + sum_k u_k) - u_j - h [j == y]
         d loss / d t_j = -(1 - label_smoothing) w_j log p_j
     """
     reduction, ignore_index, label_smoothing = options
@@ -150,14 +153,13 @@ def gradients(
     g = grad_output.to(acc)
     if reduction == 0:
         g = g.unsqueeze(1)
-    uniform = label_smoothing / classes
 
     if target.is_floating_point():
         if reduction == 1:
             g = g / (x.numel() // classes)
-        u = w * (target.to(acc) * (1 - label_smoothing) + uniform)
+        u = w * (target.to(acc) * (1 - label_smoothing) + label_smoothing / classes)
         grad_logits = g * (torch.softmax(x, 1) * u.sum(1, keepdim=True) - u)
-        grad_target = (label_smoothing - 1) * g * w * torch.log_softmax(x, 1)
+        grad_target = product_in_range((label_smoothing - 1) * torch.log_softmax(x, 1), g, w)
         return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
     index = target.to(torch.int64).unsqueeze(1)
@@ -167,15 +169,17 @@ def gradients(
     index = torch.where(kept & is_class, index, 0)
     p = torch.softmax(torch.where(kept, x, 0), 1)  # masked before, as in `composite`
     row_weight = w.expand_as(x).gather(1, index)
-    unsmoothed, spread = g * (1 - label_smoothing), g * uniform
-    if reduction == 1:  # last, since g divided by a sum of tiny weights might be infinite
+    rest: Tensor | int = 1  # what has still to divide the coefficients: g itself would be infinite, as of tiny weights
+    if reduction == 1:
         divisor = torch.where(kept & is_class, row_weight, 0).sum()
-        unsmoothed, spread = unsmoothed / divisor, spread / divisor
+        divided = (g / divisor).isfinite() | ~g.isfinite()
+        g, rest = torch.where(divided, g / divisor, g), torch.where(divided, 1, divisor)
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
-    h = unsmoothed * row_weight
+    h = g * ((1 - label_smoothing) * row_weight / rest)
     grad_logits = p * h - torch.where(is_target, h, 0)  # a product with 0 would be NaN where h is infinite
     if label_smoothing != 0:
-        grad_logits = grad_logits + spread * (p * w.sum() - w)
+        even_share = label_smoothing / classes
+        grad_logits = grad_logits + p * (g * ((w * even_share).sum() / rest)) - g * even_share / rest * w
     return torch.where(kept, grad_logits, 0).to(logits.dtype), None
 
 
@@ -299,7 +303,9 @@ def _decomposition(
         u = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / w.numel()
         statistics.append((u.movedim(class_dim, -1) * w).sum(-1))
     divisor = mean_divisor(target, weight, ignore_index, w.numel(), x.dtype)
-    return loss, torch.stack([rows.flatten() for rows in statistics]), torch.stack([divisor, w.sum()])
+    has_even_shares = not target.is_floating_point() and w.numel() > 1
+    of_smoothing = (w * (label_smoothing / w.numel() if has_even_shares else 0)).sum()
+    return loss, torch.stack([rows.flatten() for rows in statistics]), torch.stack([divisor, of_smoothing])
 
 
 def _gradient(*saved: Any) -> Tensor:

@@ -60,7 +60,7 @@ constexpr DType kTypeOf = sizeof(A) == sizeof(double) ? DType::float64 : DType::
 
 // The upstream gradient of a run, and in which order it and the weights are multiplied with a gradient. The product of
 // both comes first where that loses nothing, which for weights of their own takes a look at them: comparing at every
-// element (`scaled`), as unreduced losses do, costs a tenth of the time.
+// element (`product_in_range`), as unreduced losses do, costs a tenth of the time.
 template <class A>
 class GradOutput {
   const Elements& problem;
@@ -113,7 +113,7 @@ class GradOutput {
   // A gradient with upstream gradient and weight.
   template <class V, class Weight>
   TORCHCE_SIMD V scale(V gradient, V upstream, Weight weight) const {
-    return multiplies_first ? gradient * (weight * upstream) : scaled(gradient, upstream, weight);
+    return multiplies_first ? gradient * (weight * upstream) : math::product_in_range(gradient, upstream, weight);
   }
 
   // The same of kLanes elements from i on, of which `count` are there.

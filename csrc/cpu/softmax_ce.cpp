@@ -26,18 +26,23 @@ int64_t rows_per_chunk(const Rows& rows) {
   return adjacent_classes ? std::max<int64_t>(fitting, 1) : together;
 }
 
+// U of a row with a class index; 0 without smoothing, and beside probabilities.
+template <class A>
+double sum_of_coefficients(const Rows& rows) {
+  const double label_smoothing = rows.options.label_smoothing;
+  if (label_smoothing == 0 || is_floating(rows.target_dtype)) return 0;
+  if (rows.weight == nullptr) return label_smoothing;
+  const A* weight = static_cast<const A*>(rows.weight);
+  math::StridedSum<8, double> sum;  // added one after the other, they would take as long as a row's exponentials
+  sum.add(rows.classes, [&](int64_t k) { return double(weight[k]); });
+  return sum.value() / double(rows.classes) * label_smoothing;
+}
+
 template <class A>
 void write_totals(const softmax_ce::Forward& call, double divisor) {
-  const auto& rows = call.rows;
-  double class_weights = double(rows.classes);
-  if (rows.weight != nullptr) {
-    const A* weight = static_cast<const A*>(rows.weight);
-    class_weights = 0;
-    for (int64_t k = 0; k < rows.classes; ++k) class_weights += weight[k];
-  }
   A* totals = static_cast<A*>(call.totals);
   totals[0] = A(divisor);
-  totals[1] = A(class_weights);
+  totals[1] = A(sum_of_coefficients<A>(call.rows));
 }
 
 void write_totals(const softmax_ce::Forward& call, double divisor) {

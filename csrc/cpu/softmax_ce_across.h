@@ -10,11 +10,11 @@
 namespace torchce::cpu::TORCHCE_LEVEL::across {
 
 // Adds up the rows of a strip, a lane each.
-template <class T, class Target, int W>
+template <class T, class Target, int W, class Coefficients>
 class StripSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
-  using Sums = LogitSums<Target::kSpread, V>;
+  using Sums = LogitSums<Target::kSpread, V, Coefficients::kKnownSum>;
   static constexpr int kPartialSums = 4;  // of a block, so that none gathers more than eight roundings
 
   math::ExpInSum<V> exp;
@@ -25,7 +25,7 @@ class StripSums {
   CompensatedLogitSums<Target::kSpread, V> totals[W];
 
   TORCHCE_SIMD void add(const StripLogits<T, Target, W>& logits, int64_t k, int count, const Block<A, W>& x,
-                        const StripCoefficients<Target, A, W>& u) {
+                        const Coefficients& u) {
     for (int w = 0; w < W; ++w) {
       // The first block starts the sums: nothing was added up that would have to be rescaled.
       V max = largest[w];
@@ -40,19 +40,14 @@ class StripSums {
       math::StridedSum<kPartialSums, Sums> of_block;
       of_block.add(count, [&](int c) TORCHCE_HD_LAMBDA {
         logits.template prefetch_next<0>(k + c, w);
-        const V value = x.values[c][w], exponential = exp(value - from);
-        if constexpr (!Target::kSpread) {
-          return Sums{exponential};
-        } else {
-          Sums of_class;
-          u.read(c, w, [&](auto of_row) TORCHCE_HD_LAMBDA { of_class = Sums::of(exponential, of_row, value, from); });
-          return of_class;
-        }
+        const V value = x.values[c][w];
+        return Sums::of(exp(value - from), u.at(c, w), value, from);
       });
+      const auto sums = of_block.value().complete(u.sum_of_block);
       if (k == 0) {
-        totals[w].start(of_block.value());
+        totals[w].start(sums);
       } else {
-        totals[w].add(of_block.value());
+        totals[w].add(sums);
       }
     }
   }
@@ -65,8 +60,7 @@ class StripSums {
  public:
   // Adds up all classes, and calls look(first class, classes, block) for every block of logits.
   template <class Look>
-  TORCHCE_SIMD StripSums(const StripLogits<T, Target, W>& logits, StripCoefficients<Target, A, W>& u, int64_t classes,
-                         Look look) {
+  TORCHCE_SIMD StripSums(const StripLogits<T, Target, W>& logits, Coefficients& u, int64_t classes, Look look) {
     for (int w = 0; w < W; ++w) largest[w] = broadcast(kLowest<A>);
     for_each_block(classes, [&](int64_t k, int count) TORCHCE_HD_LAMBDA {
       Block<A, W> x;
@@ -95,11 +89,13 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const StripLogits<T, Target, W> logits(rows, row, count);
-  StripCoefficients<Target, A, W> coefficients(rows, row, count);
   SumsPerRow<Target, A, W> sums;
   PerRow<A, W> hot_logits{};
   const auto sum_up = [&](auto look) TORCHCE_HD_LAMBDA {
-    StripSums<T, Target, W>(logits, coefficients, rows.classes, look).write(sums);
+    with_coefficients<Target, A, W>(rows, row, count, [&](auto& coefficients) TORCHCE_HD_LAMBDA {
+      StripSums<T, Target, W, std::remove_reference_t<decltype(coefficients)>>(logits, coefficients, rows.classes, look)
+          .write(sums);
+    });
     sums.against_max = rows.classes <= kBlockClasses;
   };
   if constexpr (Target::kProbabilities) {
@@ -129,9 +125,8 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   const Rows& rows = call.rows;
   const StripLogits<T, Target, W> logits(rows, row, count);
   const Strip<A, T, W> grad(rows, static_cast<T*>(call.grad), call.grad_strides, row, count);
-  StripCoefficients<Target, A, W> coefficients(rows, row, count);
   const bool in_place = call.grad == rows.logits;
-  const auto write_classes = [&](const Factors<A, W>& factors, auto finish) {
+  const auto write_classes_of = [&](auto& coefficients, const Factors<A, W>& factors, auto finish) {
     for_each_block(rows.classes, [&](int64_t k, int classes) {
       Block<A, W> block;
       Slopes slopes;
@@ -148,13 +143,17 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
           slopes.take(logits.logit, c, w, g);
           g = scaled_exp(g - max_lanes, scale);
           if constexpr (Target::kSpread) {
-            coefficients.read(c, w, [&](auto u) TORCHCE_HD_LAMBDA { g = class_gradient(g, spread_lanes, u.value()); });
+            g = class_gradient(g, spread_lanes, coefficients.at(c, w).of_gradient());
           }
         }
       }
       finish(k, classes, block, slopes);
       grad.template write<kNans<Target>>(k, classes, block);
     });
+  };
+  const auto write_classes = [&](const Factors<A, W>& factors, auto finish) {
+    with_coefficients<Target, A, W>(rows, row, count,
+                                    [&](auto& coefficients) { write_classes_of(coefficients, factors, finish); });
   };
 
   if constexpr (Target::kProbabilities) {
@@ -207,8 +206,8 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
       for (int c = 0; c < classes; ++c) {
         const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
         for (int w = 0; w < W; ++w) {
-          const V hot = upstream.g.lanes(w) * smoothing.hot(class_weight);
-          block.values[c][w] = target_gradient(block.values[c][w], hot, max.lanes(w), log_sum.lanes(w));
+          V& x = block.values[c][w];
+          x = target_gradient(x, smoothing, upstream.g.lanes(w), class_weight, max.lanes(w), log_sum.lanes(w));
         }
       }
       grad.write(k, classes, block);

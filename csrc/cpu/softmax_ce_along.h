@@ -72,14 +72,17 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
     sums.reference = sums.max;
     sums.against_max = true;
     for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
-      const RowCoefficients<T, Target> coefficients(rows, at);
-      lane_sums.set(l, sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l])));
+      with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
+        lane_sums.set(l, sums_of_short_row(x, classes, coefficients, broadcast(sums.reference[l])));
+      });
     });
   } else {
     sums.reference = {};
     for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       look_up_target(l, x);
-      RowSums<T, Target>(x, classes, RowCoefficients<T, Target>(rows, at)).write(x, l, lane_sums, sums.reference);
+      with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
+        RowSums<T, Target, decltype(coefficients)>(x, classes, coefficients).write(x, l, lane_sums, sums.reference);
+      });
     });
     lane_sums.fold_max(sums.max, vectors);
   }
@@ -103,10 +106,10 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
 }
 
 // grad_k = (exp(x_k - max) scale - spread u_k) slope, for every class.
-template <class T, class Target, class A>
+template <class T, class Target, class A, class Coefficients>
 TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t classes, A max,
                                const GradientExp<T>& scaled_exp, const typename GradientExp<T>::Scale& scale, A spread,
-                               const RowCoefficients<T, Target>& coefficients) {
+                               const Coefficients& coefficients) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const auto max_lanes = broadcast(max), spread_lanes = broadcast(spread);
   const auto gradient = [&](int64_t k) {
@@ -114,9 +117,8 @@ TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t c
     VectorPair<T> g = values;
     for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
     if constexpr (Target::kSpread) {
-      coefficients.read(k, [&](auto u) TORCHCE_HD_LAMBDA {
-        for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread_lanes, u[i].value());
-      });
+      const auto u = coefficients.at(k);
+      for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread_lanes, u[i].of_gradient());
     }
     for (int i = 0; i < g.kVectors; ++i) g.v[i] = x.logit.slope(values.v[i]) * g.v[i];
     return g;
@@ -156,8 +158,10 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
       return;
     }
     const typename GradientExp<T>::Scale scale(scales[l / kLanes<A>], l % kLanes<A>);
-    row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], scaled_exp, scale, factors.spread[l],
-                            RowCoefficients<T, Target>(rows, at));
+    with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
+      row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], scaled_exp, scale, factors.spread[l],
+                              coefficients);
+    });
     if (targets != nullptr) store_one(grad + targets->index[l], hot_gradients[l]);
   });
 }

@@ -6,6 +6,8 @@
 // largest.
 #pragma once
 
+#include <type_traits>
+
 #include "softmax_ce_per_row.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::along {
@@ -13,59 +15,79 @@ namespace torchce::cpu::TORCHCE_LEVEL::along {
 constexpr int kGroup = 4;  // vectors of rows whose sums are folded together
 constexpr int64_t kGroupRows = kGroup * kLanes<float>;
 
-// The coefficients u_k of a pair of classes. Weights: VectorPair<T>, or One.
-template <class T, class Weights>
+// The coefficients u_k of a pair of classes. Weights: VectorPair<T>, or One. kEven: as of a Coefficient.
+template <class T, class Weights, bool kEven>
 struct PairCoefficients {
+  using V = Lanes<Accumulate<T>>;
   Weights weights;
   VectorPair<T> shares;
 
   TORCHCE_SIMD auto operator[](int j) const {
     if constexpr (math::kIsOne<Weights>) {
-      return coefficient(shares.v[j]);
+      return Coefficient<math::One, V, kEven>{{}, shares.v[j]};
     } else {
-      return Coefficient<Lanes<Accumulate<T>>, Lanes<Accumulate<T>>>{weights.v[j], shares.v[j]};
+      return Coefficient<V, V, kEven>{weights.v[j], shares.v[j]};
     }
   }
   // The same, 0 in the places before `place`.
-  TORCHCE_SIMD PairCoefficients from(int64_t place) const {
-    PairCoefficients result{weights, shares.from(place, 0)};
+  TORCHCE_SIMD PairCoefficients<T, Weights, false> from(int64_t place) const {
+    PairCoefficients<T, Weights, false> result{weights, shares.from(place, 0)};
     if constexpr (!math::kIsOne<Weights>) result.weights = weights.from(place, 0);  // infinity times 0 would be NaN
     return result;
   }
 };
 
-// The coefficients of a row, read for the pair of vectors that begins at class k.
-template <class T, class Target>
+// The coefficients of a row. kWeighted: there are class weights.
+template <class T, class Target, bool kWeighted>
 struct RowCoefficients {
   using A = Accumulate<T>;
+  static constexpr bool kEven = !Target::kProbabilities;
+  static constexpr bool kConstant = kEven && !kWeighted;  // all are the same
   const A* weight;
   const void* target;
   Smoothing<A> smoothing;
 
-  RowCoefficients(const Rows& rows, RowPosition at)
+  TORCHCE_SIMD RowCoefficients(const Rows& rows, RowPosition at)
       : weight(static_cast<const A*>(rows.weight)), target(nullptr), smoothing(smoothing_of<A>(rows)) {
     if constexpr (Target::kProbabilities) {
       target = static_cast<const typename Target::Storage*>(rows.target) + at.offset(rows.target_strides);
     }
   }
 
-  // Calls f(PairCoefficients).
-  template <class F>
-  TORCHCE_SIMD void read(int64_t k, F f) const {
+  // Reads the coefficients of the pair of vectors that begins at class k.
+  TORCHCE_SIMD auto at(int64_t k) const {
+    if constexpr (kWeighted) {
+      return PairCoefficients<T, VectorPair<T>, kEven>{VectorPair<T>::load(weight + k), shares(k)};
+    } else {
+      return PairCoefficients<T, math::One, kEven>{{}, shares(k)};
+    }
+  }
+  // The sum of the coefficients of so many pairs, lane by lane, where all are the same.
+  TORCHCE_SIMD Lanes<A> sum_of_pairs(int pairs) const { return broadcast(A(2 * pairs) * smoothing.even_share()); }
+
+ private:
+  TORCHCE_SIMD VectorPair<T> shares(int64_t k) const {
     if constexpr (Target::kProbabilities) {
       auto shares = VectorPair<T>::load(static_cast<const typename Target::Storage*>(target) + k);
       if (smoothing.label_smoothing != 0) {
         for (auto& share : shares.v) share = smoothing.share(share);
       }
-      if (weight == nullptr) return f(PairCoefficients<T, math::One>{{}, shares});
-      f(PairCoefficients<T, VectorPair<T>>{VectorPair<T>::load(weight + k), shares});
+      return shares;
     } else {
-      VectorPair<T> u = {broadcast<A>(1), broadcast<A>(1)};
-      if (weight != nullptr) u = VectorPair<T>::load(weight + k);
-      f(PairCoefficients<T, math::One>{{}, u});
+      const auto share = broadcast(smoothing.even_share());
+      return {share, share};
     }
   }
 };
+
+// Calls f(RowCoefficients).
+template <class T, class Target, class F>
+TORCHCE_SIMD void with_coefficients(const Rows& rows, RowPosition at, F f) {
+  if constexpr (Target::kSpread) {
+    if (rows.weight != nullptr) return f(RowCoefficients<T, Target, true>(rows, at));
+  }
+  f(RowCoefficients<T, Target, false>(rows, at));
+}
 
 // The logits of a row, read for the pair of vectors that begins at class k.
 template <class T, class Target>
@@ -86,45 +108,35 @@ struct RowLogits {
   TORCHCE_SIMD Lanes<A> largest_values(const Largest<T>& largest) const { return logit.value(largest.lanes()); }
 };
 
-// What the classes of a row add up to, lane by lane.
-template <class T, class Target>
-using SumsOfLanes = LogitSums<Target::kSpread, Lanes<Accumulate<T>>>;
-
-// What pairs of classes add up to. The exponentials of first and second vectors are added up apart: they are products,
-// with which an addition to a sum is fused, but not one to another product.
-template <class T, class Target>
+// What pairs of classes add up to. Exponentials and gaps of first and second vectors are added up apart: they are
+// products, with which an addition to a sum is fused, but not one to another product.
+template <class Sums>
 struct SumsOfPairs {
-  using V = Lanes<Accumulate<T>>;
-  V of_first{}, of_second{};  // vectors: sum exp(x_k - from)
-  V coefficients{}, gaps{};   // sum u_k, sum u_k (x_k - from)
+  Sums of_first, of_second;
 
   TORCHCE_SIMD SumsOfPairs operator+(const SumsOfPairs& other) const {
-    SumsOfPairs sum{of_first + other.of_first, of_second + other.of_second};
-    if constexpr (Target::kSpread) {
-      sum.coefficients = coefficients + other.coefficients;
-      sum.gaps = gaps + other.gaps;
-    }
-    return sum;
+    return {of_first + other.of_first, of_second + other.of_second};
   }
-  TORCHCE_SIMD SumsOfLanes<T, Target> value() const { return {of_first + of_second, coefficients, gaps}; }
+  TORCHCE_SIMD Sums value() const { return of_first + of_second; }
 };
 
 // What a pair of classes from k on adds up to; kFromBegin: without those before `begin`.
-template <bool kFromBegin = false, class T, class Target, class V>
-TORCHCE_SIMD SumsOfPairs<T, Target> sums_of_pair(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x,
-                                                 const RowCoefficients<T, Target>& u, int64_t k, V from,
-                                                 int64_t begin = 0) {
+template <bool kFromBegin = false, class T, class Target, class Coefficients, class V>
+TORCHCE_SIMD auto sums_of_pair(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x, const Coefficients& u,
+                               int64_t k, V from, int64_t begin = 0) {
   VectorPair<T> pair = x.at(k);
   if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<Accumulate<T>>);
-  SumsOfPairs<T, Target> sums{exp(pair.v[0] - from), exp(pair.v[1] - from)};
-  if constexpr (Target::kSpread) {
-    u.read(k, [&](auto of_pair) TORCHCE_HD_LAMBDA {
-      if constexpr (kFromBegin) of_pair = of_pair.from(begin - k);
-      sums.coefficients = of_pair[0].value() + of_pair[1].value();
-      sums.gaps = of_pair[0].gap(pair.v[0], from) + of_pair[1].gap(pair.v[1], from);
-    });
+  const V first = exp(pair.v[0] - from), second = exp(pair.v[1] - from);
+  const auto sums = [&](auto known, auto of_pair) TORCHCE_HD_LAMBDA {
+    using Sums = LogitSums<Target::kSpread, V, decltype(known)::value>;
+    return SumsOfPairs<Sums>{Sums::of(first, of_pair[0], pair.v[0], from),
+                             Sums::of(second, of_pair[1], pair.v[1], from)};
+  };
+  if constexpr (kFromBegin) {
+    return sums(std::false_type{}, u.at(k).from(begin - k));
+  } else {
+    return sums(std::bool_constant<Coefficients::kConstant>{}, u.at(k));
   }
-  return sums;
 }
 
 // The sums of a group's rows, each still spread over the lanes of a vector, to be folded together.
@@ -168,7 +180,7 @@ struct LaneSums {
 };
 
 // Adds up one row of logits.
-template <class T, class Target>
+template <class T, class Target, class Coefficients>
 class RowSums {
   using A = Accumulate<T>;
   using V = Lanes<A>;
@@ -186,34 +198,32 @@ class RowSums {
   // Adds a block of pairs from class k on: as many as the template says, or `count` (kAsCounted), or one whose classes
   // before `begin` were in the pair before (kRemainder).
   template <int kCount>
-  TORCHCE_SIMD void add(const RowLogits<T, Target>& x, const RowCoefficients<T, Target>& u, int64_t k, int count,
-                        int64_t begin = 0) {
+  TORCHCE_SIMD void add(const RowLogits<T, Target>& x, const Coefficients& u, int64_t k, int count, int64_t begin = 0) {
     constexpr int64_t P = VectorPair<T>::kSize;
     if constexpr (kCount > 0) count = kCount;
-    Largest<T> largest_here = largest;
-    SumsOfLanes<T, Target> sums;
-    const auto sum_up = [&]() TORCHCE_HD_LAMBDA {
+    for (;;) {
       const V from = broadcast(reference);
+      Largest<T> largest_here = largest;
       const auto sums_of = [&](int i) TORCHCE_HD_LAMBDA {
         largest_here.add(x.x + k + i * P);
         return sums_of_pair<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
       };
+      LogitSums<Target::kSpread, V> sums;
       if constexpr (kCount == kRemainder) {
         sums = sums_of(0).value();
       } else {
-        math::StridedSum<2, SumsOfPairs<T, Target>> of_block;
+        math::StridedSum<2, decltype(sums_of(0))> of_block;
         of_block.add(count, sums_of);
-        sums = of_block.value().value();
+        sums = of_block.value().value().complete(u.sum_of_pairs(count));
       }
-    };
-    sum_up();
-    const A max = max_of<A>(x.largest_values(largest_here));
-    if (max > reference + kHeadroom) {
+      const A max = max_of<A>(x.largest_values(largest_here));
+      if (!(max > reference + kHeadroom)) {
+        largest = largest_here;
+        total.add(sums);
+        return;
+      }
       raise_to(max);
-      sum_up();
     }
-    largest = largest_here;
-    total.add(sums);
   }
 
   TORCHCE_SIMD void raise_to(A logit) {
@@ -222,8 +232,7 @@ class RowSums {
   }
 
  public:
-  TORCHCE_SIMD RowSums(const RowLogits<T, Target>& x, int64_t classes, const RowCoefficients<T, Target>& u)
-      : largest(x.x) {
+  TORCHCE_SIMD RowSums(const RowLogits<T, Target>& x, int64_t classes, const Coefficients& u) : largest(x.x) {
     constexpr int64_t P = VectorPair<T>::kSize;
     // The first pair may be of -inf, and the next one not.
     reference = larger_or_second(kLowest<A>, max_of<A>(x.largest_values(largest)));
@@ -258,16 +267,16 @@ TORCHCE_SIMD Lanes<Accumulate<T>> largest_of_short_row(const RowLogits<T, Target
   return x.largest_values(largest);
 }
 
-template <class T, class Target>
-TORCHCE_SIMD SumsOfLanes<T, Target> sums_of_short_row(const RowLogits<T, Target>& x, int64_t classes,
-                                                      const RowCoefficients<T, Target>& u, Lanes<Accumulate<T>> from) {
+template <class T, class Target, class Coefficients>
+TORCHCE_SIMD auto sums_of_short_row(const RowLogits<T, Target>& x, int64_t classes, const Coefficients& u,
+                                    Lanes<Accumulate<T>> from) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const math::ExpInSum<Lanes<Accumulate<T>>> exp;
-  SumsOfPairs<T, Target> sums = sums_of_pair(exp, x, u, 0, from);
+  auto of_pairs = sums_of_pair(exp, x, u, 0, from);
   int64_t k = P;
-  for (; k + P <= classes; k += P) sums = sums + sums_of_pair(exp, x, u, k, from);
-  if (k < classes) sums = sums + sums_of_pair<true>(exp, x, u, classes - P, from, k);
-  return sums.value();
+  for (; k + P <= classes; k += P) of_pairs = of_pairs + sums_of_pair(exp, x, u, k, from);
+  const auto sums = of_pairs.value().complete(u.sum_of_pairs(int(k / P)));
+  return k < classes ? sums + sums_of_pair<true>(exp, x, u, classes - P, from, k).value() : sums;
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::along

@@ -163,7 +163,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
     if constexpr (Target::kProbabilities) {
       v = probability_loss(terms, A(rows.classes));
     } else {
-      v = index_loss<Target::kSpread>(targets->hot(w), hot_logits.lanes(w), terms, targets->smoothing);
+      v = index_loss<Target::kSpread>(targets->hot(w), hot_logits.lanes(w), terms, A(rows.classes));
       v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
       weight_sum.add(targets->weight.lanes(w));
     }
@@ -238,10 +238,10 @@ struct Factors {
       }
       return;
     }
-    const A class_weights = targets->smoothing.label_smoothing == 0 ? A(0) : sum_of_class_weights<A>(call);
+    const A sum_of_indices = sum_of_index_coefficients<A>(call);
     for (int w = 0; w < vectors; ++w) {
       auto of_rows = index_factors<true>(upstream.g.lanes(w), upstream.rest, targets->hot(w), targets->smoothing,
-                                         class_weights, sum.lanes(w));
+                                         sum_of_indices, sum.lanes(w));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);
       set(w, of_rows);

@@ -158,31 +158,52 @@ struct BlockSlopes {
   }
 };
 
-// The strip's targets, seen as the coefficients u_k of its rows.
-template <class Target, class A, int W>
+// The strip's targets, seen as the coefficients u_k of its rows. kWeighted: there are class weights.
+template <class Target, class A, int W, bool kWeighted>
 struct StripCoefficients {
+  using V = Lanes<A>;
+  static constexpr bool kKnownSum = true;  // what a block's coefficients add up to is the same for all rows
   const A* weight;
+  A share;
+  V sum_of_block{};
   int64_t k = 0;
-  explicit StripCoefficients(const Rows& rows, int64_t, int) : weight(static_cast<const A*>(rows.weight)) {}
-  TORCHCE_SIMD void read_block(int64_t first, int) { k = first; }
-  // Calls f with the Coefficient of class c of the block that was read, for vector w of the rows.
-  template <class F>
-  TORCHCE_SIMD void read(int c, int, F f) const {
-    f(coefficient(broadcast(weight == nullptr ? A(1) : weight[k + c])));
+
+  TORCHCE_SIMD StripCoefficients(const Rows& rows, int64_t, int)
+      : weight(static_cast<const A*>(rows.weight)), share(smoothing_of<A>(rows).even_share()) {}
+  TORCHCE_SIMD void read_block(int64_t first, int count) {
+    k = first;
+    if constexpr (kWeighted) {
+      math::StridedSum<4, A> sum;
+      sum.add(count, [&](int c) TORCHCE_HD_LAMBDA { return weight[k + c] * share; });
+      sum_of_block = broadcast(sum.value());
+    } else {
+      sum_of_block = broadcast(A(count) * share);
+    }
+  }
+  // The Coefficient of class c of the block that was read, for vector w of the rows.
+  TORCHCE_SIMD auto at(int c, int) const {
+    if constexpr (kWeighted) {
+      return Coefficient<V, V, true>{broadcast(weight[k + c]), broadcast(share)};
+    } else {
+      return Coefficient<math::One, V, true>{{}, broadcast(share)};
+    }
   }
 };
 
-template <class Target, class A, int W>
+template <class Target, class A, int W, bool kWeighted>
   requires Target::kProbabilities
-struct StripCoefficients<Target, A, W> {
+struct StripCoefficients<Target, A, W, kWeighted> {
+  using V = Lanes<A>;
   using P = typename Target::Storage;
+  static constexpr bool kKnownSum = false;
+  static constexpr V sum_of_block{};
   const A* weight;
   Smoothing<A> smoothing;
   Strip<A, const P, W> target;
   Block<A, W> block;
   int64_t k = 0;
 
-  explicit StripCoefficients(const Rows& rows, int64_t row, int count)
+  TORCHCE_SIMD StripCoefficients(const Rows& rows, int64_t row, int count)
       : weight(static_cast<const A*>(rows.weight)),
         smoothing(smoothing_of<A>(rows)),
         target(rows, static_cast<const P*>(rows.target), rows.target_strides, row, count) {}
@@ -190,13 +211,28 @@ struct StripCoefficients<Target, A, W> {
     k = first;
     target.read(first, count, block);
   }
-  template <class F>
-  TORCHCE_SIMD void read(int c, int w, F f) const {
-    const Lanes<A> share = smoothing.share(block.values[c][w]);
-    if (weight == nullptr) return f(coefficient(share));
-    f(Coefficient<Lanes<A>, Lanes<A>>{broadcast(weight[k + c]), share});
+  TORCHCE_SIMD auto at(int c, int w) const {
+    const V share = smoothing.share(block.values[c][w]);
+    if constexpr (kWeighted) {
+      return Coefficient<V, V>{broadcast(weight[k + c]), share};
+    } else {
+      return coefficient(share);
+    }
   }
 };
+
+// Calls f with a reference to StripCoefficients, which are too large to be copied.
+template <class Target, class A, int W, class F>
+TORCHCE_SIMD void with_coefficients(const Rows& rows, int64_t row, int count, F f) {
+  if constexpr (Target::kSpread) {
+    if (rows.weight != nullptr) {
+      StripCoefficients<Target, A, W, true> weighted(rows, row, count);
+      return f(weighted);
+    }
+  }
+  StripCoefficients<Target, A, W, false> unweighted(rows, row, count);
+  f(unweighted);
+}
 
 // Calls body(first class, classes) for the blocks of all classes.
 template <class F>

@@ -132,10 +132,10 @@ struct Gradients {
                                         const Weights<layout, A, V>& weights) const {
     if (layout == Layout::dense || problem.data[kWeight] == nullptr) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) grad[v] = scaled(grad[v], grad_output.elements[v], One{});
+      for (int v = 0; v < V; ++v) grad[v] = math::product_in_range(grad[v], grad_output.elements[v], One{});
     } else {
 #pragma unroll
-      for (int v = 0; v < V; ++v) grad[v] = scaled(grad[v], grad_output.elements[v], weights.weight(v));
+      for (int v = 0; v < V; ++v) grad[v] = math::product_in_range(grad[v], grad_output.elements[v], weights.weight(v));
     }
     if (of_all.rest != A(1)) {
 #pragma unroll

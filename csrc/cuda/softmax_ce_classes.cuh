@@ -69,19 +69,16 @@ struct ClassCoefficients {
   __device__ __forceinline__ A weight_of(int64_t k) const { return weight == nullptr ? A(1) : weight[k]; }
 
   // u_k of class k, 0 where it is not there; `probability` is what the target says of it, where it holds probabilities.
-  // kUnweighted: there are no weights.
-  template <bool kUnweighted = false>
+  // kUnweighted: there are no weights. kWhole: every class is there.
+  template <bool kUnweighted = false, bool kWhole = true>
   __device__ __forceinline__ auto at(int64_t k, A probability, bool is_there = true) const {
-    const A share = !is_there ? A(0) : Target::kProbabilities ? smoothing.share(probability) : A(1);
+    constexpr bool kEven = kWhole && !Target::kProbabilities;
+    const A share_of_class = Target::kProbabilities ? smoothing.share(probability) : smoothing.even_share();
+    const A share = kWhole || is_there ? share_of_class : A(0);
     if constexpr (kUnweighted) {
-      return coefficient(share);
+      return Coefficient<math::One, A, kEven>{{}, share};
     } else {
-      const A weight = is_there ? weight_of(k) : A(0);
-      if constexpr (Target::kProbabilities) {
-        return Coefficient<A, A>{weight, share};
-      } else {
-        return coefficient(weight);
-      }
+      return Coefficient<A, A, kEven>{kWhole || is_there ? weight_of(k) : A(0), share};
     }
   }
 };

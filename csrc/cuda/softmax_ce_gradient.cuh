@@ -46,7 +46,7 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   load_grad_output_bits(call, at, grad_outputs);
   const A divisor = mean_divisor<A>(call);
   A coefficients_of_all = 0;
-  if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_class_weights<A>(call);
+  if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_index_coefficients<A>(call);
 #pragma unroll
   for (int v = 0; v < n; ++v) {
     inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
@@ -83,13 +83,14 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const Backward& call, const RowInputs<A>& in)
       : max(in.max), spread(0), hot(0), grad_output(0), log_sum(0), index(-1), ignored(false) {
     const Rows& rows = call.rows;
-    const DividedGradient<A> upstream(float_of<A>(call.grad_output_dtype, in.grad_output_bits), in.divisor);
+    const A of_loss = float_of<A>(call.grad_output_dtype, in.grad_output_bits);
     if constexpr (of == GradientOf::target) {
-      grad_output = upstream.g;
+      grad_output = of_loss / in.divisor;
       log_sum = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
-      set(probability_factors(upstream.g, in.coefficients, in.sum));
+      set(probability_factors(of_loss / in.divisor, in.coefficients, in.sum));
     } else {
+      const DividedGradient<A> upstream(of_loss, in.divisor);
       const auto smoothing = smoothing_of<A>(rows);
       const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
       ignored = row.ignored;
@@ -106,11 +107,10 @@ struct RowGradient {
   // The gradient of class k, whose logit has value x, without the part that only the target class has.
   __device__ __forceinline__ A at(int64_t k, A x, A target, const ClassCoefficients<Target, A>& coefficients) const {
     if constexpr (of == GradientOf::target) {
-      const A hot_of_class = grad_output * coefficients.smoothing.hot(coefficients.weight_of(k));
-      return target_gradient(x, hot_of_class, max, log_sum);
+      return target_gradient(x, coefficients.smoothing, grad_output, coefficients.weight_of(k), max, log_sum);
     } else {
       A g = scaled_exp(x - max);
-      if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target).value());
+      if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target).of_gradient());
       return g;
     }
   }

@@ -196,7 +196,8 @@ __device__ __forceinline__ ClassSums<Accumulate<T>, Target::kSpread> sum_classes
         logit, [&](int i) { return get<A>(logits[i / V], i % V); }, [&](int i) { return is_there(i / V); },
         [&](int i) {
           const A probability = Target::kProbabilities ? get<A>(target[i / V], i % V) : A(0);
-          return coefficients.template at<kPlain>(class_of(i / V) + i % V, probability, is_there(i / V));
+          return coefficients.template at<kPlain, decltype(whole)::value>(class_of(i / V) + i % V, probability,
+                                                                          is_there(i / V));
         });
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -271,7 +272,8 @@ __device__ __forceinline__ void sum_across(const Rows& rows, int64_t r, int shar
       of_rows[v].template add<kBatch>(
           logit, [&](int i) { return get<A>(logits[i], v); }, is_there,
           [&](int i) {
-            return coefficients.at(class_of(i), Target::kProbabilities ? get<A>(target[i], v) : A(0), is_there(i));
+            const A probability = Target::kProbabilities ? get<A>(target[i], v) : A(0);
+            return coefficients.template at<false, decltype(whole)::value>(class_of(i), probability, is_there(i));
           });
     }
   };
@@ -305,7 +307,7 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
     const IndexedRow<A> row(rows, target, smoothing);
     if (!row.ignored) {
       loss = index_loss<Target::kSpread>(row.hot, LogitOf<Target, T>(rows).value(load_one<A>(&hot_logit)), terms,
-                                         smoothing);
+                                         A(rows.classes));
       total.weight += row.weight;
     }
   }
@@ -320,18 +322,21 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
 template <class Target, class A>
 __device__ __forceinline__ void finish_launch(const Forward& call, const LossSums& total) {
   const Rows& rows = call.rows;
-  LossSums classes{0, double(rows.classes)};  // the sum of the class weights, which only smoothed indices ask for later
-  if (!Target::kProbabilities && Target::kSpread && rows.weight != nullptr) {
-    classes = LossSums::identity();
-    for (int64_t k = threadIdx.x; k < rows.classes; k += kThreads) {
-      classes.weight += static_cast<const A*>(rows.weight)[k];
+  double sum_of_coefficients = 0;  // U of a row with a class index
+  if constexpr (!Target::kProbabilities && Target::kSpread) {
+    sum_of_coefficients = rows.options.label_smoothing;
+    if (rows.weight != nullptr) {
+      LossSums classes = LossSums::identity();
+      for (int64_t k = threadIdx.x; k < rows.classes; k += kThreads) {
+        classes.weight += static_cast<const A*>(rows.weight)[k];
+      }
+      sum_of_coefficients *= reduce_block(classes).weight / double(rows.classes);
     }
-    classes = reduce_block(classes);
   }
   if (threadIdx.x != 0) return;
   const double divisor = Target::kProbabilities ? double(rows.outer) * double(rows.inner) : total.weight;
   static_cast<A*>(call.totals)[0] = A(divisor);
-  static_cast<A*>(call.totals)[1] = A(classes.weight);
+  static_cast<A*>(call.totals)[1] = A(sum_of_coefficients);
   if (rows.options.reduction == Reduction::none) return;
   store_as(call.loss_dtype, call.loss, 0,
            rows.options.reduction == Reduction::mean ? total.loss / divisor : total.loss);

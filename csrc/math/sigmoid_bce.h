@@ -19,6 +19,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "rounding.h"
 
 namespace torchce::sigmoid_bce {
 
@@ -93,21 +94,6 @@ TORCHCE_HD V target_gradient(V x, V pos_weight) {
 template <class V>
 TORCHCE_HD V target_gradient(V x, One) {
   return -x;
-}
-
-// A gradient times the upstream gradient and w.
-//
-// With |gradient| <= 1 the larger of the two comes first, else the smaller: that product lies between its factors, or
-// the second takes it further the same way, so nothing is infinite or 0 but what the result is as well. Beside a factor
-// that is a subnormal number the product has no more digits than that.
-template <class V>
-TORCHCE_HD V scaled(V gradient, V grad_output, V weight) {
-  const auto in_order = (math::abs(gradient) <= V{} + 1) == (math::abs(grad_output) >= math::abs(weight));
-  return gradient * math::select(in_order, grad_output, weight) * math::select(in_order, weight, grad_output);
-}
-template <class V>
-TORCHCE_HD V scaled(V gradient, V grad_output, One) {
-  return gradient * grad_output;
 }
 
 }  // namespace torchce::sigmoid_bce

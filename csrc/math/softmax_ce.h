@@ -13,14 +13,14 @@
 // Class weights w and smoothing eps, which moves that share of t evenly onto all classes (Szegedy et al. 2016,
 // arXiv:1512.00567), make c_k = w_k ((1 - eps) t_k + eps / C). What only a target class y has is kept apart from that:
 //
-//   c_k = b u_k + h [k == y]
-//   class index y:    h = (1 - eps) w_y,  b = eps / C,  u_k = w_k
-//   probabilities t:  h = 0,              b = 1,        u_k = w_k ((1 - eps) t_k + eps / C)
+//   c_k = u_k + h [k == y]
+//   class index y:    h = (1 - eps) w_y,  u_k = w_k eps / C
+//   probabilities t:  h = 0,              u_k = w_k ((1 - eps) t_k + eps / C)
 //
 // So with the sums U = sum_k u_k and G = sum_k u_k (x_k - max), and lse = max + log(sum), sum = sum_k exp(x_k - max):
 //
-//   loss = h (lse - x_y) + b (U log(sum) - G)
-//   dloss/dx_j = exp(x_j - max) A / sum - b u_j - h [j == y],  A = h + b U
+//   loss = h (lse - x_y) + U log(sum) - G
+//   dloss/dx_j = exp(x_j - max) A / sum - u_j - h [j == y],  A = h + U
 //   dloss/dt_j = (1 - eps) w_j (lse - x_j), of probabilities
 //
 // max and sum are kept apart: a float32 lse near 1e4 is rounded to 1e-3, which would be the relative error of every
@@ -45,7 +45,7 @@ struct ClassIndex {
         index(math::select(ignored | bad, I{}, target)) {}
 };
 
-// Smoothing is what a call says of label smoothing, and makes of it h, b and the shares of u_k.
+// Smoothing is what a call says of label smoothing, and makes of it h and the shares of u_k.
 template <class A>
 struct Smoothing {
   A label_smoothing, unsmoothed, classes;  // eps, 1 - eps, C
@@ -59,19 +59,19 @@ struct Smoothing {
   TORCHCE_HD V hot(V weight) const {
     return unsmoothed * weight;
   }
-  // b of rows with a class index.
-  TORCHCE_HD A uniform() const { return label_smoothing / classes; }
+  // eps / C, the share of each class of a row with a class index.
+  TORCHCE_HD A even_share() const { return label_smoothing / classes; }
   // (1 - eps) t_k + eps / C of a class that the target gives the probability `probability`.
   template <class V>
   TORCHCE_HD V share(V probability) const {
-    return probability * unsmoothed + uniform();
+    return probability * unsmoothed + even_share();
   }
 };
 
 // Coefficient is u_k as its factors: w_k and the class's share of the label. They are kept apart because u_k may
-// underflow where its product with a large gap does not. Weight: V, or One where there is none or it is the only
-// factor.
-template <class Weight, class V>
+// underflow where its product with a large gap does not. Weight: V, or One where there is none. kEven: every class has
+// the same share, which is not 0.
+template <class Weight, class V, bool kEven = false>
 struct Coefficient {
   Weight weight;
   V share;
@@ -79,10 +79,23 @@ struct Coefficient {
   TORCHCE_HD V value() const { return weight * share; }
   // u_k (x_k - max), with 0 * -inf = 0: a class that the target excludes costs nothing, however unlikely it is.
   TORCHCE_HD V gap(V x, V max) const {
-    if constexpr (math::kIsOne<Weight>) {
-      return math::select(share == V{}, V{}, share * (x - max));
+    const V product = weight * (share * (x - max));
+    if constexpr (!math::kIsOne<Weight> && kEven) {
+      return math::select(weight == V{}, V{}, product);
+    } else if constexpr (!math::kIsOne<Weight>) {
+      return math::select((share == V{}) | (weight == V{}), V{}, product);
+    } else if constexpr (!kEven) {
+      return math::select(share == V{}, V{}, product);
     } else {
-      return math::select((share == V{}) | (weight == V{}), V{}, weight * (share * (x - max)));
+      return product;
+    }
+  }
+  // The factor that GradientFactors::spread, which has an even share in it, is multiplied with.
+  TORCHCE_HD auto of_gradient() const {
+    if constexpr (kEven) {
+      return weight;
+    } else {
+      return value();
     }
   }
 };
@@ -91,20 +104,25 @@ TORCHCE_HD Coefficient<math::One, V> coefficient(V share) {
   return {{}, share};
 }
 
-// LogitSums are what some of a row's classes add up to, against a number near their largest logit.
-template <bool kSpread, class V>
+// LogitSums are what some of a row's classes add up to, against a number near their largest logit. kKnown: what the
+// coefficients add up to is known otherwise.
+template <bool kSpread, class V, bool kKnown = false>
 struct LogitSums {
   V exponentials{}, coefficients{}, gaps{};  // sum exp(x_k - from), sum u_k, sum u_k (x_k - from)
 
   // Those of one class, given exp(x - from).
-  template <class Weight>
-  TORCHCE_HD static LogitSums of(V exponential, const Coefficient<Weight, V>& u, V x, V from) {
+  template <class Weight, bool kEven>
+  TORCHCE_HD static LogitSums of(V exponential, const Coefficient<Weight, V, kEven>& u, V x, V from) {
     if constexpr (!kSpread) return {exponential};
-    return {exponential, u.value(), u.gap(x, from)};
+    return {exponential, kKnown ? V{} : u.value(), u.gap(x, from)};
   }
   TORCHCE_HD LogitSums operator+(const LogitSums& other) const {
     if constexpr (!kSpread) return {exponentials + other.exponentials};
-    return {exponentials + other.exponentials, coefficients + other.coefficients, gaps + other.gaps};
+    return {exponentials + other.exponentials, kKnown ? V{} : coefficients + other.coefficients, gaps + other.gaps};
+  }
+  // The sums with their coefficients', which is `known`, or in them already.
+  TORCHCE_HD LogitSums<kSpread, V> complete(V known) const {
+    return {exponentials, kKnown ? known : coefficients, gaps};
   }
 };
 
@@ -143,18 +161,6 @@ TORCHCE_HD V hot_loss(V hot, V x_y, V max, V log_sum) {
   return math::select(hot == V{}, hot * log_sum, hot * ((max - x_y) + log_sum));
 }
 
-// b sum_k u_k (lse - x_k), from U = sum_k u_k and G = sum_k u_k (x_k - max)
-//
-// An infinite u_k makes the loss infinite: lse - x_k > 0, but for a single class. The formula gives NaN where G met
-// infinity times a gap of 0, or, while its terms were against an earlier maximum, infinities of both signs. Products
-// with a gap may be such infinities where 16 U is beyond the largest number; then the loss would be too.
-template <class V, class A>
-TORCHCE_HD V spread_loss(A uniform, V sum_coefficients, V sum_gaps, V log_sum, A classes) {
-  const V loss = sum_coefficients * log_sum - sum_gaps, scaled = sum_coefficients * 16.0f;
-  const auto infinite = (loss != loss) & (scaled - scaled != V{});
-  return uniform * math::select(infinite, scaled * (classes - A(1)) + log_sum, loss);  // of a NaN it is NaN
-}
-
 // LossTerms are what a row's classes add up to, as its loss takes it.
 template <class V>
 struct LossTerms {
@@ -162,47 +168,56 @@ struct LossTerms {
   V coefficients{}, gaps{};  // U and G, where the loss has a part of every class
 };
 
+// sum_k u_k (lse - x_k), from U = sum_k u_k and G = sum_k u_k (x_k - max)
+//
+// An infinite u_k makes the loss infinite: lse - x_k > 0, but for a single class. The formula gives NaN where G met
+// infinity times a gap of 0, or, while its terms were against an earlier maximum, infinities of both signs. Products
+// with a gap may be such infinities where 16 U is beyond the largest number; then the loss would be too.
+template <class V, class A>
+TORCHCE_HD V spread_loss(const LossTerms<V>& terms, A classes) {
+  const V loss = terms.coefficients * terms.log_sum - terms.gaps, beyond = terms.coefficients * 16.0f;
+  const auto infinite = (loss != loss) & (beyond - beyond != V{});
+  return math::select(infinite, beyond * (classes - A(1)) + terms.log_sum, loss);  // of a NaN it is NaN
+}
+
 // index_loss is the loss of a row with a class index. A NaN for h, where the index is no class, makes it NaN. kSpread:
 // there may be smoothing.
 template <bool kSpread, class V, class A>
-TORCHCE_HD V index_loss(V hot, V x_y, const LossTerms<V>& terms, const Smoothing<A>& smoothing) {
+TORCHCE_HD V index_loss(V hot, V x_y, const LossTerms<V>& terms, A classes) {
   V loss = hot_loss(hot, x_y, terms.max, terms.log_sum);
-  if constexpr (kSpread) {
-    loss += spread_loss(smoothing.uniform(), terms.coefficients, terms.gaps, terms.log_sum, smoothing.classes);
-  }
+  if constexpr (kSpread) loss += spread_loss(terms, classes);
   return loss;
 }
 
 // probability_loss is the loss of a row with probabilities.
 template <class V, class A>
 TORCHCE_HD V probability_loss(const LossTerms<V>& terms, A classes) {
-  return spread_loss(A(1), terms.coefficients, terms.gaps, terms.log_sum, classes);
+  return spread_loss(terms, classes);
 }
 
 // GradientFactors make the gradient of each class of a row, the upstream gradient g in it:
-// g dloss/dx_j = exp(x_j - max) scale - spread u_j - hot [j == y]
+// g dloss/dx_j = exp(x_j - max) scale - spread u_j - hot [j == y], of a class index with w_j in place of u_j
 template <class V>
 struct GradientFactors {
   V scale, spread, hot;
 };
 
-// DividedGradient is an upstream gradient divided by a mean's divisor: but where that would be infinite, as by a sum of
-// tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients. Beside
-// probabilities, whose divisor is a number of rows, `rest` has no part: an infinite g stays infinite.
+// DividedGradient is an upstream gradient divided by a mean's divisor: but where only the quotient is infinite, as by a
+// sum of tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients. Beside
+// probabilities, whose divisor is a number of rows, `rest` is 1.
 template <class A>
 struct DividedGradient {
   A g, rest;
 
   TORCHCE_HD DividedGradient(A grad_output, A divisor) : g(grad_output / divisor), rest(1) {
-    if (g - g == A(0)) return;
+    if (g - g == A(0) || grad_output - grad_output != A(0)) return;
     g = grad_output;
     rest = divisor;
   }
 };
 
-// index_factors gives those of a row with a class index, whose DividedGradient is `g` and `rest`. `sum_coefficients` is
-// U, but 0 where there is no smoothing, as 0 times an infinite class weight would be NaN. kSpread: there may be
-// smoothing.
+// index_factors gives those of a row with a class index, whose DividedGradient is `g` and `rest`. kSpread: there may be
+// smoothing. Where there is none, an infinite g or class weight does not meet its 0.
 template <bool kSpread, class V, class A>
 TORCHCE_HD GradientFactors<V> index_factors(V g, A rest, V hot, const Smoothing<A>& smoothing, A sum_coefficients,
                                             V sum) {
@@ -210,9 +225,10 @@ TORCHCE_HD GradientFactors<V> index_factors(V g, A rest, V hot, const Smoothing<
   GradientFactors<V> factors{{}, {}, g * divided(hot)};
   V of_all = factors.hot;
   if constexpr (kSpread) {
-    const V spread = divided(g * smoothing.uniform());
-    factors.spread = math::select(spread == spread, spread, V{});  // NaN where g is infinite and there is no smoothing
-    of_all += factors.spread * sum_coefficients;
+    if (smoothing.label_smoothing != A(0)) {
+      factors.spread = divided(g * smoothing.even_share());
+      of_all += g * divided(V{} + sum_coefficients);
+    }
   }
   factors.scale = of_all / sum;
   return factors;
@@ -236,12 +252,15 @@ template <class V>
 TORCHCE_HD V class_gradient(V scaled_probability, V spread, V coefficient) {
   return scaled_probability - math::rounded_product(spread, coefficient);
 }
-
-// g d loss / d t_j = g (1 - eps) w_j (lse - x_j), from hot = g (1 - eps) w_j: the last product may be out of range
-// where one of the first two is not.
 template <class V>
-TORCHCE_HD V target_gradient(V x, V hot, V max, V log_sum) {
-  return hot * (log_sum - (x - max));
+TORCHCE_HD V class_gradient(V scaled_probability, V spread, math::One) {
+  return scaled_probability - spread;
+}
+
+// g d loss / d t_j = g (1 - eps) w_j (lse - x_j).
+template <class V, class A>
+TORCHCE_HD V target_gradient(V x, const Smoothing<A>& smoothing, V grad_output, V weight, V max, V log_sum) {
+  return math::product_in_range(smoothing.unsmoothed * (log_sum - (x - max)), grad_output, weight);
 }
 
 }  // namespace torchce::softmax_ce

@@ -188,6 +188,12 @@ FAULTS = {
         "return max == minus_infinity() && !PLANTED ? base(larger) : base(max);",
         "test_infinite_weights.py::test_minus_infinite_logits",
     ),
+    "a class that is not there has its share of the smoothing": Fault(
+        CLASSES,
+        "const A share = kWhole || is_there ? ",
+        "const A share = kWhole || is_there || PLANTED ? ",
+        PLANS,
+    ),
     "an infinite weight's loss is left to the formula": Fault(
         FORMULAS,
         "const auto infinite = ",
