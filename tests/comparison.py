@@ -8,9 +8,13 @@ float32 and so are not granted torch's error (torch rounds at every step), and f
 step in a float64 kernel cannot pass.
 
 What lies at the ends of float32's range is ruled too:
-- A coefficient or e^-|x| below the least normal number may be off by one subnormal number.
+- A coefficient, a quotient or e^-|x| below the least normal number may be off by one subnormal number.
 - A sum or quotient on the way may be infinite where it is beyond a sixteenth of the largest number, and a finite result
   then infinite or NaN, if torch's is no number either.
+- So may a finite result where torch's is a number, if it is of terms of both signs and those of one sign add up beyond
+  the largest number: it depends on their order then. An infinite one may be NaN, if both do.
+- Of float64, whose truth is no wider, infinities and NaN are equal beyond a sixteenth of the largest number, and finite
+  results may be off by 1e-13 of it.
 - Where the upstream gradient is infinite, an infinite gradient may be NaN if torch's is, or if it met e^-|x| = 0.
 """
 
@@ -85,6 +89,14 @@ def assert_accurate(
         their_value = reference.float64(theirs)
         beyond = torch.zeros_like(good) if truth.partial is None else truth.partial > accumulates.max / 16
         good |= expected.isfinite() & beyond & ~value.isfinite() & ~their_value.isfinite()
+        if truth.of_signs is not None:
+            positive, negative = (terms > 0.99 * accumulates.max for terms in truth.of_signs)
+            good |= expected.isfinite() & ~value.isfinite() & (positive | negative)
+            good |= expected.isinf() & value.isnan() & positive & negative
+        if accumulates.dtype == "float64" and truth.of_signs is not None:  # the reference is no wider
+            its_own = beyond & truth.partial.isfinite()
+            good |= its_own & ~expected.isfinite() & ~value.isfinite()
+            good |= its_own & truth.condition.isinf() & (error <= RELATIVE[ours.dtype] * accumulates.max)
         beyond_range = truth.value.isfinite() & (truth.value.abs() > accumulates.max)
         beyond = beyond | beyond_range | no_factor | infinite_grad_output
         good |= infinite_to_nan & their_value.isnan() & beyond

@@ -23,8 +23,10 @@ class Truth(NamedTuple):
     # before the mean.
     partial: Tensor | None = None
     # The value's change where every coefficient, exponential or product of them that is subnormal in float32, and every
-    # exponential that is 0 there, is larger by 1.
+    # exponential or quotient that is 0 there, is larger by 1.
     subnormal: Tensor | None = None
+    # The magnitudes of what its positive and its negative terms add up to, if it is of terms of both signs, else 0.
+    of_signs: tuple[Tensor, Tensor] | None = None
 
 
 class SoftmaxCE(NamedTuple):
@@ -46,10 +48,10 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(killed, torch.zeros_like(product), product)
 
 
-def sum_of_losses(coefficient: Tensor, negative_log_p: Tensor, k: int) -> Tensor:
-    """Over the classes: one without a coefficient costs nothing, one of infinite coefficient and certainty is NaN."""
+def terms_of_loss(coefficient: Tensor, negative_log_p: Tensor) -> Tensor:
+    """Of each class: one without a coefficient costs nothing, one of infinite coefficient and certainty is NaN."""
     without = (coefficient == 0) & negative_log_p.isinf()
-    return torch.where(without, torch.zeros_like(coefficient), coefficient * negative_log_p).sum(k, keepdim=True)
+    return torch.where(without, torch.zeros_like(coefficient), coefficient * negative_log_p)
 
 
 def float64(tensor: Tensor) -> Tensor:
@@ -112,21 +114,29 @@ def softmax_ce(
     def only_kept(rows: Tensor) -> Tensor:
         return torch.where(kept, rows, torch.zeros_like(rows))
 
-    row_loss = only_kept(sum_of_losses(coefficient, negative_log_p, k))
+    terms = terms_of_loss(coefficient, negative_log_p)
+    row_loss = only_kept(terms.sum(k, keepdim=True))
 
     def of_loss(magnitude: Tensor) -> Tensor:
         """What the rows' losses are if their coefficients are as large as that, and the roundings of a sum near 1."""
         return only_kept(times(magnitude, negative_log_p + 1).sum(k, keepdim=True))
 
     loss, g = _reduce(row_loss, of_loss(coefficient.abs()), total, reduction, grad_output, class_dim=k)
-    summed = coefficient.abs()
-    if by_index and smoothing > 0:  # smoothing / classes multiplies what is summed
-        summed = torch.maximum(summed, w.abs())
-    subnormal = ((coefficient != 0) & (coefficient.abs() < torch.finfo(torch.float32).smallest_normal)).double()
+    least = torch.finfo(torch.float32).smallest_normal
+
+    def is_subnormal(factor: Tensor) -> Tensor:
+        return ((factor != 0) & (factor.abs() < least)).double()
+
+    subnormal = is_subnormal(coefficient)
     moved = _reduce(of_loss(subnormal), of_loss(subnormal), total, reduction, None, class_dim=k)[0]
-    finite = only_kept(times(summed, negative_log_p + 1).nan_to_num(posinf=0.0).sum(k, keepdim=True))
+    finite = only_kept(times(coefficient.abs(), negative_log_p + 1).nan_to_num(posinf=0.0).sum(k, keepdim=True))
     partial = finite.squeeze(k) if reduction == "none" else finite.sum()
-    loss = loss._replace(partial=partial, subnormal=moved.condition)
+    positive, negative = (only_kept(part.clamp_min(0).sum(k, keepdim=True)).squeeze(k) for part in (terms, -terms))
+    mixed = (positive > 0) & (negative > 0)
+    positive, negative = (torch.where(mixed, rows, 0.0) for rows in (positive, negative))
+    if reduction != "none":
+        positive, negative = (rows.max() if rows.numel() else rows.sum() for rows in (positive, negative))
+    loss = loss._replace(partial=partial, subnormal=moved.condition, of_signs=(positive, negative))
 
     # d loss / d x_j = p_j * (sum of coefficients) - coefficient_j
     coefficient_sum = coefficient.sum(k, keepdim=True)
@@ -134,15 +144,19 @@ def softmax_ce(
     coefficient_magnitude = coefficient.abs().sum(k, keepdim=True)
     grad_condition = only_kept(g.abs() * (p_condition * coefficient_magnitude + coefficient.abs()))
 
-    least = torch.finfo(torch.float32).smallest_normal
-    grad_subnormal = only_kept(
-        g.abs() * (p * subnormal.sum(k, keepdim=True) + subnormal + times((p < least).double(), coefficient_magnitude))
+    grad_subnormal = g.abs() * (
+        p * subnormal.sum(k, keepdim=True) + subnormal + times((p < least).double(), coefficient_magnitude)
     )
+    if reduction == "mean":  # g is a quotient
+        grad_subnormal = grad_subnormal + times(is_subnormal(g), p * coefficient_magnitude + coefficient.abs())
+    if by_index:  # and the factor that class weights have in common
+        grad_subnormal = grad_subnormal + times(is_subnormal(g * smoothing / classes), w.abs())
+    grad_subnormal = only_kept(grad_subnormal)
 
     grad_target = None
     if not by_index:
         scale = g * (1 - smoothing) * w
-        subnormal = (w.abs() < least).double() * g.abs() + ((scale != 0) & (scale.abs() < least))
+        subnormal = (w.abs() < least).double() * g.abs() + is_subnormal(scale)
         grad_target = Truth(
             scale * negative_log_p,
             scale.abs() * (negative_log_p + 1),
