@@ -13,8 +13,8 @@ What lies at the ends of float32's range is ruled too:
   then infinite or NaN, if torch's is no number either.
 - So may a finite result where torch's is a number, if it is of terms of both signs and those of one sign add up beyond
   the largest number: it depends on their order then. An infinite one may be NaN, if both do.
-- Of float64, whose truth is no wider, infinities and NaN are equal beyond a sixteenth of the largest number, and finite
-  results may be off by 1e-13 of it.
+- Of losses in float64 whose finite terms add up beyond a sixteenth of the largest number, the truth, which is no wider,
+  is none where it is not finite; where it is, they may be off by 1e-13 of that number.
 - Where the upstream gradient is infinite, an infinite gradient may be NaN if torch's is, or if it met e^-|x| = 0.
 """
 
@@ -93,10 +93,9 @@ def assert_accurate(
             positive, negative = (terms > 0.99 * accumulates.max for terms in truth.of_signs)
             good |= expected.isfinite() & ~value.isfinite() & (positive | negative)
             good |= expected.isinf() & value.isnan() & positive & negative
-        if accumulates.dtype == "float64" and truth.of_signs is not None:  # the reference is no wider
-            its_own = beyond & truth.partial.isfinite()
-            good |= its_own & ~expected.isfinite() & ~value.isfinite()
-            good |= its_own & truth.condition.isinf() & (error <= RELATIVE[ours.dtype] * accumulates.max)
+        if accumulates.dtype == "float64" and truth.of_signs is not None:  # the reference of a loss is no wider
+            good |= beyond & ~expected.isfinite()
+            good |= beyond & truth.condition.isinf() & (error <= RELATIVE[ours.dtype] * accumulates.max)
         beyond_range = truth.value.isfinite() & (truth.value.abs() > accumulates.max)
         beyond = beyond | beyond_range | no_factor | infinite_grad_output
         good |= infinite_to_nan & their_value.isnan() & beyond
