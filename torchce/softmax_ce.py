@@ -172,8 +172,9 @@ def gradients(
     rest: Tensor | int = 1  # what has still to divide the coefficients: g itself would be infinite, as of tiny weights
     if reduction == 1:
         divisor = torch.where(kept & is_class, row_weight, 0).sum()
-        divided = (g / divisor).isfinite() | ~g.isfinite()
-        g, rest = torch.where(divided, g / divisor, g), torch.where(divided, 1, divisor)
+        quotient = g / divisor
+        divided = quotient.isfinite() | ~g.isfinite()
+        g, rest = torch.where(divided, quotient, g), torch.where(divided, 1, divisor)
     is_target = torch.zeros_like(x, dtype=torch.bool).scatter(1, index, True)
     h = g * ((1 - label_smoothing) * row_weight / rest)
     grad_logits = p * h - torch.where(is_target, h, 0)  # a product with 0 would be NaN where h is infinite
