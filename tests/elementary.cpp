@@ -179,6 +179,34 @@ void check_logarithms() {
   }
 }
 
+template <class A>
+void check_tanh() {
+  constexpr A infinity = Limits<A>::infinity(), nan = Limits<A>::quiet_NaN();
+  // Infinitely wrong are also a result beyond 1 and one that has not the sign of u, as 0 might.
+  const auto tanh = [](auto u) {
+    const auto y = math::tanh(u);
+    const auto wrong = (math::abs(y) > A(1)) | ((math::to_bits(u) ^ math::to_bits(y)) < 0);
+    return math::select((u == u) & wrong, decltype(y){} + infinity, y);
+  };
+  const auto exact = [](Exact<A> u) { return std::tanh(u); };
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+  constexpr bool kFused = true;
+#else
+  constexpr bool kFused = false;
+#endif
+  // What is allowed beyond the limit of all.
+  const auto allowance = [](double, auto) { return kIsDouble<A> || kFused ? 1.0 : 2.0; };
+  for (const A sign : {A(1), A(-1)}) {
+    check<A>("tanh", A(0) * sign, A(0x1p-5) * sign, false, tanh, exact, allowance);
+    check<A>("tanh", A(0x1p-5) * sign, A(20) * sign, sign > 0, tanh, exact, allowance);
+    check<A>("tanh", A(20) * sign, infinity * sign, false, tanh, exact, allowance);
+  }
+  check<A>("tanh", nan, nan, true, tanh, exact, allowance);
+  if constexpr (kIsDouble<A>) {  // of n in the exponential of -2|u|
+    check_borders("tanh", 60, [](int i) { return 0x1.62e42fefa39efp-3 * (2 * i + 1); }, tanh, exact, allowance);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -187,4 +215,6 @@ int main(int argc, char** argv) {
   check_exponentials<double>();
   check_logarithms<float>();
   check_logarithms<double>();
+  check_tanh<float>();
+  check_tanh<double>();
 }

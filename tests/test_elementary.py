@@ -1,5 +1,5 @@
-"""exp, log and log1p of ``csrc/math/elementary.h`` against double and, of doubles, against long double, compiled for
-every SIMD level of this machine.
+"""exp, log, log1p and tanh of ``csrc/math/elementary.h`` against double and, of doubles, against long double, compiled
+for every SIMD level of this machine.
 
 What is run is ``elementary.cpp``: every mantissa at the exponents where results vary, one float32 of 509 elsewhere; a
 million doubles of each range, and those beside the borders of a function's parts. ``TORCHCE_TEST_EVERY_FLOAT=1`` takes
@@ -34,7 +34,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("level", _C.build_info()["cpu_levels"])
-def test_within_two_ulps(level: str, tmp_path: Path) -> None:
+def test_within_their_bounds(level: str, tmp_path: Path) -> None:
     program = tmp_path / "elementary"
     options = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}", *TARGETS[level]]
     subprocess.run([str(COMPILER), *options, ROOT / "tests/elementary.cpp", "-o", program], check=True)
