@@ -25,12 +25,25 @@ struct RowStrides {
 namespace softmax_ce {
 
 // What a call asks for beside its tensors. kFields is the order of the schemas' fragment (schemas.h) and of the Options
-// in torchce/softmax_ce.py; a new option comes last, with a default.
+// in torchce/softmax_ce_formulas.py; a new option comes last, with a default.
 struct Options {
   Reduction reduction;
   int64_t ignore_index;
   double label_smoothing;
+  double z_loss = 0;
+  double softcap = 0;  // 0: none
+  double logit_scale = 1;
 
+  static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing,
+                                      &Options::z_loss,    &Options::softcap,      &Options::logit_scale};
+
+  // Whether the loss is of something else than the logits (softmax_ce_logit.h).
+  constexpr bool transforms() const { return softcap != 0 || logit_scale != 1; }
+  constexpr bool are_plain() const { return z_loss == 0 && !transforms(); }
+};
+
+// Torch's own options, which are all that an op for plain losses takes: each further one would cost a call 0.2 us.
+struct PlainOptions : Options {
   static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing};
 };
 
@@ -48,6 +61,8 @@ struct Rows {
   const void* weight;  // [C] of the accumulation type, or null: all ones
   DType accumulation;  // acc of schemas.h
   Options options;
+  bool is_general;  // whether an option or output is asked for that a plain loss has not
+  bool every_row;   // whether an ignored row is read as well: more than its loss is wanted
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
@@ -59,6 +74,8 @@ struct Forward {
   DType loss_dtype;
   void* statistics;
   void* totals;
+  void* lse;             // [N, S] contiguous, of the accumulation type, or null
+  int64_t* predictions;  // [N, S] contiguous, or null
 };
 
 struct Backward {
@@ -66,6 +83,8 @@ struct Backward {
   const void* grad_output;  // [N, S] with strides, or one element
   RowStrides grad_output_strides;
   DType grad_output_dtype;
+  const void* grad_lse;  // [N, S] with strides, of the accumulation type, or null
+  RowStrides grad_lse_strides;
   const void* statistics;
   const void* totals;
   void* grad;  // [N, C, S] in the logits' (for the target's gradient, the target's) dtype; may be the logits themselves

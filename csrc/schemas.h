@@ -12,6 +12,11 @@
 //     loss         the index target's shape for reduction 0, else a scalar; of dtype, or the logits'
 //     statistics   [2, rows] acc, max and sum of exp(x - max); a third row for probabilities, their total
 //     totals       [2] acc, the divisor of the mean, and what label smoothing's coefficients of a row add up to
+//     lse          the index target's shape, acc; of ignored rows too
+//     predictions  the index target's shape, the first class of the largest logit, of ignored rows too
+//                  (both are [0] where they are not wanted)
+//     z_loss       times lse^2 is added to the loss of a row that is kept
+//     softcap, logit_scale   softcap tanh(logit_scale x / softcap) stands for a logit x, with softcap 0 logit_scale x
 //   sigmoid_bce
 //     logits       any shape, any strides
 //     target       the logits' shape; the logits' dtype, float32, bool, uint8 or int64
@@ -22,16 +27,20 @@
 //     a gradient   the shape, dtype and layout of the logits, or of the target
 //     reduction    0 none, 1 mean, 2 sum
 //
+// The ops of outputs take every option, and the rows' lse and its gradient; probabilities beside those are of acc, and
+// so are the logits where that is float64. softmax_ce_forward, _backward and _backward_ are for plain losses.
+//
 // A name that ends in _ writes the gradient over the logits, whose memory must be dense. The CPU raises IndexError for
 // a class index that is out of range and not ignore_index; CUDA makes that row NaN.
 #pragma once
 
-#define TORCHCE_SOFTMAX_CE_OPTIONS "int reduction, int ignore_index, float label_smoothing"
+#define TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS "int reduction, int ignore_index, float label_smoothing"
+#define TORCHCE_SOFTMAX_CE_OPTIONS \
+  TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ", float z_loss=0.0, float softcap=0.0, float logit_scale=1.0"
 #define TORCHCE_SIGMOID_BCE_OPTIONS "int reduction"
 
 #define TORCHCE_SOFTMAX_CE_TARGET "Tensor target, Tensor? weight, "
-#define TORCHCE_SOFTMAX_CE_BACKWARD \
-  TORCHCE_SOFTMAX_CE_TARGET "Tensor statistics, Tensor totals, " TORCHCE_SOFTMAX_CE_OPTIONS
+#define TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_TARGET "Tensor statistics, Tensor totals, "
 #define TORCHCE_SIGMOID_BCE_TARGET "Tensor target, Tensor? weight, Tensor? pos_weight, "
 #define TORCHCE_SIGMOID_BCE_BACKWARD TORCHCE_SIGMOID_BCE_TARGET TORCHCE_SIGMOID_BCE_OPTIONS
 
@@ -40,11 +49,26 @@ namespace torchce {
 // Defines the ops in a library's namespace.
 template <class Library>
 void define_ops(Library& m) {
-  m.def("softmax_ce_forward(Tensor logits, " TORCHCE_SOFTMAX_CE_TARGET "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS
-        ") -> (Tensor loss, Tensor statistics, Tensor totals)");
-  m.def("softmax_ce_backward(Tensor grad_output, Tensor logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> Tensor");
-  m.def("softmax_ce_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> ()");
-  m.def("softmax_ce_backward_target(Tensor grad_output, Tensor logits, " TORCHCE_SOFTMAX_CE_BACKWARD ") -> Tensor");
+  m.def("softmax_ce_forward(Tensor logits, " TORCHCE_SOFTMAX_CE_TARGET
+        "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ") -> (Tensor loss, Tensor statistics, Tensor totals)");
+  m.def(
+      "softmax_ce_backward(Tensor grad_output, Tensor "
+      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ") -> Tensor");
+  m.def(
+      "softmax_ce_backward_(Tensor grad_output, Tensor(a!) "
+      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ") -> ()");
+  m.def("softmax_ce_forward_outputs(Tensor logits, " TORCHCE_SOFTMAX_CE_TARGET
+        "ScalarType? dtype, bool returns_lse, bool returns_predictions, " TORCHCE_SOFTMAX_CE_OPTIONS
+        ") -> (Tensor loss, Tensor lse, Tensor predictions, Tensor statistics, Tensor totals)");
+  m.def(
+      "softmax_ce_backward_outputs(Tensor grad_output, Tensor? grad_lse, Tensor "
+      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
+  m.def(
+      "softmax_ce_backward_outputs_(Tensor grad_output, Tensor? grad_lse, Tensor(a!) "
+      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> ()");
+  m.def(
+      "softmax_ce_backward_target(Tensor grad_output, Tensor "
+      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def("softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_TARGET
         "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def("sigmoid_bce_forward(Tensor logits, " TORCHCE_SIGMOID_BCE_TARGET

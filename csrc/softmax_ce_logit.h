@@ -23,6 +23,31 @@ struct PlainLogit {
   }
 };
 
+// TransformedLogit is softcap tanh(scale x / softcap), or without a softcap scale x. The scale is positive.
+template <class A>
+struct TransformedLogit {
+  static constexpr bool kIsPlain = false;
+  bool is_capped;
+  A scale, softcap, scale_of_tanh, inverse_softcap;  // the latter two are scale / softcap and 1 / softcap
+
+  TORCHCE_HD explicit TransformedLogit(const Rows& rows)
+      : is_capped(rows.options.softcap != 0),
+        scale(A(rows.options.logit_scale)),
+        softcap(A(rows.options.softcap)),
+        scale_of_tanh(A(rows.options.logit_scale / rows.options.softcap)),
+        inverse_softcap(A(1 / rows.options.softcap)) {}
+  template <class V>
+  TORCHCE_HD V value(V x) const {
+    return is_capped ? softcap * math::tanh(scale_of_tanh * x) : scale * x;
+  }
+  template <class V>
+  TORCHCE_HD V slope(V value) const {
+    if (!is_capped) return V{} + scale;
+    const V tanh = inverse_softcap * value;
+    return scale * (A(1) - tanh * tanh);
+  }
+};
+
 // LogitOf is the kind of logit that goes with a kind of target, for logits of storage type T.
 template <class Target, class T>
 using LogitOf = typename Target::template Logit<Accumulate<T>>;

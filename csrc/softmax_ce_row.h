@@ -30,9 +30,32 @@ struct Probabilities {
   using Logit = PlainLogit;
 };
 
+// The same with every option (Rows::is_general).
+template <class Target>
+struct General : Target {
+  template <class A>
+  using Logit = TransformedLogit<A>;
+};
+template <class Target>
+constexpr bool kIsGeneral = false;
+template <class Target>
+constexpr bool kIsGeneral<General<Target>> = true;
+
+// Calls f with the logits' storage type and the kind of target that knows every option.
+template <class F>
+inline __attribute__((always_inline)) void with_general_types(const Rows& rows, F f) {
+  with_float_type(rows.dtype, [&](auto logits) {
+    using T = decltype(logits);
+    if (is_floating(rows.target_dtype)) return f(logits, General<Probabilities<Accumulate<T>>>{});
+    if (rows.options.label_smoothing != 0) return f(logits, General<SmoothedIndices>{});
+    f(logits, General<Indices>{});
+  });
+}
+
 // Calls f with the logits' storage type and the kind of target. Other pairs of dtypes the host refuses (schemas.h).
 template <class F>
-inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, F f) {
+inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, bool is_general, F f) {
+  if (is_general) return with_general_types(rows, f);
   if (is_floating(rows.target_dtype) && rows.accumulation == DType::float64) {
     const auto with_target = [&](auto logits) {
       if (rows.target_dtype == DType::float64) return f(logits, Probabilities<double>{});

@@ -16,7 +16,7 @@ from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchce import ops, sigmoid_bce, softmax_ce
+from torchce import ops, sigmoid_bce, softmax_ce, softmax_ce_formulas
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
@@ -27,11 +27,15 @@ OPS = sorted(
 )
 PROBLEM_H = Path(__file__).resolve().parents[1] / "csrc" / "problem.h"
 OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options}
+PLAIN_OPS = ("softmax_ce_forward", "softmax_ce_backward", "softmax_ce_backward_")  # which take torch's own options
 # Python functions that take an op's arguments, by position. Behind those that they name they may take any.
 FUNCTIONS = [
-    ("softmax_ce_forward", softmax_ce.composite),
-    ("softmax_ce_forward", softmax_ce._decomposition),
+    ("softmax_ce_forward", softmax_ce_formulas.composite),
+    ("softmax_ce_forward", softmax_ce_formulas.decomposition),
+    ("softmax_ce_forward_outputs", softmax_ce_formulas.composite_outputs),
+    ("softmax_ce_forward_outputs", softmax_ce_formulas.outputs_decomposition),
     ("softmax_ce_backward_", ops.softmax_ce_backward_),
+    ("softmax_ce_backward_outputs_", ops.softmax_ce_backward_outputs_),
     ("softmax_ce_forward_backward_", ops.softmax_ce_forward_backward_),
     ("sigmoid_bce_forward", sigmoid_bce.composite),
     ("sigmoid_bce_backward", sigmoid_bce.gradients),
@@ -55,6 +59,8 @@ SOFTMAX_SAMPLES = {
     "weighted": {"shape": (6, 5), "weighted": True, "smoothing": 0.1},
     "weighted_sum": {"shape": (6, 5), "weighted": True, "smoothing": 0.1, "reduction": SUM},
     "loss_dtype": {"shape": (6, 5), "dtype": torch.float16, "loss_dtype": torch.float32},
+    "z_loss": {"shape": (6, 5), "weighted": True, "smoothing": 0.1, "z_loss": 0.1},
+    "softcap": {"shape": (6, 5), "softcap": 5.0, "reduction": SUM},
     "empty": {"shape": (0, 5), "reduction": SUM},  # opcheck takes NaN, the mean, for a difference
 }
 PROBABILITY_SAMPLES = SOFTMAX_SAMPLES | {  # float32 beside float64
@@ -107,6 +113,8 @@ def softmax_problem(
     reduction: int = MEAN,
     weighted: bool = False,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
     loss_dtype: torch.dtype | None = None,
     target_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype = torch.float32,
@@ -121,12 +129,27 @@ def softmax_problem(
         "reduction": reduction,
         "ignore_index": -100,
         "label_smoothing": smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": 1.0,
+        "returns_lse": True,
+        "returns_predictions": reduction != SUM,
     }
-    loss, named["statistics"], named["totals"] = call("softmax_ce_forward", named)
+    acc = ops.softmax_ce_accumulation(named["logits"], named["target"], named["weight"])
+    knows_outputs = kind == "index" or (target_dtype or dtype) == acc == torch.promote_types(dtype, torch.float32)
+    forward = "softmax_ce_forward_outputs" if knows_outputs else "softmax_ce_forward"
+    loss, *_, named["statistics"], named["totals"] = call(forward, named)
     named["grad_output"] = torch.ones_like(loss)
-    names = ["softmax_ce_forward", "softmax_ce_backward"]
-    if layout not in NOT_DENSE + NO_ROWS:
-        names += ["softmax_ce_backward_"] + ["softmax_ce_forward_backward_"] * (reduction != MEAN)
+    row_shape = cases.index_shape(shape)
+    named["grad_lse"] = torch.ones(row_shape, dtype=acc, device=device) if z_loss or reduction == NONE else None
+    is_dense = layout not in NOT_DENSE + NO_ROWS
+    names = []
+    if not (z_loss or softcap):
+        names += ["softmax_ce_forward", "softmax_ce_backward"] + ["softmax_ce_backward_"] * is_dense
+    if knows_outputs:
+        names += ["softmax_ce_forward_outputs", "softmax_ce_backward_outputs"]
+        names += ["softmax_ce_backward_outputs_"] * is_dense
+    names += ["softmax_ce_forward_backward_"] * (is_dense and reduction != MEAN)
     if kind == "probability":
         names.append("softmax_ce_backward_target")
     return named, names
@@ -173,9 +196,10 @@ SAMPLES = [
 def test_options_are_the_end_of_every_schema(name: str) -> None:
     """The same fields, types and defaults in the same order; no op is without them."""
     (options,) = [options for stem, options in OPTIONS.items() if name.startswith(stem)]
+    fields = options._fields[: softmax_ce_formulas.N_PLAIN] if name in PLAIN_OPS else options._fields
     types = get_type_hints(options)
-    last = arguments_of(name)[-len(options._fields) :]
-    assert [(a.name, str(a.type)) for a in last] == [(field, types[field].__name__) for field in options._fields]
+    last = arguments_of(name)[-len(fields) :]
+    assert [(a.name, str(a.type)) for a in last] == [(field, types[field].__name__) for field in fields]
     defaults = {a.name: a.default_value for a in last if a.has_default_value()}
     assert defaults.items() <= options._field_defaults.items()
 
@@ -184,8 +208,10 @@ def test_options_are_the_end_of_every_schema(name: str) -> None:
 @pytest.mark.parametrize("stem", OPTIONS)
 def test_options_of_kernels_are_in_the_same_order(stem: str) -> None:
     """boxing.h reads them one after another, and counts them only."""
-    fields = PROBLEM_H.read_text().partition(f"namespace {stem} {{")[2].partition("kFields{")[2].partition("}")[0]
-    assert re.findall(r"&Options::(\w+)", fields) == list(OPTIONS[stem]._fields)
+    structs = PROBLEM_H.read_text().partition(f"namespace {stem} {{")[2].split("kFields{")[1:]
+    fields = [re.findall(r"&Options::(\w+)", struct.partition("}")[0]) for struct in structs]
+    assert fields[0] == list(OPTIONS[stem]._fields)
+    assert stem != "softmax_ce" or fields[1] == list(softmax_ce.Options._fields[: softmax_ce_formulas.N_PLAIN])
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -270,7 +296,7 @@ def _tensors(result: Any) -> list[Tensor]:
 def test_in_place_backward_equals_out_of_place(device: str, loss: str, sample: str) -> None:
     """Bit for bit."""
     named, names = problem_of(loss, sample, device)
-    for name in ("softmax_ce_backward_", "sigmoid_bce_backward_"):
+    for name in ("softmax_ce_backward_", "softmax_ce_backward_outputs_", "sigmoid_bce_backward_"):
         if name in names:
             expected = call(name.removesuffix("_"), named)
             overwritten = overwritable(named)

@@ -116,8 +116,7 @@ eager_softmax_ce_forward = below_autograd(softmax_ce_forward)
 
 @torch.library.register_fake("torchce::softmax_ce_forward")
 def _(logits, target, weight, dtype, reduction, *_):  # type: ignore[no-untyped-def]
-    class_dim = min(1, logits.dim() - 1)
-    row_shape = [*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]]
+    row_shape = _row_shape(logits)
     rows = 1
     for size in row_shape:
         rows = rows * size
@@ -127,12 +126,38 @@ def _(logits, target, weight, dtype, reduction, *_):  # type: ignore[no-untyped-
     return loss, statistics, logits.new_empty([2], dtype=acc)
 
 
+def _row_shape(logits: Tensor) -> list[int]:
+    class_dim = min(1, logits.dim() - 1)
+    return [*logits.shape[:class_dim], *logits.shape[class_dim + 1 :]]
+
+
+softmax_ce_forward_outputs = _ops.softmax_ce_forward_outputs.default
+eager_softmax_ce_forward_outputs = below_autograd(softmax_ce_forward_outputs)
+
+
+@torch.library.register_fake("torchce::softmax_ce_forward_outputs")
+def _(logits, target, weight, dtype, returns_lse, returns_predictions, *options):  # type: ignore[no-untyped-def]
+    loss, *saved = softmax_ce_forward(logits, target, weight, dtype, *options[:3])
+    lse = logits.new_empty(_row_shape(logits) if returns_lse else [0], dtype=saved[0].dtype)
+    predictions = logits.new_empty(_row_shape(logits) if returns_predictions else [0], dtype=torch.int64)
+    return loss, lse, predictions, *saved
+
+
 softmax_ce_backward = _ops.softmax_ce_backward.default
 eager_softmax_ce_backward = below_autograd(softmax_ce_backward)
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward")
 def _(grad_output, logits, *_):  # type: ignore[no-untyped-def]
+    return _empty_gradient(logits)
+
+
+softmax_ce_backward_outputs = _ops.softmax_ce_backward_outputs.default
+eager_softmax_ce_backward_outputs = below_autograd(softmax_ce_backward_outputs)
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward_outputs")
+def _(grad_output, grad_lse, logits, *_):  # type: ignore[no-untyped-def]
     return _empty_gradient(logits)
 
 
@@ -146,6 +171,22 @@ def softmax_ce_backward_(grad_output: Tensor, logits: Tensor, *saved: Any, **by_
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward_")
+def _(*_):  # type: ignore[no-untyped-def]
+    return None
+
+
+_softmax_ce_backward_outputs_ = _ops.softmax_ce_backward_outputs_.default
+
+
+def softmax_ce_backward_outputs_(
+    grad_output: Tensor, grad_lse: Tensor | None, logits: Tensor, *saved: Any, **by_name: Any
+) -> None:
+    """``softmax_ce_backward_outputs``, written over the logits, which must be dense."""
+    _softmax_ce_backward_outputs_(grad_output, grad_lse, logits, *saved, **by_name)
+    _was_overwritten(logits)
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward_outputs_")
 def _(*_):  # type: ignore[no-untyped-def]
     return None
 

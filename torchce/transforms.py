@@ -43,7 +43,7 @@ def transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
+def differentiates_backward(*tensors: Tensor | None) -> bool:
     """In a backward: whether it must consist of operations that torch can transform again.
 
     That is so with ``create_graph=True``, inside a ``torch.func`` transform, and where the gradient that comes in, or
@@ -53,7 +53,7 @@ def differentiates_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return True
-    return transformed(grad_output, *saved)
+    return transformed(*tensors)
 
 
 def all_true(mask: Tensor) -> bool:

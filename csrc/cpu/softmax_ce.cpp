@@ -78,6 +78,7 @@ void Backend::run(const Scope&, const ForwardCall& call) {
   const int64_t count = call.problem.count();
   const Partial total = sum_over_chunks(count, rows_per_chunk(rows), [&](int64_t begin, int64_t end, Partial* partial) {
     kernels().softmax_ce_forward(call.args, begin, end, partial);
+    if (call.args.predictions != nullptr) kernels().softmax_ce_predict(call.args, begin, end);
   });
   if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
   const double divisor = call.problem.probabilities() ? double(count) : total.weight;

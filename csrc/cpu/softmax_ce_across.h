@@ -169,7 +169,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       if (!targets.any_ignored) return;
       for (int c = 0; c < classes; ++c) {
         for (int w = 0; w < W; ++w) {
-          block.values[c][w] = math::select(targets.kept.lanes(w) == V{}, V{}, block.values[c][w]);
+          block.values[c][w] = math::select(factors.has_gradient.lanes(w) == V{}, V{}, block.values[c][w]);
         }
       }
     });

@@ -55,7 +55,7 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
   };
   const auto for_each_kept_row = [&](auto body) TORCHCE_HD_LAMBDA {
     for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
-      if (targets == nullptr || targets->kept[l] != 0) {
+      if (targets == nullptr || targets->kept[l] != 0 || rows.every_row) {
         body(l, at, x);
       } else {
         lane_sums.leave_out(l);
@@ -69,7 +69,9 @@ TORCHCE_SIMD void forward_group(const Forward& call, int64_t row, int count, con
       lane_sums.max[l] = largest_of_short_row(x, classes);
     });
     lane_sums.fold_max(sums.max, vectors);
-    sums.reference = sums.max;
+    for (int w = 0; w < vectors; ++w) {  // terms of a row of -inf alone are 0, not NaN
+      sums.reference.set(w, larger_or_second(sums.max.lanes(w), broadcast(kLowest<A>)));
+    }
     sums.against_max = true;
     for_each_kept_row([&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
@@ -153,7 +155,7 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
   }
   for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
     T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
-    if (targets != nullptr && targets->kept[l] == 0) {
+    if (targets != nullptr && factors.has_gradient[l] == 0) {
       std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);
       return;
     }

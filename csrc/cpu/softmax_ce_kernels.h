@@ -19,8 +19,10 @@ bool lanes_run_along(const Rows& rows) {
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
+// What a row has once, z-loss and lse, costs the kernels of plain losses nothing: only transformed logits have others.
+
 inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<T, Target>(call.rows)) {
@@ -32,7 +34,7 @@ inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t r
 }
 
 inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<T, Target>(call.rows) && call.grad_strides.classes == 1) {
@@ -45,7 +47,7 @@ inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t
 
 // Writes the gradient of target probabilities that require one.
 inline void softmax_ce_backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);

@@ -124,11 +124,11 @@ struct SumsPerRow {
       const V from = reference.lanes(w), to = max.lanes(w);
       const V sum = against_max ? exponentials.lanes(w) : exponentials.lanes(w) * exp(from - to);
       // The sum of a row with a finite logit has a term of 1, but for the rounding of its last factor. A row of -inf
-      // alone has no sum, nor has a row with a NaN or +inf; the maximum of a row of -inf is -inf.
+      // alone has no sum, nor has a row with a NaN or +inf; the maximum of the former is -inf, of the latter a NaN.
       const auto has_sum = sum > V{};
-      exponentials.set(w,
-                       math::select(has_sum, larger_or_second(broadcast<A>(1), sum), broadcast(A(__builtin_nan("")))));
-      max.set(w, math::select(has_sum, to, broadcast(-math::kInfinity<A>)));
+      const V nan = broadcast(A(__builtin_nan("")));
+      exponentials.set(w, math::select(has_sum, larger_or_second(broadcast<A>(1), sum), nan));
+      max.set(w, math::select(has_sum, to, math::select(sum == V{}, broadcast(-math::kInfinity<A>), nan)));
       if constexpr (Target::kSpread) {
         if (!against_max) gaps.set(w, gaps.lanes(w) + coefficient(coefficients.lanes(w)).gap(from, to));
       }
@@ -155,7 +155,8 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   const Rows& rows = call.rows;
   const int vectors = vectors_of<A>(count);
   sums.refer_to_max(vectors);
-  PerRow<A, W> loss;
+  const A z = A(rows.options.z_loss);
+  PerRow<A, W> loss, lse;
   SumInDouble<A> loss_sum, weight_sum;
   for (int w = 0; w < vectors; ++w) {
     const LossTerms<V> terms = sums.terms(w);
@@ -164,10 +165,14 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
       v = probability_loss(terms, A(rows.classes));
     } else {
       v = index_loss<Target::kSpread>(targets->hot(w), hot_logits.lanes(w), terms, A(rows.classes));
+    }
+    if (z != 0) v += z_loss(z, terms.lse());
+    if constexpr (!Target::kProbabilities) {
       v = math::select(targets->kept.lanes(w) == V{}, V{}, v);
       weight_sum.add(targets->weight.lanes(w));
     }
     loss.set(w, v);
+    if (call.lse != nullptr) lse.set(w, terms.lse());
   }
   for (int l = count; l < vectors * kLanes<A>; ++l) loss[l] = 0;
   for (int w = 0; w < vectors; ++w) loss_sum.add(loss.lanes(w));
@@ -180,6 +185,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   sums.max.write(statistics.max + row, count);
   sums.exponentials.write(statistics.sum + row, count);
   if constexpr (Target::kProbabilities) sums.coefficients.write(statistics.coefficients + row, count);
+  if (call.lse != nullptr) lse.write(static_cast<A*>(call.lse) + row, count);
   if (rows.options.reduction == Reduction::none) {
     with_float_type(call.loss_dtype, [&](auto storage) {
       auto* out = static_cast<decltype(storage)*>(call.loss) + row;
@@ -210,6 +216,18 @@ struct GradOutputs {
   }
 };
 
+// The rows' own gradients of their lse, 0 where there are none.
+template <class A, int W>
+TORCHCE_SIMD PerRow<A, W> lse_gradients(const Backward& call, int64_t row, int count) {
+  PerRow<A, W> result{};
+  if (call.grad_lse == nullptr) return result;
+  RowPosition at(call.rows, row);
+  for (int l = 0; l < count; ++l, at.advance(call.rows)) {
+    result[l] = static_cast<const A*>(call.grad_lse)[at.offset(call.grad_lse_strides)];
+  }
+  return result;
+}
+
 // Which NaNs a gradient can hold: with coefficients for every class, whatever the caller's tensors hold; else only the
 // plain ones that Factors makes or that were widened from 16 bits.
 template <class Target>
@@ -224,6 +242,7 @@ template <class A, int W>
 struct Factors {
   using V = Lanes<A>;
   PerRow<A, W> max, scale, spread, hot;
+  PerRow<A, W> has_gradient;  // of indices: 0 for an ignored row, unless it has an lse with a gradient, else 1
 
   TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedRows<A, W>* targets) {
     const int vectors = vectors_of<A>(count);
@@ -231,20 +250,35 @@ struct Factors {
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
     const GradOutputs<A, W> upstream(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
+    const auto of_lse = lse_gradients<A, W>(call, row, count);
+    const A z = A(call.rows.options.z_loss);
+    // Adds what comes by way of lse. Then a row without an upstream gradient has no part of the loss, be that infinite.
+    const auto with_lse = [&](int w, V g, GradientFactors<V> of_rows) TORCHCE_HD_LAMBDA {
+      if (call.grad_lse != nullptr) of_rows = of_rows.unless(g == V{});
+      if (call.grad_lse != nullptr || z != 0) {
+        const V lse = LossTerms<V>{max.lanes(w), math::log(sum.lanes(w))}.lse();
+        of_rows.scale += slope_of_lse(of_lse.lanes(w), g, upstream.rest, z, lse) / sum.lanes(w);
+      }
+      return of_rows;
+    };
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.coefficients + row, count);
       for (int w = 0; w < vectors; ++w) {
-        set(w, probability_factors(upstream.g.lanes(w), coefficients.lanes(w), sum.lanes(w)));
+        const V g = upstream.g.lanes(w);
+        set(w, with_lse(w, g, probability_factors(g, coefficients.lanes(w), sum.lanes(w))));
       }
       return;
     }
     const A sum_of_indices = sum_of_index_coefficients<A>(call);
     for (int w = 0; w < vectors; ++w) {
-      auto of_rows = index_factors<true>(upstream.g.lanes(w), upstream.rest, targets->hot(w), targets->smoothing,
-                                         sum_of_indices, sum.lanes(w));
+      const V kept = targets->kept.lanes(w), sums = sum.lanes(w);
+      const V g = math::select(kept == V{}, V{}, upstream.g.lanes(w));
+      auto of_rows = with_lse(
+          w, g, index_factors<true>(g, upstream.rest, targets->hot(w), targets->smoothing, sum_of_indices, sums));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);
       set(w, of_rows);
+      has_gradient.set(w, math::select((of_lse.lanes(w) == V{}) | (sums != sums), kept, V{} + 1));
     }
   }
 

@@ -28,24 +28,24 @@ void launch_across(const DeviceScope& device, Backward args) {
   if (args.rows.inner == 1) {
     args.rows = turned(args.rows);
     args.grad_output_strides = turned(args.grad_output_strides);
+    args.grad_lse_strides = turned(args.grad_lse_strides);
     args.grad_strides = turned(args.grad_strides);
   }
   const Rows& rows = args.rows;
-  const bool packed = rows_are_packed(rows, rows.logits, rows.logits_strides, kPack<T>) &&
-                      rows_are_packed(rows, args.grad, args.grad_strides, kPack<T>) &&
-                      (!Target::kProbabilities || rows_are_packed(rows, rows.target, rows.target_strides, kPack<T>));
-  if (packed) {
-    launch_across_packs<T, Target, of, kPack<T>>(device, args);
-  } else {
-    launch_across_packs<T, Target, of, 1>(device, args);
+  if constexpr (!kIsGeneral<Target>) {  // as in the forward
+    const bool packed = rows_are_packed(rows, rows.logits, rows.logits_strides, kPack<T>) &&
+                        rows_are_packed(rows, args.grad, args.grad_strides, kPack<T>) &&
+                        (!Target::kProbabilities || rows_are_packed(rows, rows.target, rows.target_strides, kPack<T>));
+    if (packed) return launch_across_packs<T, Target, of, kPack<T>>(device, args);
   }
+  launch_across_packs<T, Target, of, 1>(device, args);
 }
 
 template <GradientOf of>
 void run_kernel(const DeviceScope& device, const BackwardCall& call) {
   const Backward& args = call.args;
   if (call.problem.count() == 0) return;
-  with_problem_types(args.rows, [&](auto logits_type, auto target_type) {
+  with_problem_types(args.rows, args.rows.is_general, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
     if constexpr (of == GradientOf::logits || Target::kProbabilities) {

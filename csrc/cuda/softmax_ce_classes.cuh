@@ -10,20 +10,23 @@ namespace torchce::cuda::softmax_ce {
 using namespace torchce::softmax_ce;
 
 // Blocks of a kernel that must fit on a multiprocessor at once: three, but two where the exponentials of float64 or
-// the coefficients of every class need the registers.
+// the coefficients of every class, or a tanh, need the registers.
 template <class Target, class T>
-constexpr int kBlocks = kInDouble<T> || Target::kSpread ? kBlocksToFit : kBlocksOfPlain;
+constexpr int kBlocks = kInDouble<T> || Target::kSpread || kIsGeneral<Target> ? kBlocksToFit : kBlocksOfPlain;
 
 // Whether target probabilities come in two words a pack of logits of type T.
 template <class Target, class T>
 constexpr bool kIsWider = false;
 template <class P, class T>
 constexpr bool kIsWider<Probabilities<P>, T> = kPack<T> * sizeof(P) > 16;
+template <class Target, class T>
+constexpr bool kIsWider<General<Target>, T> = kIsWider<Target, T>;
 
 // Packs of logits a thread has in flight: four, halved for the exponentials of float64, halved for the coefficients of
-// every class, and once more for those that come in two words a pack: all of them need the registers.
+// every class or a tanh, and once more for those that come in two words a pack: all of them need the registers.
 template <class Target, class T>
-constexpr int kUnroll = 4 / (kInDouble<T> ? 2 : 1) / (Target::kSpread ? 2 : 1) / (kIsWider<Target, T> ? 2 : 1);
+constexpr int kUnroll =
+    4 / (kInDouble<T> ? 2 : 1) / (Target::kSpread || kIsGeneral<Target> ? 2 : 1) / (kIsWider<Target, T> ? 2 : 1);
 
 // Classes [begin, end) of a row, in packs of V that start where the logits are aligned, and singly before and after.
 //
@@ -152,6 +155,7 @@ __device__ __forceinline__ int64_t target_of(const Rows& rows, uint64_t bits) {
 // Whether a row needs no pass over its classes.
 template <class Target>
 __device__ __forceinline__ bool is_ignored(const Rows& rows, int64_t target) {
+  if (kIsGeneral<Target> && rows.every_row) return false;
   return !Target::kProbabilities && TargetClass(rows, target).ignored;
 }
 

@@ -3,6 +3,7 @@
 #include "scratch.h"
 #include "softmax_ce_forward.cuh"
 #include "softmax_ce_plan.h"
+#include "softmax_ce_predictions.cuh"
 
 namespace torchce::cuda {
 namespace {
@@ -53,19 +54,37 @@ void launch_across(const DeviceScope& device, const ForwardCall& call) {
   Forward args = call.args;
   if (args.rows.inner == 1) args.rows = turned(args.rows);
   const Rows& rows = args.rows;
-  const bool packed = rows_are_packed(rows, rows.logits, rows.logits_strides, kPack<T>) &&
-                      (!Target::kProbabilities || rows_are_packed(rows, rows.target, rows.target_strides, kPack<T>));
-  if (packed) {
-    launch_across_packs<T, Target, kPack<T>>(device, call, args);
-  } else {
-    launch_across_packs<T, Target, 1>(device, call, args);
+  if constexpr (!kIsGeneral<Target>) {  // whose kernels would take the compiler minutes more
+    const bool packed = rows_are_packed(rows, rows.logits, rows.logits_strides, kPack<T>) &&
+                        (!Target::kProbabilities || rows_are_packed(rows, rows.target, rows.target_strides, kPack<T>));
+    if (packed) return launch_across_packs<T, Target, kPack<T>>(device, call, args);
   }
+  launch_across_packs<T, Target, 1>(device, call, args);
+}
+
+template <class T, bool kAdjacent>
+void launch_predict(const DeviceScope& device, const Forward& args, int lanes) {
+  const int64_t slots = device.resident_blocks(predict<T, kAdjacent>, {kThreads});
+  const int64_t blocks = ceil_div(args.rows.outer * args.rows.inner, kThreads / lanes);
+  launch(device, predict<T, kAdjacent>, Grid{std::min(slots, blocks), {kThreads}}, args, lanes);
+}
+
+void launch_predict(const DeviceScope& device, const Forward& args) {
+  if (args.rows.outer * args.rows.inner == 0) return;
+  with_float_type(args.rows.dtype, [&](auto logits_type) {
+    using T = decltype(logits_type);
+    if (args.rows.logits_strides.classes == 1) {
+      launch_predict<T, true>(device, args, lanes_of_row(args.rows.classes, kPack<T>));
+    } else {
+      launch_predict<T, false>(device, args, 1);
+    }
+  });
 }
 
 }  // namespace
 
 void Backend::run(const DeviceScope& device, const ForwardCall& call) {
-  with_problem_types(call.args.rows, [&](auto logits_type, auto target_type) {
+  with_problem_types(call.args.rows, call.args.rows.is_general, [&](auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using Target = decltype(target_type);
     if (classes_are_adjacent(call.args.rows, Target::kProbabilities)) {
@@ -74,6 +93,7 @@ void Backend::run(const DeviceScope& device, const ForwardCall& call) {
       launch_across<T, Target>(device, call);
     }
   });
+  if (call.args.predictions != nullptr) launch_predict(device, call.args);
 }
 
 }  // namespace torchce::cuda

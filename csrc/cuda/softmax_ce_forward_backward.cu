@@ -38,18 +38,20 @@ void launch_along(const DeviceScope& device, const ForwardBackwardCall& call) {
 }  // namespace
 
 void Backend::run(const DeviceScope& device, const ForwardBackwardCall& call) {
-  with_problem_types(call.forward.args.rows, [&](auto logits_type, auto target_type) {
-    using T = decltype(logits_type);
-    using Target = decltype(target_type);
-    const Rows& rows = call.forward.args.rows;
-    if (classes_are_adjacent(rows, Target::kProbabilities) &&
-        forward_backward_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
-      launch_along<T, Target>(device, call);
-    } else {
-      run(device, call.forward);
-      run(device, call.backward);
-    }
-  });
+  with_problem_types(
+      call.forward.args.rows, call.forward.args.rows.is_general, [&](auto logits_type, auto target_type) {
+        using T = decltype(logits_type);
+        using Target = decltype(target_type);
+        const Rows& rows = call.forward.args.rows;
+        if constexpr (!kIsGeneral<Target>) {  // whose kernels would take the compiler minutes more
+          if (classes_are_adjacent(rows, Target::kProbabilities) &&
+              forward_backward_fills(call.forward.problem.count(), rows.classes, kPack<T>, device.properties)) {
+            return launch_along<T, Target>(device, call);
+          }
+        }
+        run(device, call.forward);
+        run(device, call.backward);
+      });
 }
 
 }  // namespace torchce::cuda

@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, 
     uint64_t grad_output[1];
     load_grad_output_bits(call, at, grad_output);
     const RowInputs<A> inputs{grad_output[0],   1,  // no mean, whose divisor would be known only after the last row
-                              uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients};
+                              uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients, A(0)};
     return RowGradient<T, Target, GradientOf::logits>(call, inputs);
   };
   write_gradient<T, Target, GradientOf::logits, /*kInPlace=*/true>(

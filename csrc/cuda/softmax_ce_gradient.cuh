@@ -25,6 +25,7 @@ struct RowInputs {
   A divisor;  // mean_divisor
   uint64_t target_bits;
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
+  A grad_lse;
 };
 
 // Loads the bits of the upstream gradients of n neighbouring rows.
@@ -49,11 +50,15 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_index_coefficients<A>(call);
 #pragma unroll
   for (int v = 0; v < n; ++v) {
-    inputs[v] = {grad_outputs[v],    divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
-                 coefficients_of_all};
+    inputs[v] = {grad_outputs[v],     divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
+                 coefficients_of_all, A(0)};
     if constexpr (Target::kProbabilities && of == GradientOf::logits)
       inputs[v].coefficients = statistics.coefficients[r + v];
   }
+  if (!kIsGeneral<Target> || call.grad_lse == nullptr) return;
+  const A* grad_lse = static_cast<const A*>(call.grad_lse) + at.offset(call.grad_lse_strides);
+#pragma unroll
+  for (int v = 0; v < n; ++v) inputs[v].grad_lse = grad_lse[v * call.grad_lse_strides.inner];
 }
 
 // A logit's gradient from that of its value: asked for last, when the target class's part is in it.
@@ -88,17 +93,31 @@ struct RowGradient {
       grad_output = of_loss / in.divisor;
       log_sum = math::log(in.sum);
     } else if constexpr (Target::kProbabilities) {
-      set(probability_factors(of_loss / in.divisor, in.coefficients, in.sum));
+      const A g = of_loss / in.divisor;
+      set(call, in, g, A(1), probability_factors(g, in.coefficients, in.sum));
     } else {
       const DividedGradient<A> upstream(of_loss, in.divisor);
       const auto smoothing = smoothing_of<A>(rows);
       const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
-      ignored = row.ignored;
+      ignored = row.ignored && !(kIsGeneral<Target> && in.grad_lse != 0 && in.sum == in.sum);
       index = row.index;
-      set(index_factors<Target::kSpread>(upstream.g, upstream.rest, row.hot, smoothing, in.coefficients, in.sum));
+      const A g = kIsGeneral<Target> && row.ignored ? A(0) : upstream.g;
+      set(call, in, g, upstream.rest,
+          index_factors<Target::kSpread>(g, upstream.rest, row.hot, smoothing, in.coefficients, in.sum));
     }
   }
-  __device__ __forceinline__ void set(const GradientFactors<A>& factors) {
+  // Takes the row's factors, of an upstream gradient whose DividedGradient is `g` and `rest`, and adds what comes by
+  // way of lse. Then a row without an upstream gradient has no part of the loss, be that infinite.
+  __device__ __forceinline__ void set(const Backward& call, const RowInputs<A>& in, A g, A rest,
+                                      GradientFactors<A> factors) {
+    if constexpr (kIsGeneral<Target>) {
+      const A z = A(call.rows.options.z_loss);
+      if (call.grad_lse != nullptr) factors = factors.unless(g == 0);
+      if (z != 0 || in.grad_lse != 0) {
+        const A lse = LossTerms<A>{in.max, math::log(in.sum)}.lse();
+        factors.scale += slope_of_lse(in.grad_lse, g, rest, z, lse) / in.sum;
+      }
+    }
     scaled_exp = ScaledExp<A, kShort>(factors.scale);
     spread = factors.spread;
     hot = factors.hot;

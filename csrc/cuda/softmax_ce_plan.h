@@ -64,6 +64,11 @@ inline bool is_short_row(int64_t classes, int pack) {
   return ceil_div(classes, pack) <= kMostLanes * kPacksOfLane;
 }
 
+// How many lanes share a row: they have some packs each, as long as a warp has lanes.
+inline int lanes_of_row(int64_t classes, int pack) {
+  return power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
+}
+
 // Into how many parts each of a few long rows is cut, so that there is a block for every slot. A part is so long that
 // two warps of its block have a pack each.
 inline int64_t parts_to_fill(int64_t rows, int64_t classes, int pack, int64_t slots) {
@@ -104,7 +109,7 @@ inline int64_t part_of_row(int64_t classes, int64_t parts, int pack) {
 // Plans a forward along the rows; `pack` classes are 16 bytes.
 inline ForwardPlan plan_forward(int64_t rows, int64_t classes, int pack, int64_t slots) {
   if (is_short_row(classes, pack)) {
-    const int lanes = power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
+    const int lanes = lanes_of_row(classes, pack);
     return {Regime::lanes, lanes, 1, classes, std::min(slots, ceil_div(rows, kThreads / lanes))};
   }
   const int64_t parts = parts_of_row(rows, classes, pack, slots);
@@ -199,7 +204,7 @@ inline ForwardBackwardPlan plan_forward_backward(int64_t rows, int64_t classes, 
   const int64_t packs = ceil_div(classes, pack);
   const int most_kept = (device.shared_memory_of_block - kDeclaredSharedMemory) / kBytesOfKeptPack;
   if (packs <= kMostLanes * kPacksInFlight) {
-    const int lanes = power_of_two(ceil_div(packs, kPacksInFlight), kMostLanes);
+    const int lanes = lanes_of_row(classes, pack);
     const int kept = int(std::min<int64_t>(ceil_div(packs, lanes), most_kept));
     return {lanes, 1, kept, ceil_div(rows, kThreads / lanes)};
   }

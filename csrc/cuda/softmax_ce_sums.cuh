@@ -297,10 +297,17 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
   const Rows& rows = call.rows;
   const Statistics<A> statistics(rows, call.statistics);
   const A sum = sums.whole_exponentials();
-  const LossTerms<A> terms{sums.max, math::log(sum), sums.coefficients, sums.gaps};
+  LossTerms<A> terms{sums.max, math::log(sum), sums.coefficients, sums.gaps};
+  A loss_of_lse = 0;
+  if constexpr (kIsGeneral<Target>) {
+    if (sums.exponentials != sums.exponentials) terms.max = sums.exponentials;  // there was a NaN or +inf
+    if (rows.options.z_loss != 0) loss_of_lse = z_loss(A(rows.options.z_loss), terms.lse());
+    if (call.lse != nullptr) static_cast<A*>(call.lse)[r] = terms.lse();
+  }
   A loss = 0;
   if constexpr (Target::kProbabilities) {
     loss = probability_loss(terms, A(rows.classes));
+    if constexpr (kIsGeneral<Target>) loss += loss_of_lse;
     statistics.coefficients[r] = sums.coefficients;
   } else {
     const auto smoothing = smoothing_of<A>(rows);
@@ -308,10 +315,11 @@ __device__ __forceinline__ void finish_row(const Forward& call, int64_t r, const
     if (!row.ignored) {
       loss = index_loss<Target::kSpread>(row.hot, LogitOf<Target, T>(rows).value(load_one<A>(&hot_logit)), terms,
                                          A(rows.classes));
+      if constexpr (kIsGeneral<Target>) loss += loss_of_lse;
       total.weight += row.weight;
     }
   }
-  statistics.max[r] = sums.max;
+  statistics.max[r] = terms.max;
   statistics.sum[r] = sum;
   total.loss += loss;
   if (rows.options.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);

@@ -91,7 +91,8 @@ struct Problem {
   Sizes statistics_sizes() const { return {probabilities() ? 3 : 2, count()}; }
 };
 
-inline Problem make_problem(const Inputs& inputs, const Options& options) {
+// `is_general`: of Rows.
+inline Problem make_problem(const Inputs& inputs, const Options& options, bool is_general) {
   Problem p{inputs, {}, {}};
   const auto& [logits, target, weight] = inputs;
   const Sizes sizes = sizes_of(logits);
@@ -129,6 +130,16 @@ inline Problem make_problem(const Inputs& inputs, const Options& options) {
             name(logits));
     }
   }
+  check(options.softcap >= 0, "softcap: expected none (0) or a positive number, got ", options.softcap);
+  check(options.logit_scale > 0, "logit_scale: expected a positive number, got ", options.logit_scale);
+  rows.is_general = is_general;
+  if (is_general && p.probabilities()) {
+    const bool in_double = rows.accumulation == DType::float64;
+    check(rows.target_dtype == rows.accumulation && (!in_double || rows.dtype == DType::float64),
+          "target: expected float32 beside such options, or float64 for the logits too, got ",
+          torch::headeronly::toString(target.scalar_type()), " for logits of ",
+          torch::headeronly::toString(logits.scalar_type()));
+  }
   if (weight) {
     check(
         weight->scalar_type() == p.number_type() && weight->is_contiguous() && sizes_of(*weight) == Sizes{rows.classes},
@@ -148,29 +159,56 @@ inline Problem make_problem(const Inputs& inputs, const Options& options) {
   return p;
 }
 
+// What a forward can give of each row beside its loss, in the schema's order; without elements where it is not wanted.
+struct Outputs {
+  Tensor lse, predictions;
+};
+
 struct ForwardCall {
   Problem problem;
   Tensor loss;
+  std::optional<Outputs> outputs;
   Saved saved;
   Forward args;
 };
 
 // Checks and allocates a forward op; args is complete.
-inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarType> dtype, const Options& options) {
-  Problem p = make_problem(inputs, options);
+inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarType> dtype, const Options& options,
+                                   bool is_general) {
+  Problem p = make_problem(inputs, options, is_general);
   const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
   Tensor loss = empty(p.loss_sizes(), loss_type, inputs.logits);
   Saved saved{empty(p.statistics_sizes(), p.number_type(), inputs.logits), empty({2}, p.number_type(), inputs.logits)};
-  Forward args{p.rows, loss.mutable_data_ptr(), dtype_of(loss_type, "dtype"), saved.statistics.mutable_data_ptr(),
-               saved.totals.mutable_data_ptr()};
+  Forward args{p.rows,
+               loss.mutable_data_ptr(),
+               dtype_of(loss_type, "dtype"),
+               saved.statistics.mutable_data_ptr(),
+               saved.totals.mutable_data_ptr(),
+               /*lse=*/nullptr,
+               /*predictions=*/nullptr};
   check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
-  return {std::move(p), loss, saved, args};
+  return {std::move(p), loss, std::nullopt, saved, args};
+}
+
+// The same with outputs of the rows.
+inline ForwardCall prepare_forward_outputs(const Inputs& inputs, std::optional<ScalarType> dtype, bool returns_lse,
+                                           bool returns_predictions, const Options& options) {
+  ForwardCall call = prepare_forward(inputs, dtype, options, /*is_general=*/true);
+  const auto output = [&](ScalarType type, bool is_wanted) {
+    return empty(is_wanted ? call.problem.row_sizes : Sizes{0}, type, inputs.logits);
+  };
+  call.outputs = {output(call.problem.number_type(), returns_lse), output(ScalarType::Long, returns_predictions)};
+  if (returns_lse) call.args.lse = call.outputs->lse.mutable_data_ptr();
+  if (returns_predictions) call.args.predictions = static_cast<int64_t*>(call.outputs->predictions.mutable_data_ptr());
+  call.args.rows.every_row = returns_lse || returns_predictions;
+  return call;
 }
 
 struct BackwardCall {
   GradientOf of;
   Problem problem;
   Tensor grad_output;
+  std::optional<Tensor> grad_lse;
   Saved saved;
   Tensor grad;
   Backward args;
@@ -179,9 +217,10 @@ struct BackwardCall {
 };
 
 // Checks and allocates a backward op; args is complete.
-inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, const Inputs& inputs,
-                                     const Saved& saved, const Options& options) {
-  Problem p = make_problem(inputs, options);
+inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, std::optional<Tensor> grad_lse,
+                                     const Inputs& inputs, const Saved& saved, const Options& options,
+                                     bool is_general) {
+  Problem p = make_problem(inputs, options, is_general);
   const Tensor& logits = inputs.logits;
   check(sizes_of(grad_output) == p.loss_sizes(), "grad_output: expected the loss's shape ", p.loss_sizes(), ", got ",
         sizes_of(grad_output));
@@ -199,6 +238,14 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_o
   args.grad_output_dtype = float_dtype_of(grad_output, "grad_output");
   args.grad_output_strides = row_strides(grad_output, 0);
   args.grad_output = grad_output.const_data_ptr();
+  if (grad_lse) {
+    check(sizes_of(*grad_lse) == p.row_sizes && grad_lse->scalar_type() == p.number_type(), "grad_lse: expected a ",
+          torch::headeronly::toString(p.number_type()), " tensor of shape ", p.row_sizes, ", got ",
+          torch::headeronly::toString(grad_lse->scalar_type()), " of shape ", sizes_of(*grad_lse));
+    check_same_device(*grad_lse, logits, "grad_lse");
+    args.grad_lse_strides = row_strides(*grad_lse, 0);
+    args.grad_lse = grad_lse->const_data_ptr();
+  }
   args.statistics = saved.statistics.const_data_ptr();
   args.totals = saved.totals.const_data_ptr();
   Tensor grad = logits;
@@ -212,7 +259,7 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_o
   args.grad_strides = row_strides(described, 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
-  return {of, std::move(p), grad_output, saved, grad, args};
+  return {of, std::move(p), grad_output, grad_lse, saved, grad, args};
 }
 
 struct ForwardBackwardCall {
@@ -225,9 +272,10 @@ inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, const In
                                                     std::optional<ScalarType> dtype, const Options& options) {
   check(options.reduction != Reduction::mean,
         "reduction: a mean's divisor is known only after the last row; divide grad_output by it and ask for the sum");
-  const ForwardCall forward = prepare_forward(inputs, dtype, options);
-  return {forward,
-          prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, inputs, forward.saved, options)};
+  const bool is_general = !options.are_plain();
+  const ForwardCall forward = prepare_forward(inputs, dtype, options, is_general);
+  return {forward, prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, /*grad_lse=*/std::nullopt,
+                                    inputs, forward.saved, options, is_general)};
 }
 
 }  // namespace softmax_ce

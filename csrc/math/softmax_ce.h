@@ -23,6 +23,9 @@
 //   dloss/dx_j = exp(x_j - max) A / sum - u_j - h [j == y],  A = h + U
 //   dloss/dt_j = (1 - eps) w_j (lse - x_j), of probabilities
 //
+// A z-loss of z adds z lse^2 to the loss (Chowdhery et al. 2022, PaLM, arXiv:2204.02311), which keeps lse near 0, and
+// 2 z lse p_j to the gradient: as any loss that is made of lse alone, p_j times its derivative by lse.
+//
 // max and sum are kept apart: a float32 lse near 1e4 is rounded to 1e-3, which would be the relative error of every
 // gradient; and the sum, not its logarithm, spares the backward one rounding.
 #pragma once
@@ -166,6 +169,9 @@ template <class V>
 struct LossTerms {
   V max, log_sum;
   V coefficients{}, gaps{};  // U and G, where the loss has a part of every class
+
+  // A row of nothing but minus infinity has no log_sum, but this.
+  TORCHCE_HD V lse() const { return math::select(max == V{} - __builtin_inff(), max, max + log_sum); }
 };
 
 // sum_k u_k (lse - x_k), from U = sum_k u_k and G = sum_k u_k (x_k - max)
@@ -195,12 +201,37 @@ TORCHCE_HD V probability_loss(const LossTerms<V>& terms, A classes) {
   return spread_loss(terms, classes);
 }
 
+// z_loss is z lse^2, z_slope its derivative by lse.
+template <class V, class A>
+TORCHCE_HD V z_loss(A z, V lse) {
+  return z * lse * lse;
+}
+template <class V, class A>
+TORCHCE_HD V z_slope(A z, V lse) {
+  return A(2) * z * lse;
+}
+
 // GradientFactors make the gradient of each class of a row, the upstream gradient g in it:
 // g dloss/dx_j = exp(x_j - max) scale - spread u_j - hot [j == y], of a class index with w_j in place of u_j
 template <class V>
 struct GradientFactors {
   V scale, spread, hot;
+
+  // Zeros where `without`.
+  template <class M>
+  TORCHCE_HD GradientFactors unless(M without) const {
+    return {math::select(without, V{}, scale), math::select(without, V{}, spread), math::select(without, V{}, hot)};
+  }
 };
+
+// slope_of_lse is what multiplies p_j in the gradient beside g A: the gradient `grad_lse` of an lse that was returned,
+// and g z_slope, of an upstream gradient whose DividedGradient is `g` and `rest`.
+template <class V, class A>
+TORCHCE_HD V slope_of_lse(V grad_lse, V g, A rest, A z, V lse) {
+  if (z == A(0)) return grad_lse;
+  const V of_loss = rest == A(1) ? g * z_slope(z, lse) : g * z_slope(z, lse) / rest;
+  return grad_lse + math::select(g == V{}, V{}, of_loss);  // a mean over nothing has a rest of 0
+}
 
 // DividedGradient is an upstream gradient divided by a mean's divisor: but where only the quotient is infinite, as by a
 // sum of tiny class weights, it is the whole one, and `rest`, else 1, has still to divide the coefficients. Beside

@@ -113,13 +113,25 @@ def softmax(problem: Softmax, device: str) -> Results:
     loss, statistics, totals = ops.softmax_ce_forward(x, target, weight, None, reduction, IGNORED, smoothing)
     yield "loss", loss
     grad_output = cases.normal(loss.shape, dtype, device, seed=7)
-    saved = (grad_output, x, target, weight, statistics, totals, reduction)
-    yield "gradient", ops.softmax_ce_backward(*saved, IGNORED, smoothing)
+    saved = (target, weight, statistics, totals, reduction, IGNORED, smoothing)
+    yield "gradient", ops.softmax_ce_backward(grad_output, x, *saved)
+    if kind != "probability" or dtype == acc:  # other pairs the op does not know
+        own = (0.1, 5.0, 0.7)  # z-loss, softcap, scale
+        loss, lse, predictions, *outputs_saved = ops.softmax_ce_forward_outputs(
+            x, target, weight, None, True, True, reduction, IGNORED, smoothing, *own
+        )
+        yield from (("loss with options", loss), ("lse", lse), ("predictions", predictions))
+        grad_lse = cases.normal(lse.shape, acc, device, seed=8)
+        outputs_saved = [target, weight, *outputs_saved, reduction, IGNORED, smoothing, *own]
+        yield (
+            "gradient of them and lse",
+            ops.softmax_ce_backward_outputs(grad_output, grad_lse, x, *outputs_saved),
+        )
     if kind == "probability":
-        yield "gradient of the target", ops.softmax_ce_backward_target(*saved, IGNORED, smoothing)
+        yield "gradient of the target", ops.softmax_ce_backward_target(grad_output, x, *saved)
     if is_dense(x):
         overwritten = logits()
-        ops.softmax_ce_backward_(grad_output, overwritten, *saved[2:], IGNORED, smoothing)
+        ops.softmax_ce_backward_(grad_output, overwritten, *saved)
         yield "gradient in place", overwritten
         overwritten = logits()
         options = (None, NONE if reduction == NONE else SUM, IGNORED, smoothing)
