@@ -11,9 +11,17 @@ if _util.find_spec("torchce._C") is None:
 
 from torchce import functional
 from torchce._build_info import build_info
+from torchce.functional import CrossEntropyOutput
 from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss
 from torchce.patch import patch_torch
 
 __version__ = "0.1.0"
 
-__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "build_info", "functional", "patch_torch"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
+    "build_info",
+    "functional",
+    "patch_torch",
+]

@@ -8,7 +8,7 @@ it. docs/decisions.md says why it lies there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from torch.utils._device import DeviceContext
 
 from torchce import calls
 
-Loss = Callable[..., Tensor]
+Loss = Callable[..., Any]
+_Function = TypeVar("_Function", bound=Loss)
 
 STANDS_FOR: dict[Loss, Loss] = {}
 """torchce's function for each of torch's."""
@@ -40,10 +41,10 @@ def leads_to(ours: Loss, function: Loss) -> None:
     _LEADS_TO[function] = ours
 
 
-def stands_for(torchs: Loss) -> Callable[[Loss], Loss]:
+def stands_for(torchs: Loss) -> Callable[[_Function], _Function]:
     """Decorates the function that answers in place of ``torchs``."""
 
-    def register(ours: Loss) -> Loss:
+    def register(ours: _Function) -> _Function:
         STANDS_FOR[torchs] = ours
         leads_to(ours, torchs)
         leads_to(ours, ours)
@@ -64,13 +65,13 @@ class _Beneath(TorchFunctionMode):
             return func(*args, **kwargs)
         if not has_torch_function((*args, *kwargs.values())):
             calls.note(None)
-            return ours(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+            return ours(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         if func in STANDS_FOR and not _len_torch_function_stack():
             return NotImplemented  # torch asks the subclasses next, with this mode on the stack again
         return ours(*args, **kwargs)  # asks the modes or subclasses that are left
 
 
-def _plain(argument: Any) -> Any:
+def plain(argument: Any) -> Any:
     """A tensor whose class has no say any more as one that the kernels take; what dispatches itself stays as it is."""
     if (
         isinstance(argument, Tensor)
@@ -95,7 +96,7 @@ def ask_handlers(
     so they do while a graph is traced, and symbolic tracing records it, to be called when nothing here is on the stack.
     """
     defaults = ours.__kwdefaults__ or {}
-    used = {name: value for name, value in own.items() if value is not defaults[name]}
+    used = {name: value for name, value in own.items() if name not in defaults or value is not defaults[name]}
     if used:
         index = _get_overridable_functions()[1]  # where torch.overrides.resolve_name looks
         index.setdefault(ours, f"torchce.functional.{ours.__name__}")

@@ -17,5 +17,14 @@ raises: TorchScript cannot compile these functions.
 from torchce.functional._common import NO_TORCHSCRIPT
 from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
 from torchce.functional.softmax_ce import check_targets, cross_entropy
+from torchce.functional.softmax_ce_own import CrossEntropyOutput
+from torchce.functional.token_logprobs import token_logprobs
 
-__all__ = ["NO_TORCHSCRIPT", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]
+__all__ = [
+    "NO_TORCHSCRIPT",
+    "CrossEntropyOutput",
+    "binary_cross_entropy_with_logits",
+    "check_targets",
+    "cross_entropy",
+    "token_logprobs",
+]

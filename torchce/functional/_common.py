@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.parameter import Buffer, Parameter
 from torchce import calls, ops
 from torchce.sizes import known
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 # Kinds of tensors whose operations are a plain tensor's; AOTAutograd traces with FunctionalTensor.
 _PLAIN_TENSORS = frozenset({Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor})
 SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
@@ -28,7 +29,7 @@ _REDUCTIONS = {name: number for number, name in enumerate(REDUCTION_NAMES)}
 NO_TORCHSCRIPT = "torchce's losses cannot be scripted; use torch.compile or torch.export, or torch.nn's losses"
 
 
-def refuse_scripting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def refuse_scripting(function: _Function) -> _Function:
     """Makes ``torch.jit.script``, which looks for such a mark, refuse ``function`` and say why."""
     setattr(function, "__script_unsupported", NO_TORCHSCRIPT)
     return function

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 from torch.overrides import has_torch_function_variadic
+from typing_extensions import Unpack
 
 from torchce import inplace, ops, overrides
 from torchce.functional._common import (
@@ -29,28 +30,69 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
+from torchce.functional.softmax_ce_own import (
+    CrossEntropyOutput,
+    LossArguments,
+    Own,
+    OwnArguments,
+    given,
+    names_own_arguments,
+    one_ignore_index,
+    own_cross_entropy,
+)
 from torchce.sizes import are_numbers, known
-from torchce.softmax_ce import Options, eager_softmax_ce, known_options, softmax_ce
+from torchce.softmax_ce import Options, eager_softmax_ce, softmax_ce
+from torchce.softmax_ce_formulas import plain
 from torchce.transforms import may_be_transformed
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.uint8})
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int | tuple[int, ...] = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    inplace_backward: bool = ...,
+    **own: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int | tuple[int, ...] = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    inplace_backward: bool = ...,
+    **own: Unpack[OwnArguments],
+) -> CrossEntropyOutput: ...
 @overrides.stands_for(_torch_cross_entropy)
 @refuse_scripting
+@names_own_arguments
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | tuple[int, ...] = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
     inplace_backward: bool = False,
-) -> Tensor:
+    **own: Unpack[OwnArguments],
+) -> Tensor | CrossEntropyOutput:
     r"""Softmax cross entropy between logits and class indices or probabilities.
 
     A drop-in replacement for :func:`torch.nn.functional.cross_entropy`, computed in one pass each way: softmax
@@ -64,39 +106,69 @@ def cross_entropy(
     0 times infinity is 0. The mean divides by the sum of the rows' weights for indices, by the number of rows for
     probabilities. (Maximum likelihood over multinomial labels; smoothing after Szegedy et al. 2016, arXiv:1512.00567.)
 
+    With v = ``sample_weight`` and z = ``z_loss``, the loss of a row that is not ignored is
+    :math:`v\, (\text{the above} + z\, \mathrm{lse}^2)`, and its weight in the mean is v times the one above. With
+    c = ``softcap`` and a = ``logit_scale``, all of it is of :math:`c \tanh(a x / c)` in place of x, or of a x.
+
     Args:
         input (Tensor): unnormalised logits, float64, float32, bfloat16 or float16, of any strides.
         target (Tensor): class indices (int64, int32 or uint8), or class probabilities (floating point).
         weight (Tensor, optional): a weight for each class, of any floating dtype.
         size_average (bool, optional): deprecated, see ``reduction``.
-        ignore_index (int): a class index whose rows have no loss and no gradient. Default: -100
+        ignore_index (int or tuple of ints): class indices whose rows have no loss and no gradient. Default: -100
         reduce (bool, optional): deprecated, see ``reduction``.
         reduction (str): ``'none'``, ``'mean'`` or ``'sum'``. Default: ``'mean'``
         label_smoothing (float): the part of each target spread evenly over all classes, at most 1. Default: 0.0
 
     Keyword Args:
+        z_loss (float): what times lse^2 is added to the loss of each row that is not ignored; class weights do not
+            multiply it. (Chowdhery et al. 2022, PaLM, arXiv:2204.02311.) Default: 0.0
+        softcap (float, optional): keeps the logits between it and its negative, by a tanh; minus infinity becomes the
+            negative, and masks no class. (Bello et al. 2016, arXiv:1611.09940; Gemma 2, arXiv:2408.00118.)
+            Default: ``None``
+        logit_scale (float or Tensor, optional): a positive factor for the logits, before softcap. A tensor has no
+            dimension and may require grad; the logits are multiplied with it in a copy. Default: ``None``, 1
+        sample_weight (Tensor, optional): a factor for each row's loss, of any floating dtype and differentiable. The
+            mean divides by the sum of the weights that were used: of rows that are not ignored, times their class's.
+            Default: ``None``
+        divisor (float or Tensor, optional): what the mean divides by instead, such as the tokens of all the batches
+            whose gradients are added up, or of all processes. No device is waited for. Default: ``None``
+        dtype (torch.dtype, optional): the loss's. ``torch.float32`` costs 16-bit logits no copy, and their loss the
+            rounding to 16 bits no longer: near 37 bfloat16 has steps of 0.25. Default: ``None``, torch's
+        empty_value (float, optional): the mean where no row counts: all are ignored, or weigh 0. The gradient is 0
+            then. Default: ``None``, torch's NaN
+        return_lse (bool): return each row's lse as well, differentiable, of ignored rows too. Minus infinity of a row
+            of nothing else; NaN where the row holds a NaN or infinity. Default: ``False``
+        return_predictions (bool): return each row's class of the largest logit as well, the first one of equals, of
+            ignored rows too. Default: ``False``
+        return_z_loss (bool): return the z-loss's part of the loss as well, reduced as the loss, detached.
+            Default: ``False``
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense, and neither a leaf that requires grad nor a view of one. After backward, a
             backward through what else was computed from them raises, and so does a second backward; but merely
             *reading* them raises nothing and finds the gradient: take what you need of them, such as
             ``logits.argmax(1)`` for an accuracy, before ``backward()``. Without effect under :func:`torch.compile`,
             in graphs that are traced with fake tensors, and where hooks take what is saved for backward, as inside
-            :mod:`torch.utils.checkpoint`. Default: ``False``
+            :mod:`torch.utils.checkpoint`, and beside a ``logit_scale`` that is a tensor. Default: ``False``
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
         - target: the input's shape without C for indices, the input's shape for probabilities
         - weight: :math:`(C)`
-        - output: a scalar, or with ``reduction='none'`` the input's shape without C
+        - sample_weight, lse, predictions: the input's shape without C
+        - output, z_loss: a scalar, or with ``reduction='none'`` the input's shape without C
 
     Returns:
         Tensor: the loss, in the dtype torch gives it: the input's for indices, the promoted one of all three for
-        probabilities, float32 for 16-bit inputs under autocast.
+        probabilities, float32 for 16-bit inputs under autocast. With any ``return_`` a
+        :class:`torchce.CrossEntropyOutput` that holds it.
 
     Raises:
         IndexError: a class index is neither in [0, C) nor ``ignore_index`` (on CUDA such a row's loss and gradient are
             NaN instead, unless ``TORCHCE_CHECK_TARGETS=1`` is set in the environment).
         ValueError, RuntimeError, TypeError: what torch raises for the same call.
+        ValueError: a keyword argument is wrong, or excludes another one, or the kernels do not take the tensors and
+            torch, which would, knows no such argument.
 
     Example::
 
@@ -105,11 +177,11 @@ def cross_entropy(
         tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
     if has_torch_function_variadic(input, target, weight):
-        answer: Tensor = overrides.ask_handlers(
+        answer: Tensor | CrossEntropyOutput = overrides.ask_handlers(
             cross_entropy,
             _torch_cross_entropy,
             (input, target, weight),
-            {"inplace_backward": inplace_backward},
+            {**given("cross_entropy", own), "inplace_backward": inplace_backward},
             input,
             target,
             weight=weight,
@@ -121,25 +193,41 @@ def cross_entropy(
         )
         return answer
     number = reduction_number(reduction, size_average, reduce)
-    if not inplace_backward:
+    if not (own or inplace_backward):
         loss = _plain_loss(input, target, weight, number, ignore_index, label_smoothing)
         if loss is not None:
             return loss
+    own_arguments = given("cross_entropy", own)
+    is_torchs = not own_arguments
+    if isinstance(ignore_index, tuple):
+        target, ignore_index = one_ignore_index(target, ignore_index)
+    if not is_torchs:
+        input, target, weight = map(overrides.plain, (input, target, weight))
     problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, REDUCTION_NAMES[number], label_smoothing)
-        return explain(problem, _torch_cross_entropy, *arguments)
-    inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=True)
+        loss = explain(problem, _torch_cross_entropy, *arguments)
+        if is_torchs:
+            return loss
+        raise ValueError(f"{problem}: torch's loss answers there, which has no keyword arguments of torchce's own")
+    of_own = Own(**own_arguments)
+    if not is_torchs:
+        of_own.check(input, ops.softmax_ce_accumulation(input, target, weight), number)
+    # A scale that is a tensor leaves the logits alone: what could be overwritten is a copy.
+    is_copied = isinstance(of_own.logit_scale, Tensor)
+    inplace_backward = inplace_backward and not is_copied and inplace.will_overwrite(input, rows=True)
     input, target, weight, dtype = _promote(input, target, weight)
     label_smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
     options = Options(number, int(ignore_index), label_smoothing)
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
-    return softmax_ce(input, target, weight, dtype, options, inplace_backward)
+    if is_torchs:
+        return softmax_ce(input, target, weight, dtype, plain(options), inplace_backward)
+    return own_cross_entropy(input, target, weight, dtype or input.dtype, options, inplace_backward, of_own)
 
 
 def _plain_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: Any, label_smoothing: float
 ) -> Tensor | None:
     """The loss where nothing can be wrong that the op does not find out itself, else None.
 
@@ -165,8 +253,7 @@ def _plain_loss(
     if not is_plain:
         return None
     try:
-        options = known_options(reduction, ignore_index, label_smoothing + 0.0)  # not -0.0, which equals another key
-        return eager_softmax_ce(input, target, weight, None, options, False)
+        return eager_softmax_ce(input, target, weight, None, (reduction, ignore_index, label_smoothing), False)
     except RuntimeError:
         problem = _problem(input, target, weight, ignore_index, label_smoothing)
         if problem is None:  # a saved tensor's hook raised it, say
@@ -198,7 +285,7 @@ def _problem(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: Any,
     label_smoothing: float,
 ) -> str | None:
     """What keeps the kernels from taking this call, naming the argument and both values."""

@@ -1,0 +1,76 @@
+"""Log-probabilities of tokens, for those who train on them rather than on a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchce import ops
+from torchce.functional._common import refuse_scripting
+from torchce.functional.softmax_ce import cross_entropy
+from torchce.functional.softmax_ce_own import check_positive, check_scalar
+
+
+@refuse_scripting
+def token_logprobs(
+    input: Tensor,
+    target: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    ignore_index: int | tuple[int, ...] = -100,
+    dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""The log-probability of each target class under logits divided by a temperature.
+
+    That is minus the unreduced :func:`torchce.functional.cross_entropy` with ``logit_scale`` 1 / temperature, under the
+    name that reinforcement learning from tokens has for it (policy gradients, PPO, GRPO, DPO): one read of the logits,
+    and no log-softmax of their size, where :func:`torch.log_softmax` and ``gather`` keep one for backward.
+
+    Args:
+        input (Tensor): unnormalised logits, the classes in dimension 1. A model's ``[batch, time, classes]`` is read
+            without a copy as ``logits.transpose(1, 2)``.
+        target (Tensor): class indices (int64, int32 or uint8), such as the tokens that were drawn.
+        temperature (float or Tensor): a positive divisor of the logits; a tensor has no dimension, and the logits are
+            divided by it in a copy. Default: 1.0
+
+    Keyword Args:
+        ignore_index (int or tuple of ints): class indices whose rows have 0 and no gradient. Default: -100
+        dtype (torch.dtype, optional): of the result. Default: ``None``, float64 for float64 logits, else float32
+        inplace_backward (bool): let the gradient overwrite the logits, see
+            :func:`torchce.functional.cross_entropy`. Default: ``False``
+
+    Shape:
+        - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
+        - target, output: the input's shape without C
+
+    Raises:
+        ValueError: the target holds no class indices, or an argument is wrong.
+        IndexError: a class index is neither in [0, C) nor ``ignore_index`` (CPU; on CUDA the row is NaN).
+
+    Example::
+
+        >>> logits = torch.zeros(2, 3, 4)  # [batch, time, classes]
+        >>> torchce.functional.token_logprobs(logits.transpose(1, 2), torch.ones(2, 3, dtype=torch.int64))
+        tensor([[-1.3863, -1.3863, -1.3863],
+                [-1.3863, -1.3863, -1.3863]])
+    """
+    acc = ops.accumulation_dtype(input.dtype)
+    if isinstance(temperature, Tensor):
+        check_scalar("temperature", temperature, input)
+        logit_scale: float | Tensor = temperature.to(acc).reciprocal()
+    else:
+        check_positive("temperature", temperature, acc)
+        logit_scale = 1 / temperature
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(f"target: expected class indices, got {target.dtype}")
+    loss: Tensor = cross_entropy(
+        input,
+        target,
+        ignore_index=ignore_index,
+        reduction="none",
+        logit_scale=logit_scale,
+        dtype=dtype or acc,
+        inplace_backward=inplace_backward,
+    )
+    return 0 - loss  # -loss would make of an ignored row's 0 a -0
