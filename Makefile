@@ -32,7 +32,7 @@ test: build
 test-large: build
 	$(BIN)/python -m pytest tests/test_large.py --large -rs
 
-# 5000 problems for each of the five fuzz tests, new ones each time.
+# 5000 problems for each of the six fuzz tests, new ones each time.
 fuzz: build
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 

@@ -213,8 +213,19 @@ KERNEL_TYPES = [
 ]
 
 
+# The same of transformed logits, which know fewer pairs of dtypes.
+CAPPED_TYPES = [
+    pytest.param(f"capped_{kind}", dtype, id=f"capped_{kind}-{dtype_id(dtype)}")
+    for kind in ("index", "smoothed", "float32_probability")
+    for dtype in DTYPES
+]
+
+
 def kernel_problem(kind: str, logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """A target of that kind and its options; index targets have a row that is ignored, the others weights."""
+    if kind.startswith("capped_"):
+        target, options = kernel_problem(kind.removeprefix("capped_"), logits)
+        return target, {**options, "softcap": 5.0, "logit_scale": 0.7}
     shape, dtype, device = tuple(logits.shape), logits.dtype, str(logits.device)
     if kind.endswith("probability"):
         target_dtype = {"float32_probability": torch.float32, "float64_probability": torch.float64}.get(kind, dtype)

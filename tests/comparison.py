@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import composed
 import reference
 import torch
 from reference import Truth
@@ -169,6 +170,7 @@ def check_softmax_ce(
     **options: Any,
 ) -> Tensor:
     """Hold loss and gradients of torchce's cross entropy to reference and torch; returns our loss."""
+    is_torchs = options.keys().isdisjoint(composed.OWN)
     torch_options = dict(options)
     torch_target = target
     if not target.is_floating_point():  # torch takes int64 and uint8 indices, and a weight of the logits' dtype
@@ -181,7 +183,7 @@ def check_softmax_ce(
 
     return check(
         function,
-        torch.nn.functional.cross_entropy,
+        torch.nn.functional.cross_entropy if is_torchs else composed.cross_entropy,
         reference.softmax_ce,
         (logits, target, torch_target),
         (options, torch_options),
@@ -240,7 +242,8 @@ def check(
     ours = run(our_function, logits, target, options[0], grad_output, target_grad)
     theirs = run(torch_function, logits, torch_target, options[1], grad_output, target_grad)
     grad_output = grad_output_for(ours[0]) if grad_output is None else grad_output
-    truths = reference_function(logits, target, grad_output=grad_output, **options[0])
+    known = {name: value for name, value in options[0].items() if name not in composed.OF_RESULT}
+    truths = reference_function(logits, target, grad_output=grad_output, **known)
 
     for name, our, their, truth in zip(("loss", "grad_logits", "grad_target"), ours, theirs, truths, strict=True):
         if our is None and not (name == "grad_target" and target_grad):

@@ -66,7 +66,13 @@ def softmax_ce(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     grad_output: Tensor | None = None,
+    grad_lse: Tensor | None = None,
 ) -> SoftmaxCE:
     """Softmax cross entropy and its gradients.
 
@@ -74,15 +80,31 @@ def softmax_ce(
         logits: [C], [N, C] or [N, C, d1..dk]
         target: indices [], [N] or [N, d1..dk], or probabilities of the logits' shape
         weight: [C]
+        sample_weight, grad_lse: shaped as an index target
         grad_output: the loss's own gradient, of the loss's shape; 1 if not given
+        grad_lse: the gradient of the rows' lse; 0 if not given
     """
     x = float64(logits)
+    # softcap tanh(logit_scale x / softcap) in place of x, with its slope and what one unit of rounding error moves both
+    slope_of_x = slope_of_x_condition = moved_x = torch.zeros_like(x)
+    transforms = softcap is not None or logit_scale is not None
+    logit_scale = 1.0 if logit_scale is None else float(logit_scale)
+    if transforms:
+        x = logit_scale * x
+        slope_of_x = slope_of_x_condition = torch.full_like(x, logit_scale)
+        if softcap is not None:
+            tanh = torch.tanh(x / softcap)
+            x = softcap * tanh
+            slope_of_x_condition = slope_of_x * (1 + 2 * tanh.square())
+            slope_of_x = slope_of_x * (1 - tanh.square())
+        moved_x = x.abs().nan_to_num(posinf=0.0)
     k = 0 if x.dim() == 1 else 1  # the class dimension
     classes = x.size(k)
     along_classes = [1] * x.dim()
     along_classes[k] = classes
     w = torch.ones(classes, dtype=torch.float64) if weight is None else float64(weight)
     w = w.reshape(along_classes)
+    of_rows = torch.ones((), dtype=torch.float64) if sample_weight is None else float64(sample_weight).unsqueeze(k)
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
 
     # coefficient: what multiplies -log p_k in the loss; kept: rows that count
@@ -95,33 +117,47 @@ def softmax_ce(
         distribution = one_hot * (1 - smoothing) + smoothing / classes
         coefficient = torch.where(distribution == 0, torch.zeros_like(distribution), w * distribution)
         w_y = w.flatten()[y]
-        total = torch.where(kept, w_y, torch.zeros_like(w_y)).sum()
+        total = times(of_rows, torch.where(kept, w_y, torch.zeros_like(w_y))).sum()
     else:
         distribution = float64(target) * (1 - smoothing) + smoothing / classes
         row_shape = [*x.shape[:k], 1, *x.shape[k + 1 :]]
         kept = torch.ones(row_shape, dtype=torch.bool)
-        total = torch.tensor(float(kept.numel()), dtype=torch.float64)
+        total = of_rows.expand(row_shape).sum()
         coefficient = w * distribution  # as torch: NaN where the target excludes a class of infinite weight
+
+    if divisor is not None:
+        total = torch.as_tensor(divisor, dtype=torch.float64, device="cpu").detach()
 
     largest = x.amax(k, keepdim=True)
     below = largest - x  # how far each logit lies below its row's largest
     exponential = torch.exp(-below)
     exponential_sum = exponential.sum(k, keepdim=True)
     p = exponential / exponential_sum
-    p_condition = times(p, 1 + below)
+    moved_x = moved_x + moved_x.amax(k, keepdim=True)
+    p_condition = times(p, 1 + below + moved_x)
     negative_log_p = below + torch.log(exponential_sum)
 
     def only_kept(rows: Tensor) -> Tensor:
         return torch.where(kept, rows, torch.zeros_like(rows))
 
+    # z_loss lse^2 and its derivative by lse, and what one unit of rounding error moves them: lse is itself a sum
+    lse = largest + torch.log(exponential_sum)
+    lse_condition = largest.abs() + torch.log(exponential_sum) + 1
+    of_lse, of_lse_condition = z_loss * lse.square(), 3 * z_loss * (lse.abs() + 1) * lse_condition
+    slope, slope_condition = 2 * z_loss * lse, 2 * z_loss * lse_condition
+    if z_loss == 0:  # times an lse whose square is beyond every number
+        of_lse = of_lse_condition = slope = slope_condition = torch.zeros_like(lse)
+
     terms = terms_of_loss(coefficient, negative_log_p)
-    row_loss = only_kept(terms.sum(k, keepdim=True))
+    row_loss = only_kept(times(of_rows, terms.sum(k, keepdim=True) + of_lse))
 
     def of_loss(magnitude: Tensor) -> Tensor:
         """What the rows' losses are if their coefficients are as large as that, and the roundings of a sum near 1."""
-        return only_kept(times(magnitude, negative_log_p + 1).sum(k, keepdim=True))
+        return only_kept(times(of_rows.abs() * magnitude, negative_log_p + 1 + moved_x).sum(k, keepdim=True))
 
-    loss, g = _reduce(row_loss, of_loss(coefficient.abs()), total, reduction, grad_output, class_dim=k)
+    condition = of_loss(coefficient.abs()) + only_kept(of_rows.abs() * of_lse_condition)
+    loss, g = _reduce(row_loss, condition, total, reduction, grad_output, class_dim=k)
+    g = g * of_rows
     least = torch.finfo(torch.float32).smallest_normal
 
     def is_subnormal(factor: Tensor) -> Tensor:
@@ -138,11 +174,18 @@ def softmax_ce(
         positive, negative = (rows.max() if rows.numel() else rows.sum() for rows in (positive, negative))
     loss = loss._replace(partial=partial, subnormal=moved.condition, of_signs=(positive, negative))
 
-    # d loss / d x_j = p_j * (sum of coefficients) - coefficient_j
+    # d loss / d x_j = p_j * (sum of coefficients + d loss / d lse) - coefficient_j
     coefficient_sum = coefficient.sum(k, keepdim=True)
-    grad_logits = only_kept(g * (p * coefficient_sum - coefficient))
-    coefficient_magnitude = coefficient.abs().sum(k, keepdim=True)
+    grad_logits = only_kept(g * (p * (coefficient_sum + slope) - coefficient))
+    coefficient_magnitude = coefficient.abs().sum(k, keepdim=True) + slope_condition
     grad_condition = only_kept(g.abs() * (p_condition * coefficient_magnitude + coefficient.abs()))
+    if grad_lse is not None:
+        own = float64(grad_lse).unsqueeze(k)
+        grad_logits = grad_logits + own * p
+        grad_condition = grad_condition + own.abs() * p_condition
+    if transforms:
+        grad_logits = slope_of_x * grad_logits
+        grad_condition = slope_of_x_condition * grad_condition
 
     grad_subnormal = g.abs() * (
         p * subnormal.sum(k, keepdim=True) + subnormal + times((p < least).double(), coefficient_magnitude)
@@ -159,7 +202,7 @@ def softmax_ce(
         subnormal = (w.abs() < least).double() * g.abs() + is_subnormal(scale)
         grad_target = Truth(
             scale * negative_log_p,
-            scale.abs() * (negative_log_p + 1),
+            scale.abs() * (negative_log_p + 1 + moved_x),
             subnormal=times(subnormal, negative_log_p + 1),
         )
     # g over the sum of the weights is formed before a weight below 1 multiplies it.

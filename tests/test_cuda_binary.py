@@ -26,6 +26,7 @@ KERNELS = {
     "backward_across",
     "forward_backward_by_lanes",
     "forward_backward_by_cluster",
+    "predict",
     "forward",
     "backward",
 }
@@ -83,6 +84,8 @@ def test_no_local_memory_and_registers_within_budget() -> None:
 
 def has_packs(symbol: str) -> bool:
     """Kernels along rows find aligned packs by themselves; across rows and in BCE the pack size is an argument, V."""
+    if kernel_name(symbol) == "predict":
+        return "Lb1E" in symbol  # kAdjacent
     across = kernel_name(symbol) in {"forward_across", "backward_across", "forward", "backward"}
     return not across or "Li1EEEv" not in symbol
 

@@ -33,7 +33,12 @@ PARTS = [
         "tests/test_softmax_ce_rounding.py",
         "tests/test_ops.py",
     ],
-    ["tests/test_softmax_ce.py", "tests/test_sigmoid_bce.py", "tests/test_determinism.py"],
+    [
+        "tests/test_softmax_ce.py",
+        "tests/test_softmax_ce_own.py",
+        "tests/test_sigmoid_bce.py",
+        "tests/test_determinism.py",
+    ],
 ]
 
 

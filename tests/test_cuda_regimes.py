@@ -60,6 +60,21 @@ def test_one_launch_each_way(
     assert count_launches() == before + 2
 
 
+@pytest.mark.parametrize(("kind", "dtype"), cases.CAPPED_TYPES)
+def test_transformed_logits(cuda_device: str, multiprocessors: int, kind: str, dtype: torch.dtype) -> None:
+    """Every kernel of theirs: lanes, a block and several blocks a row; across packs of rows and single ones."""
+    for shape, layout in (
+        ((37, 10), None),
+        ((3, 300), "offset"),
+        ((2 * multiprocessors, 9001), None),
+        ((1, 20001), "offset"),
+        ((2, 19, 64), None),
+        ((2, 19, 7), None),
+        ((33, 41), "transposed"),
+    ):
+        check(kind, cases.arranged(layout, shape, dtype, cuda_device))
+
+
 # --- rows whose classes are adjacent in memory ----------------------------------------------------------------------
 
 

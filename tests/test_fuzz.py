@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cases
+import composed
 import pytest
 import torch
 from comparison import assert_bitwise_equal, check_sigmoid_bce, check_softmax_ce, run
@@ -165,6 +166,43 @@ def test_cross_entropy_with_indices(problem: Softmax, device: str, counts: Count
 @given(problem=softmax_problems("probability"))
 def test_cross_entropy_with_probabilities(problem: Softmax, device: str, counts: Counter[str]) -> None:
     hold(check_softmax_ce, ours.cross_entropy, device, problem)
+    counts["fuzzed problems"] += 1
+
+
+@st.composite
+def own_problems(draw: st.DrawFn) -> Softmax:
+    """With the options that torch's has not, of ordinary logits: the extremes are the other tests'."""
+    problem = draw(st.one_of(softmax_problems("index"), softmax_problems("probability")))
+    logits = draw(st.floats(0.1, 30)) * cases.normal(problem.logits.shape, torch.float64, "cpu", seed=draw(seeds))
+    logits = torch.empty_like(problem.logits).copy_(logits)
+    options = dict(problem.options)
+    if options["weight"] is not None:
+        options["weight"] = cases.uniform(options["weight"].shape, options["weight"].dtype, "cpu", seed=draw(seeds))
+    options["z_loss"] = draw(st.sampled_from([0.0, 1e-4, 0.1]))
+    for name, values in {"softcap": [None, 1.0, 30.0], "logit_scale": [None, 0.1, 2.0]}.items():
+        options[name] = draw(st.sampled_from(values))
+    if draw(st.booleans()):
+        rows, dtype = cases.index_shape(logits.shape), draw(st.sampled_from(cases.DTYPES))
+        options["sample_weight"] = 0.1 + draw(layouts(len(rows))).arrange(
+            lambda s: cases.uniform(s, dtype, "cpu", seed=5), rows
+        )
+    if options["reduction"] == "mean":
+        options["divisor"] = draw(st.sampled_from([None, 0.5, 7, torch.tensor(3)]))
+    options["dtype"] = draw(st.sampled_from([None, None, torch.float32]))
+    return Softmax(logits, problem.target, options, draw(st.sampled_from([None, 1.0, -3.0])))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(problem=own_problems())
+def test_cross_entropy_with_own_options(problem: Softmax, device: str, counts: Counter[str]) -> None:
+    hold(check_softmax_ce, ours.cross_entropy, device, problem)
+    logits, target, options, _ = on(device, problem)
+    out = ours.cross_entropy(logits, target, return_lse=True, return_predictions=True, **options)
+    assert_bitwise_equal(out.loss, ours.cross_entropy(logits, target, **options))
+    class_dim = min(1, logits.dim() - 1)
+    assert_bitwise_equal(out.predictions, logits.argmax(class_dim))
+    values = composed.transformed(logits.double(), options["softcap"], options["logit_scale"])
+    torch.testing.assert_close(out.lse.double(), torch.logsumexp(values, class_dim), rtol=1e-5, atol=1e-4)
     counts["fuzzed problems"] += 1
 
 

@@ -37,7 +37,7 @@ class ForwardBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         assert_bitwise_equal(grad_output, ctx.grad_output)
-        return ctx.grad, None, None, None, None, None
+        return ctx.grad, *[None] * 8
 
 
 def forward_backward(
@@ -48,11 +48,16 @@ def forward_backward(
     reduction: str,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
 ) -> Tensor:
     if weight is not None:
         beside = weight if target.is_floating_point() else None
         weight = weight.to(ops.softmax_ce_accumulation(logits, target, beside))
-    return ForwardBackward.apply(logits, target, weight, reduction, ignore_index, label_smoothing)
+    if softcap and target.is_floating_point():  # as torchce.functional does
+        target = target.to(ops.softmax_ce_accumulation(logits, target, weight))
+    own = (0.0, softcap, logit_scale)
+    return ForwardBackward.apply(logits, target, weight, reduction, ignore_index, label_smoothing, *own)
 
 
 def check(kind: str, logits: Tensor, reduction: str = "none") -> None:
@@ -68,6 +73,12 @@ def test_shapes(device: str, emulated: bool, kind: str, shape: tuple[int, ...], 
     if emulated and max(shape) > 9000:
         pytest.skip("too large for the emulation")
     check(kind, cases.normal(shape, torch.float32, device, scale=3), reduction)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), cases.CAPPED_TYPES)
+def test_transformed_logits(device: str, kind: str, dtype: torch.dtype) -> None:
+    for shape in ((37, 10), (5, 300), (3, 9001), (2, 19, 64)):
+        check(kind, cases.normal(shape, dtype, device, scale=3))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "offset"])

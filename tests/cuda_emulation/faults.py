@@ -35,6 +35,7 @@ class Fault:
 
 
 FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
+BACKWARD_HOST, PREDICTIONS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_predictions.cuh"
 FORMULAS = "math/softmax_ce.h"
 REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
@@ -58,6 +59,8 @@ FORWARD_BACKWARD_PLANS = "test_softmax_ce_forward_backward.py::test_every_change
 CLUSTERS = "test_softmax_ce_forward_backward.py::test_rows_spread_over_a_cluster"
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 COLUMNS = "test_cuda_regimes.py::test_bce_weights_of_columns"
+TRANSFORMED = "test_cuda_regimes.py::test_transformed_logits"
+LSE = "test_softmax_ce_own.py::test_lse_and_predictions"
 
 FAULTS = {
     "a barrier is missing before shared memory is read": Fault(
@@ -199,6 +202,28 @@ FAULTS = {
         "const auto infinite = ",
         "const auto infinite = !PLANTED & ",
         "test_infinite_weights.py::test_every_place",
+    ),
+    "the gradient of a value is taken for the logit's": Fault(
+        GRADIENT,
+        "return logit.slope(value) * gradient;",
+        "return PLANTED ? gradient : logit.slope(value) * gradient;",
+        TRANSFORMED,
+    ),
+    "a z-loss has half of its gradient": Fault(FORMULAS, "A(2) * z * lse", "A(2 - PLANTED) * z * lse", LSE),
+    "the gradient of lse is read as if its rows lay side by side": Fault(
+        BACKWARD_HOST,
+        "args.grad_lse_strides = turned(args.grad_lse_strides);",
+        "if (!PLANTED) args.grad_lse_strides = turned(args.grad_lse_strides);",
+        LSE,
+        "elements differ",
+    ),
+    "an ignored row has no lse": Fault(CLASSES, "&& rows.every_row)", "&& rows.every_row && !PLANTED)", LSE, "lse"),
+    "the last of equal logits is predicted": Fault(
+        PREDICTIONS,
+        "other.index < index",
+        "(other.index < index) != PLANTED",
+        "test_softmax_ce_own.py::test_predictions_as_argmax",
+        "elements differ",
     ),
     "a part of a row is left out": Fault(
         FORWARD,

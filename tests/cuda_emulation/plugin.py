@@ -28,6 +28,7 @@ EMULATED_FILES = {
     "test_sigmoid_bce",
     "test_softmax_ce",
     "test_softmax_ce_forward_backward",
+    "test_softmax_ce_own",
     "test_softmax_ce_rounding",
 }
 NOT_EMULATED = {

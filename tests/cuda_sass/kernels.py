@@ -50,7 +50,7 @@ END_OF_ROW = {"instructions": 100}
 KERNELS = (
     Kernel(
         "CE forward, block, bf16",
-        r"16forward_by_blockINS_8BFloat16E.*7IndicesE",
+        r"16forward_by_blockINS_8BFloat16E.*softmax_ce7IndicesE",
         ({"LDG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=16,
@@ -60,7 +60,7 @@ KERNELS = (
     ),
     Kernel(
         "CE forward, block, f32",
-        r"16forward_by_blockIf.*7IndicesE",
+        r"16forward_by_blockIf.*softmax_ce7IndicesE",
         ({"LDG": 4, "EX2": 16},),
         packs=4,
         bytes_a_pack=16,
@@ -70,7 +70,7 @@ KERNELS = (
     ),
     Kernel(
         "CE forward, lanes, bf16",
-        r"16forward_by_lanesINS_8BFloat16E.*7IndicesE",
+        r"16forward_by_lanesINS_8BFloat16E.*softmax_ce7IndicesE",
         ({"LDG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=16,
@@ -80,7 +80,7 @@ KERNELS = (
     ),
     Kernel(
         "CE forward, block, bf16 probabilities",
-        r"16forward_by_blockINS_8BFloat16E.*13ProbabilitiesIS",
+        r"16forward_by_blockINS_8BFloat16E.*softmax_ce13ProbabilitiesIS",
         ({"LDG": 4, "EX2": 16},),
         packs=2,
         bytes_a_pack=32,
@@ -89,7 +89,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, bf16",
-        r"14backward_alongINS_8BFloat16E.*7IndicesELNS_10GradientOfE0E",
+        r"14backward_alongINS_8BFloat16E.*softmax_ce7IndicesELNS_10GradientOfE0E",
         ({"LDG": 4, "STG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=32,
@@ -98,7 +98,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, f32",
-        r"14backward_alongIf.*7IndicesELNS_10GradientOfE0E",
+        r"14backward_alongIf.*softmax_ce7IndicesELNS_10GradientOfE0E",
         ({"LDG": 4, "STG": 4, "EX2": 16},),
         packs=4,
         bytes_a_pack=32,
@@ -107,7 +107,7 @@ KERNELS = (
     ),
     Kernel(
         "CE forward_backward, bf16",
-        r"27forward_backward_by_clusterINS_8BFloat16E.*7IndicesE",
+        r"27forward_backward_by_clusterINS_8BFloat16E.*softmax_ce7IndicesE",
         ({"LDG": 4, "STS": 4, "EX2": 32}, {"LDS": 4, "STG": 4, "EX2": 32}),
         packs=4,
         bytes_a_pack=32,
@@ -118,7 +118,7 @@ KERNELS = (
     ),
     Kernel(
         "CE forward, across, bf16",
-        r"14forward_acrossINS_8BFloat16E.*7IndicesELi8E",
+        r"14forward_acrossINS_8BFloat16E.*softmax_ce7IndicesELi8E",
         ({"LDG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=16,
@@ -129,7 +129,7 @@ KERNELS = (
     ),
     Kernel(
         "CE backward, across, bf16",
-        r"15backward_acrossINS_8BFloat16E.*7IndicesELNS_10GradientOfE0ELi8E",
+        r"15backward_acrossINS_8BFloat16E.*softmax_ce7IndicesELNS_10GradientOfE0ELi8E",
         ({"LDG": 4, "STG": 4, "EX2": 32},),
         packs=4,
         bytes_a_pack=32,
