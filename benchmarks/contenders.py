@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchce
-from benchmarks.problems import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
+from benchmarks.problems import CAPPED, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
 from benchmarks.traffic import PHASES
 
 Loss = Callable[..., Tensor]
@@ -83,6 +83,7 @@ class _ForwardBackward(torch.autograd.Function):
 def _torchce_forward_backward(problem: Problem) -> Loss:
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
     _require(problem.variant != SOFT64, "is measured with probabilities of the logits' dtype")
+    _require(problem.variant != CAPPED, "is measured without them")
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         weight = None if weight is None else weight.to(torchce.ops.accumulation_dtype(logits.dtype))
@@ -95,13 +96,20 @@ def _linear_then_cross_entropy(hidden: Tensor, linear_weight: Tensor, target: Te
     return F.cross_entropy(F.linear(hidden, linear_weight), target)
 
 
-def _eager(problem: Problem) -> Loss:
+def _capped_cross_entropy(logits: Tensor, target: Tensor, z_loss: float, softcap: float) -> Tensor:
+    logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, target) + z_loss * torch.logsumexp(logits, 1).square().mean()
+
+
+def eager(problem: Problem) -> Loss:
+    if problem.variant == CAPPED:
+        return _capped_cross_entropy
     return _linear_then_cross_entropy if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
 
 
 def _compile(problem: Problem) -> Loss:
     # Static shapes are the best case for the compiler; the default mode is what a training loop uses.
-    loss = _eager(problem)
+    loss = eager(problem)
     return torch.compile(lambda *arguments, **keywords: loss(*arguments, **keywords), fullgraph=True, dynamic=False)
 
 
@@ -112,6 +120,10 @@ def _liger(problem: Problem) -> Loss:
         return liger.liger_fused_linear_cross_entropy
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
+    if problem.variant == CAPPED:
+        return lambda logits, target, z_loss, softcap: liger.liger_cross_entropy(
+            logits, target, lse_square_scale=z_loss, softcap=softcap
+        )
     return liger.liger_cross_entropy
 
 
@@ -120,7 +132,7 @@ def _quack(problem: Problem) -> Loss:
 
     _require(problem.op == CROSS_ENTROPY, f"has no {problem.op} on plain tensors")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
-    _require(problem.variant != "smoothing", "has no label smoothing")
+    _require(problem.variant not in ("smoothing", CAPPED), f"has no {problem.variant}")
     return cross_entropy
 
 
@@ -144,7 +156,7 @@ CONTENDERS = [
     Contender(TORCHCE, _torchce),
     Contender(IN_PLACE, _torchce_in_place, overwrites=True, phases=("forward+backward",)),
     Contender(FORWARD_BACKWARD, _torchce_forward_backward, overwrites=True, phases=("forward+backward",)),
-    Contender(EAGER, _eager),
+    Contender(EAGER, eager),
     Contender(COMPILE, _compile),
     Contender(
         # Its forward already computes the gradient, over the logits: there is no backward to time.

@@ -20,11 +20,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 TRAINED = ("float32", "bfloat16")  # what models are trained in: measured everywhere, and what tables and plots show
 WIDENED = ("float32",)  # what is read as it is beside float64; of 16 bits there is a copy
 
+CAPPED = "z-loss softcap"
 SOFT64 = "soft float64"  # probabilities wider than the logits
 CHANNELS_LAST = "channels_last"  # logits, beside a contiguous target
 
 IGNORE_INDEX = -100
 IGNORED_SHARE = 0.5
+Z_LOSS, SOFTCAP = 1e-4, 30.0  # PaLM's and Gemma's
 LABEL_SMOOTHING = 0.1
 LOGIT_SCALE = 4.0  # a trained classifier's logits spread about that far; zeros or 0.1 would flatter a skipped rescale
 
@@ -47,7 +49,7 @@ class Problem:
     op: str
     shape: tuple[int, ...]  # of the logits
     reason: str
-    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored; pos_weight, CHANNELS_LAST
+    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored, CAPPED; pos_weight, CHANNELS_LAST
     quick: bool = False  # part of --quick
     key: bool = False  # part of --key, and of README's table: what a reader decides by
     launch_bound: bool = False  # so small that launching it is what takes the time
@@ -119,6 +121,7 @@ class Problem:
             {
                 **({"weight": uniform(self.classes, dtype=dtype).add_(0.5)} if self.variant == "weight" else {}),
                 **({"label_smoothing": LABEL_SMOOTHING} if self.variant == "smoothing" else {}),
+                **({"z_loss": Z_LOSS, "softcap": SOFTCAP} if self.variant == CAPPED else {}),
             },
         )
 
@@ -164,6 +167,7 @@ CPU = [
     _ce(4096, 1000, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
     _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
+    _ce(512, 32000, reason="a language model's z-loss and capped logits", variant=CAPPED),
     _bce(32, 10, reason="the cost of a call, not of its arithmetic", launch_bound=True),
     _bce(
         *(4096, 1000),
@@ -205,6 +209,7 @@ CUDA = [
     _ce(32768, 1024, reason="label smoothing: the row's sum of logits as well", variant="smoothing"),
     _ce(32768, 1024, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(8192, 32768, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
+    _ce(8192, 32768, reason="a language model's z-loss and capped logits", variant=CAPPED),
     _bce(1024, 1024, reason="2^20 elements: fits the L2 cache"),
     _bce(8, 1, 512, 512, reason="binary segmentation, 2^21 elements"),
     _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True, key=True),
