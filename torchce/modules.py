@@ -130,19 +130,20 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if name == "logit_scale":
             self.__dict__.pop(name, None)  # a buffer is refused where there is another attribute of its name
         super().__setattr__(name, value)
-        if name == "logit_scale":
-            others = {key: kept for key, kept in self._own.items() if key != name}
-            self._own = others if value is None else others | {name: ...}
+        self._note_scale(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        if name == "logit_scale":
-            self._own = {**self._own, name: ...}
+        self._note_scale(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, tensor, persistent)
+        self._note_scale(name, tensor)
+
+    def _note_scale(self, name: str, value: Any) -> None:
         if name == "logit_scale":
-            self._own = {**self._own, name: ...}
+            others = {key: kept for key, kept in self._own.items() if key != name}
+            self._own = others if value is None else others | {name: ...}
 
     def forward(  # type: ignore[override]
         self,

@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
 
 # Functions, not properties: the Dynamo of torch 2.10 evaluates none of a named tuple.
-def plain(options: Options) -> tuple[Any, ...]:
+def plain_options(options: Options) -> tuple[Any, ...]:
     """Torch's own, which the ops for plain losses take: a small loss notices each one more."""
     return options[:N_PLAIN]
 
@@ -52,14 +52,14 @@ def composite(
     """
     reduction, ignore_index, label_smoothing, z, *_ = Options(*options)
     acc = ops.softmax_ce_accumulation(logits, target, weight)
-    x = _values(logits.to(acc), Options(*options))
+    x = logits.to(acc)
     class_dim = min(1, x.dim() - 1)
     along_classes = [-1 if d == class_dim else 1 for d in range(x.dim())]
     w = None if weight is None else weight.to(acc).view(along_classes)
     classes = x.shape[class_dim]
 
     if target.is_floating_point():
-        u = target.to(acc)
+        x, u = _values(x, Options(*options)), target.to(acc)
         if label_smoothing != 0:
             u = (1 - label_smoothing) * u + label_smoothing / classes
         rows = -_over_classes(u, w, torch.log_softmax(x, class_dim), class_dim)
@@ -70,7 +70,8 @@ def composite(
     index = target.to(torch.int64)
     kept = index != ignore_index
     if not all_true(kept):
-        x = _values(torch.where(kept.unsqueeze(class_dim), logits.to(acc), 0), Options(*options))
+        x = torch.where(kept.unsqueeze(class_dim), x, 0)
+    x = _values(x, Options(*options))
     log_p = torch.log_softmax(x, class_dim)
     is_class = (index >= 0) & (index < classes)
     a_class = torch.where(is_class, index, 0)

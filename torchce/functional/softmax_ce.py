@@ -42,7 +42,7 @@ from torchce.functional.softmax_ce_own import (
 )
 from torchce.sizes import are_numbers, known
 from torchce.softmax_ce import Options, eager_softmax_ce, softmax_ce
-from torchce.softmax_ce_formulas import plain
+from torchce.softmax_ce_formulas import plain_options
 from torchce.transforms import may_be_transformed
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
@@ -222,7 +222,7 @@ def cross_entropy(
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, input.shape[min(1, input.dim() - 1)], options.ignore_index)
     if is_torchs:
-        return softmax_ce(input, target, weight, dtype, plain(options), inplace_backward)
+        return softmax_ce(input, target, weight, dtype, plain_options(options), inplace_backward)
     return own_cross_entropy(input, target, weight, dtype or input.dtype, options, inplace_backward, of_own)
 
 

@@ -19,7 +19,7 @@ from torchce import ops
 from torchce.composites import times
 from torchce.functional._common import FLOATS, REDUCTION_NAMES, has_shape, is_integer, is_number
 from torchce.softmax_ce import Options, row_weights, softmax_ce, softmax_ce_outputs
-from torchce.softmax_ce_formulas import are_plain, plain
+from torchce.softmax_ce_formulas import are_plain, plain_options
 
 _NONE, _MEAN, _SUM = range(3)
 _NO_CLASS = -(2**63)
@@ -90,14 +90,13 @@ class Own(NamedTuple):
             raise ValueError(f"z_loss: expected a finite number that is not negative, got {self.z_loss!r}")
         if self.softcap is not None:
             check_positive("softcap", self.softcap, acc)
+            check_positive("1 / softcap", 1 / self.softcap, acc)
         if isinstance(self.logit_scale, Tensor):
             check_scalar("logit_scale", self.logit_scale, input)
         elif self.logit_scale is not None:
             check_positive("logit_scale", self.logit_scale, acc)
             if self.softcap is not None:
                 check_positive("logit_scale / softcap", self.logit_scale / self.softcap, acc)
-        if self.softcap is not None:
-            check_positive("1 / softcap", 1 / self.softcap, acc)
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype in FLOATS):
             raise ValueError(f"dtype: expected a floating point dtype of 16 bits or more, got {self.dtype!r}")
         if self.sample_weight is not None:
@@ -242,7 +241,7 @@ def own_cross_entropy(
         return loss.to(dtype)
 
     if is_plain:
-        return finished(softmax_ce(*arguments, plain(of_op), inplace_backward))
+        return finished(softmax_ce(*arguments, plain_options(of_op), inplace_backward))
     predicts = own.return_predictions and not is_scaled
     loss, lse, predictions = softmax_ce_outputs(*arguments, needs_lse, predicts, of_op, inplace_backward)
     if own.return_predictions and is_scaled:  # products may be equal where the logits are not
