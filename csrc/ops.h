@@ -15,41 +15,42 @@ struct SoftmaxCE {
   using Tensor = host::Tensor;
   using DType = std::optional<host::ScalarType>;
   using Inputs = host::softmax_ce::Inputs;
+  using ScaledInputs = host::softmax_ce::ScaledInputs;
   using Saved = host::softmax_ce::Saved;
+  using Gradients = host::softmax_ce::Gradients;
   using Options = softmax_ce::Options;
   using PlainOptions = softmax_ce::PlainOptions;
 
   static std::tuple<Tensor, Tensor, Tensor> forward(Inputs inputs, DType dtype, PlainOptions options) {
     const typename Backend::Scope scope(inputs.logits);
-    const auto call = host::softmax_ce::prepare_forward(inputs, dtype, options, /*is_general=*/false);
+    const auto call = host::softmax_ce::prepare_forward({inputs}, dtype, options, /*is_general=*/false);
     Backend::run(scope, call);
     return {call.loss, call.saved.statistics, call.saved.totals};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_outputs(Inputs inputs, DType dtype,
-                                                                            bool returns_lse, bool returns_predictions,
-                                                                            Options options) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_outputs(ScaledInputs inputs, DType dtype,
+                                                                                    host::softmax_ce::Wanted wanted,
+                                                                                    Options options) {
     const typename Backend::Scope scope(inputs.logits);
-    const auto call =
-        host::softmax_ce::prepare_forward_outputs(inputs, dtype, returns_lse, returns_predictions, options);
+    const auto call = host::softmax_ce::prepare_forward_outputs(inputs, dtype, wanted, options);
     Backend::run(scope, call);
-    return {call.loss, call.outputs->lse, call.outputs->predictions, call.saved.statistics, call.saved.totals};
+    const auto& [lse, predictions, entropy] = *call.outputs;
+    return {call.loss, lse, predictions, entropy, call.saved.statistics, call.saved.totals};
   }
 
   template <bool in_place>
   static Tensor backward(Tensor grad_output, Inputs inputs, Saved saved, PlainOptions options) {
-    return backward_of(GradientOf::logits, in_place, grad_output, std::nullopt, inputs, saved, options, false);
+    return backward_of(GradientOf::logits, in_place, {grad_output}, {inputs}, saved, options, /*is_general=*/false);
   }
 
-  template <bool in_place>
-  static Tensor backward_outputs(Tensor grad_output, std::optional<Tensor> grad_lse, Inputs inputs, Saved saved,
-                                 Options options) {
-    return backward_of(GradientOf::logits, in_place, grad_output, grad_lse, inputs, saved, options, true);
+  template <GradientOf of, bool in_place>
+  static Tensor backward_outputs(Gradients gradients, ScaledInputs inputs, Saved saved, Options options) {
+    return backward_of(of, in_place, gradients, inputs, saved, options, /*is_general=*/true);
   }
 
-  static Tensor backward_target(Tensor grad_output, Inputs inputs, Saved saved, Options options) {
-    return backward_of(GradientOf::target, /*in_place=*/false, grad_output, std::nullopt, inputs, saved, options,
-                       options.transforms());
+  static Tensor backward_target(Tensor grad_output, ScaledInputs inputs, Saved saved, Options options) {
+    const bool is_general = options.transforms() || inputs.scale;
+    return backward_of(GradientOf::target, /*in_place=*/false, {grad_output}, inputs, saved, options, is_general);
   }
 
   static Tensor forward_backward(Tensor grad_output, Inputs inputs, DType dtype, Options options) {
@@ -60,12 +61,10 @@ struct SoftmaxCE {
   }
 
  private:
-  static Tensor backward_of(GradientOf of, bool in_place, const Tensor& grad_output,
-                            const std::optional<Tensor>& grad_lse, const Inputs& inputs, const Saved& saved,
-                            const Options& options, bool is_general) {
+  static Tensor backward_of(GradientOf of, bool in_place, const Gradients& gradients, const ScaledInputs& inputs,
+                            const Saved& saved, const Options& options, bool is_general) {
     const typename Backend::Scope scope(inputs.logits);
-    const auto call =
-        host::softmax_ce::prepare_backward(of, in_place, grad_output, grad_lse, inputs, saved, options, is_general);
+    const auto call = host::softmax_ce::prepare_backward(of, in_place, gradients, inputs, saved, options, is_general);
     Backend::run(scope, call);
     return call.grad;
   }
@@ -104,8 +103,9 @@ void implement_ops(Library& m) {
   m.impl("softmax_ce_forward_outputs", &box<&CE::forward_outputs>);
   m.impl("softmax_ce_backward", &box<&CE::template backward<false>>);
   m.impl("softmax_ce_backward_", &box_without_result<&CE::template backward<true>>);
-  m.impl("softmax_ce_backward_outputs", &box<&CE::template backward_outputs<false>>);
-  m.impl("softmax_ce_backward_outputs_", &box_without_result<&CE::template backward_outputs<true>>);
+  m.impl("softmax_ce_backward_outputs", &box<&CE::template backward_outputs<GradientOf::logits, false>>);
+  m.impl("softmax_ce_backward_outputs_", &box_without_result<&CE::template backward_outputs<GradientOf::logits, true>>);
+  m.impl("softmax_ce_backward_scale", &box<&CE::template backward_outputs<GradientOf::scale, false>>);
   m.impl("softmax_ce_backward_target", &box<&CE::backward_target>);
   m.impl("softmax_ce_forward_backward_", &box<&CE::forward_backward>);
   m.impl("sigmoid_bce_forward", &box<&BCE::forward>);

@@ -8,7 +8,7 @@
 namespace torchce {
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // torch's numbers
-enum class GradientOf { logits, target };                        // which one a backward computes
+enum class GradientOf { logits, target, scale };                 // which one a backward computes
 
 // Element types the kernels read.
 enum class DType : int { float64, float32, bfloat16, float16, int64, int32, uint8 };
@@ -37,7 +37,6 @@ struct Options {
   static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing,
                                       &Options::z_loss,    &Options::softcap,      &Options::logit_scale};
 
-  // Whether the loss is of something else than the logits (softmax_ce_logit.h).
   constexpr bool transforms() const { return softcap != 0 || logit_scale != 1; }
   constexpr bool are_plain() const { return z_loss == 0 && !transforms(); }
 };
@@ -59,15 +58,19 @@ struct Rows {
   RowStrides target_strides;
   DType target_dtype;  // an integer type: indices
   const void* weight;  // [C] of the accumulation type, or null: all ones
+  const void* scale;   // one element of the accumulation type, which multiplies options.logit_scale, or null: 1
   DType accumulation;  // acc of schemas.h
   Options options;
   bool is_general;  // whether an option or output is asked for that a plain loss has not
   bool every_row;   // whether an ignored row is read as well: more than its loss is wanted
+
+  // Whether the loss is of something else than the logits (softmax_ce_logit.h).
+  constexpr bool transform() const { return options.transforms() || scale != nullptr; }
 };
 
-// Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities [3, N * S], the third being
-// U = sum_k u_k (math/softmax_ce.h). totals is [2] = (divisor of the mean, U of a row with a class index).
-// Both are of the accumulation type.
+// Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities a row more, U = sum_k u_k
+// (math/softmax_ce.h); where entropies are returned a last one, the mean of x - max under softmax(x). totals is [2] =
+// (divisor of the mean, U of a row with a class index). Both are of the accumulation type.
 struct Forward {
   Rows rows;
   void* loss;  // [N, S] contiguous, or one element
@@ -76,6 +79,7 @@ struct Forward {
   void* totals;
   void* lse;             // [N, S] contiguous, of the accumulation type, or null
   int64_t* predictions;  // [N, S] contiguous, or null
+  void* entropy;         // as lse
 };
 
 struct Backward {
@@ -85,9 +89,12 @@ struct Backward {
   DType grad_output_dtype;
   const void* grad_lse;  // [N, S] with strides, of the accumulation type, or null
   RowStrides grad_lse_strides;
+  const void* grad_entropy;  // as grad_lse
+  RowStrides grad_entropy_strides;
   const void* statistics;
   const void* totals;
-  void* grad;  // [N, C, S] in the logits' (for the target's gradient, the target's) dtype; may be the logits themselves
+  void* grad;  // [N, C, S] in the logits' (for the target's gradient, the target's) dtype; may be the logits
+               // themselves; for the scale's gradient [N, S] contiguous, of the accumulation type
   RowStrides grad_strides;
 };
 

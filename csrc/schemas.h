@@ -9,12 +9,15 @@
 //     target       class indices, the logits' shape without C; or probabilities, the logits' shape, of the logits'
 //                  dtype or float32; where acc is float64, logits and probabilities are of float32 or float64
 //     weight       [C], acc
+//     scale        a scalar, acc, which multiplies logit_scale; every value of a logit is NaN unless it is positive
 //     loss         the index target's shape for reduction 0, else a scalar; of dtype, or the logits'
-//     statistics   [2, rows] acc, max and sum of exp(x - max); a third row for probabilities, their total
+//     statistics   [2, rows] acc, max and sum of exp(x - max); a row more for probabilities, their total; and a last
+//                  one where entropies are returned, the mean of x - max under softmax(x)
 //     totals       [2] acc, the divisor of the mean, and what label smoothing's coefficients of a row add up to
 //     lse          the index target's shape, acc; of ignored rows too
 //     predictions  the index target's shape, the first class of the largest logit, of ignored rows too
-//                  (both are [0] where they are not wanted)
+//     entropy      the index target's shape, acc, that of softmax(x); of ignored rows too
+//                  (all three are [0] where they are not wanted)
 //     z_loss       times lse^2 is added to the loss of a row that is kept
 //     softcap, logit_scale   softcap tanh(logit_scale x / softcap) stands for a logit x, with softcap 0 logit_scale x
 //   sigmoid_bce
@@ -24,11 +27,13 @@
 //     loss         the logits' shape and layout for reduction 0, else a scalar; of dtype, or the logits'
 //   both
 //     grad_output  the loss's shape
-//     a gradient   the shape, dtype and layout of the logits, or of the target
+//     a gradient   the shape, dtype and layout of the logits, or of the target; of the scale its rows' parts, in the
+//                  index target's shape, acc
 //     reduction    0 none, 1 mean, 2 sum
 //
-// The ops of outputs take every option, and the rows' lse and its gradient; probabilities beside those are of acc, and
-// so are the logits where that is float64. softmax_ce_forward, _backward and _backward_ are for plain losses.
+// The ops of outputs take every option, a scale, and the rows' lse and entropy and their gradients; probabilities
+// beside those are of acc, and so are the logits where that is float64. softmax_ce_forward, _backward and _backward_
+// are for plain losses.
 //
 // A name that ends in _ writes the gradient over the logits, whose memory must be dense. The CPU raises IndexError for
 // a class index that is out of range and not ignore_index; CUDA makes that row NaN.
@@ -40,7 +45,11 @@
 #define TORCHCE_SIGMOID_BCE_OPTIONS "int reduction"
 
 #define TORCHCE_SOFTMAX_CE_TARGET "Tensor target, Tensor? weight, "
-#define TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_TARGET "Tensor statistics, Tensor totals, "
+#define TORCHCE_SOFTMAX_CE_OF_FORWARD "Tensor statistics, Tensor totals, "
+#define TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_TARGET TORCHCE_SOFTMAX_CE_OF_FORWARD
+#define TORCHCE_SOFTMAX_CE_SCALED TORCHCE_SOFTMAX_CE_TARGET "Tensor? scale, "
+#define TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_SCALED TORCHCE_SOFTMAX_CE_OF_FORWARD
+#define TORCHCE_SOFTMAX_CE_GRADIENTS "Tensor grad_output, Tensor? grad_lse, Tensor? grad_entropy, "
 #define TORCHCE_SIGMOID_BCE_TARGET "Tensor target, Tensor? weight, Tensor? pos_weight, "
 #define TORCHCE_SIGMOID_BCE_BACKWARD TORCHCE_SIGMOID_BCE_TARGET TORCHCE_SIGMOID_BCE_OPTIONS
 
@@ -57,18 +66,19 @@ void define_ops(Library& m) {
   m.def(
       "softmax_ce_backward_(Tensor grad_output, Tensor(a!) "
       "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ") -> ()");
-  m.def("softmax_ce_forward_outputs(Tensor logits, " TORCHCE_SOFTMAX_CE_TARGET
-        "ScalarType? dtype, bool returns_lse, bool returns_predictions, " TORCHCE_SOFTMAX_CE_OPTIONS
-        ") -> (Tensor loss, Tensor lse, Tensor predictions, Tensor statistics, Tensor totals)");
-  m.def(
-      "softmax_ce_backward_outputs(Tensor grad_output, Tensor? grad_lse, Tensor "
-      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
-  m.def(
-      "softmax_ce_backward_outputs_(Tensor grad_output, Tensor? grad_lse, Tensor(a!) "
-      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> ()");
+  m.def("softmax_ce_forward_outputs(Tensor logits, " TORCHCE_SOFTMAX_CE_SCALED
+        "ScalarType? dtype, bool returns_lse, bool returns_predictions, bool "
+        "returns_entropy, " TORCHCE_SOFTMAX_CE_OPTIONS
+        ") -> (Tensor loss, Tensor lse, Tensor predictions, Tensor entropy, Tensor statistics, Tensor totals)");
+  m.def("softmax_ce_backward_outputs(" TORCHCE_SOFTMAX_CE_GRADIENTS
+        "Tensor logits, " TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
+  m.def("softmax_ce_backward_outputs_(" TORCHCE_SOFTMAX_CE_GRADIENTS
+        "Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> ()");
+  m.def("softmax_ce_backward_scale(" TORCHCE_SOFTMAX_CE_GRADIENTS
+        "Tensor logits, " TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def(
       "softmax_ce_backward_target(Tensor grad_output, Tensor "
-      "logits, " TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
+      "logits, " TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def("softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_TARGET
         "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def("sigmoid_bce_forward(Tensor logits, " TORCHCE_SIGMOID_BCE_TARGET

@@ -23,7 +23,8 @@ struct PlainLogit {
   }
 };
 
-// TransformedLogit is softcap tanh(scale x / softcap), or without a softcap scale x. The scale is positive.
+// TransformedLogit is softcap tanh(scale x / softcap), or without a softcap scale x. The scale is positive: of one that
+// lies on the device, where nobody asks before, every value is NaN otherwise.
 template <class A>
 struct TransformedLogit {
   static constexpr bool kIsPlain = false;
@@ -35,7 +36,13 @@ struct TransformedLogit {
         scale(A(rows.options.logit_scale)),
         softcap(A(rows.options.softcap)),
         scale_of_tanh(A(rows.options.logit_scale / rows.options.softcap)),
-        inverse_softcap(A(1 / rows.options.softcap)) {}
+        inverse_softcap(A(1 / rows.options.softcap)) {
+    if (rows.scale == nullptr) return;
+    const A given = *static_cast<const A*>(rows.scale);
+    const A factor = given > A(0) ? given : A(__builtin_nan(""));
+    scale *= factor;
+    scale_of_tanh *= factor;
+  }
   template <class V>
   TORCHCE_HD V value(V x) const {
     return is_capped ? softcap * math::tanh(scale_of_tanh * x) : scale * x;
@@ -43,8 +50,20 @@ struct TransformedLogit {
   template <class V>
   TORCHCE_HD V slope(V value) const {
     if (!is_capped) return V{} + scale;
+    return scale * slope_of_tanh(value);
+  }
+  // The derivative of logit x's value by the scale. An infinite x has none: such a class is left out.
+  template <class V>
+  TORCHCE_HD V slope_by_scale(V x, V value) const {
+    const V finite = math::select(x - x == V{}, x, V{});
+    return is_capped ? slope_of_tanh(value) * finite : finite;
+  }
+
+ private:
+  template <class V>
+  TORCHCE_HD V slope_of_tanh(V value) const {
     const V tanh = inverse_softcap * value;
-    return scale * (A(1) - tanh * tanh);
+    return A(1) - tanh * tanh;
   }
 };
 

@@ -178,10 +178,12 @@ struct Statistics {
   A* max;
   A* sum;
   A* coefficients;  // U = sum_k u_k, of probability targets
+  A* mean_gaps;     // where entropies are returned
   TORCHCE_HD Statistics(const Rows& rows, const void* data)
       : max(static_cast<A*>(const_cast<void*>(data))),
         sum(max + rows.outer * rows.inner),
-        coefficients(sum + rows.outer * rows.inner) {}
+        coefficients(sum + rows.outer * rows.inner),
+        mean_gaps(is_floating(rows.target_dtype) ? coefficients + rows.outer * rows.inner : coefficients) {}
 };
 
 }  // namespace torchce::softmax_ce

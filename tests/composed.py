@@ -22,6 +22,12 @@ def transformed(input: Tensor, softcap: float | None, logit_scale: float | Tenso
     return input if softcap is None else softcap * torch.tanh(input / softcap)
 
 
+def entropy(values: Tensor, class_dim: int) -> Tensor:
+    """Of softmax(values); what is of probability 0 adds nothing."""
+    log_p = torch.log_softmax(values, class_dim)
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(class_dim)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,

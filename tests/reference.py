@@ -73,6 +73,7 @@ def softmax_ce(
     divisor: float | Tensor | None = None,
     grad_output: Tensor | None = None,
     grad_lse: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
 ) -> SoftmaxCE:
     """Softmax cross entropy and its gradients.
 
@@ -80,9 +81,9 @@ def softmax_ce(
         logits: [C], [N, C] or [N, C, d1..dk]
         target: indices [], [N] or [N, d1..dk], or probabilities of the logits' shape
         weight: [C]
-        sample_weight, grad_lse: shaped as an index target
+        sample_weight, grad_lse, grad_entropy: shaped as an index target
         grad_output: the loss's own gradient, of the loss's shape; 1 if not given
-        grad_lse: the gradient of the rows' lse; 0 if not given
+        grad_lse, grad_entropy: the gradients of the rows' lse and entropy; 0 if not given
     """
     x = float64(logits)
     # softcap tanh(logit_scale x / softcap) in place of x, with its slope and what one unit of rounding error moves both
@@ -183,6 +184,12 @@ def softmax_ce(
         own = float64(grad_lse).unsqueeze(k)
         grad_logits = grad_logits + own * p
         grad_condition = grad_condition + own.abs() * p_condition
+    if grad_entropy is not None:  # -p_j (log p_j + entropy) = p_j (below_j - the mean of below)
+        own = float64(grad_entropy).unsqueeze(k)
+        mean_below = times(p, below).sum(k, keepdim=True)
+        grad_logits = grad_logits + own * (times(p, below) - p * mean_below)
+        of_mean = times(p_condition, below).sum(k, keepdim=True) + mean_below + 1
+        grad_condition = grad_condition + own.abs() * (times(p_condition, below) + p_condition * (1 + of_mean))
     if transforms:
         grad_logits = slope_of_x * grad_logits
         grad_condition = slope_of_x_condition * grad_condition
@@ -208,6 +215,18 @@ def softmax_ce(
     # g over the sum of the weights is formed before a weight below 1 multiplies it.
     grad_partial = (g.abs() * coefficient_magnitude.clamp_min(1)).expand_as(x)
     return SoftmaxCE(loss, Truth(grad_logits, grad_condition, grad_partial, grad_subnormal), grad_target)
+
+
+def entropy(logits: Tensor) -> Truth:
+    """Each row's entropy of softmax."""
+    x = float64(logits)
+    k = min(1, x.dim() - 1)
+    below = x.amax(k, keepdim=True) - x
+    exponential_sum = torch.exp(-below).sum(k)
+    p = torch.exp(-below) / exponential_sum.unsqueeze(k)
+    log_sum, mean_below = torch.log(exponential_sum), times(p, below).sum(k)
+    condition = 1 + log_sum + times(times(p, below), 2 + below).sum(k)
+    return Truth(log_sum + mean_below, condition)
 
 
 def sigmoid_bce(

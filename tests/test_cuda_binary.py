@@ -26,7 +26,8 @@ KERNELS = {
     "backward_across",
     "forward_backward_by_lanes",
     "forward_backward_by_cluster",
-    "predict",
+    "row_outputs",
+    "backward_scale",
     "forward",
     "backward",
 }

@@ -179,7 +179,8 @@ def own_problems(draw: st.DrawFn) -> Softmax:
     if options["weight"] is not None:
         options["weight"] = cases.uniform(options["weight"].shape, options["weight"].dtype, "cpu", seed=draw(seeds))
     options["z_loss"] = draw(st.sampled_from([0.0, 1e-4, 0.1]))
-    for name, values in {"softcap": [None, 1.0, 30.0], "logit_scale": [None, 0.1, 2.0]}.items():
+    scales = [None, 0.1, 2.0, torch.tensor(0.1), torch.tensor(2.0, dtype=torch.float64)]
+    for name, values in {"softcap": [None, 1.0, 30.0], "logit_scale": scales}.items():
         options[name] = draw(st.sampled_from(values))
     if draw(st.booleans()):
         rows, dtype = cases.index_shape(logits.shape), draw(st.sampled_from(cases.DTYPES))
@@ -197,12 +198,13 @@ def own_problems(draw: st.DrawFn) -> Softmax:
 def test_cross_entropy_with_own_options(problem: Softmax, device: str, counts: Counter[str]) -> None:
     hold(check_softmax_ce, ours.cross_entropy, device, problem)
     logits, target, options, _ = on(device, problem)
-    out = ours.cross_entropy(logits, target, return_lse=True, return_predictions=True, **options)
+    out = ours.cross_entropy(logits, target, return_lse=True, return_predictions=True, return_entropy=True, **options)
     assert_bitwise_equal(out.loss, ours.cross_entropy(logits, target, **options))
     class_dim = min(1, logits.dim() - 1)
     assert_bitwise_equal(out.predictions, logits.argmax(class_dim))
     values = composed.transformed(logits.double(), options["softcap"], options["logit_scale"])
     torch.testing.assert_close(out.lse.double(), torch.logsumexp(values, class_dim), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(out.entropy.double(), composed.entropy(values, class_dim), rtol=1e-4, atol=1e-5)
     counts["fuzzed problems"] += 1
 
 

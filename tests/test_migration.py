@@ -503,6 +503,12 @@ def trl_temperature(p: SimpleNamespace) -> Tensor:
 
 
 @formula(ignored="none")
+def trl_entropy(p: SimpleNamespace) -> Tensor:
+    log_p = p.h.log_softmax(-1)
+    return (-log_p.exp() * log_p).sum(-1)
+
+
+@formula(ignored="none")
 def trl_row_mask(p: SimpleNamespace) -> Tensor:
     return logprobs(p.x, p.y).masked_fill(p.mask == 0, 0)
 
@@ -516,6 +522,11 @@ def trl_dtype(p: SimpleNamespace) -> Tensor:
 def verl_logprobs(p: SimpleNamespace) -> Tensor:
     """Minus flash-attention's losses."""
     return -nll(p.h.reshape(-1, p.C), p.t.reshape(-1)).view(p.t.shape)
+
+
+@formula(ignored="none")
+def verl_entropy(p: SimpleNamespace) -> Tensor:
+    return p.h.logsumexp(-1) - torch.einsum("btc,btc->bt", p.h.softmax(-1), p.h)
 
 
 @formula()

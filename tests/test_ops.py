@@ -61,6 +61,8 @@ SOFTMAX_SAMPLES = {
     "loss_dtype": {"shape": (6, 5), "dtype": torch.float16, "loss_dtype": torch.float32},
     "z_loss": {"shape": (6, 5), "weighted": True, "smoothing": 0.1, "z_loss": 0.1},
     "softcap": {"shape": (6, 5), "softcap": 5.0, "reduction": SUM},
+    "scaled": {"shape": (6, 5), "scaled": True, "softcap": 5.0, "reduction": SUM},
+    "scaled_none": {"shape": (2, 5, 3, 4), "scaled": True, "layout": "channels_last", "reduction": NONE},
     "empty": {"shape": (0, 5), "reduction": SUM},  # opcheck takes NaN, the mean, for a difference
 }
 PROBABILITY_SAMPLES = SOFTMAX_SAMPLES | {  # float32 beside float64
@@ -115,6 +117,7 @@ def softmax_problem(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    scaled: bool = False,
     loss_dtype: torch.dtype | None = None,
     target_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype = torch.float32,
@@ -134,22 +137,27 @@ def softmax_problem(
         "logit_scale": 1.0,
         "returns_lse": True,
         "returns_predictions": reduction != SUM,
+        "returns_entropy": reduction == SUM or scaled,
     }
     acc = ops.softmax_ce_accumulation(named["logits"], named["target"], named["weight"])
+    named["scale"] = torch.tensor(0.7, dtype=acc, device=device) if scaled else None
     knows_outputs = kind == "index" or (target_dtype or dtype) == acc == torch.promote_types(dtype, torch.float32)
     forward = "softmax_ce_forward_outputs" if knows_outputs else "softmax_ce_forward"
     loss, *_, named["statistics"], named["totals"] = call(forward, named)
     named["grad_output"] = torch.ones_like(loss)
     row_shape = cases.index_shape(shape)
-    named["grad_lse"] = torch.ones(row_shape, dtype=acc, device=device) if z_loss or reduction == NONE else None
+    ones = torch.ones(row_shape, dtype=acc, device=device)
+    named["grad_lse"] = ones if z_loss or reduction == NONE else None
+    named["grad_entropy"] = ones if knows_outputs and named["returns_entropy"] else None
     is_dense = layout not in NOT_DENSE + NO_ROWS
     names = []
-    if not (z_loss or softcap):
+    if not (z_loss or softcap or scaled):
         names += ["softmax_ce_forward", "softmax_ce_backward"] + ["softmax_ce_backward_"] * is_dense
     if knows_outputs:
         names += ["softmax_ce_forward_outputs", "softmax_ce_backward_outputs"]
         names += ["softmax_ce_backward_outputs_"] * is_dense
-    names += ["softmax_ce_forward_backward_"] * (is_dense and reduction != MEAN)
+    names += ["softmax_ce_backward_scale"] * scaled
+    names += ["softmax_ce_forward_backward_"] * (is_dense and reduction != MEAN and not scaled)
     if kind == "probability":
         names.append("softmax_ce_backward_target")
     return named, names

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 import typing
 from typing import Any
 
 import cases
+import composed
 import numpy
 import pytest
 import reference
@@ -19,6 +21,7 @@ from torch import Tensor
 
 import torchce
 import torchce.functional as ours
+from torchce import ops, softmax_ce_formulas
 from torchce.functional.softmax_ce_own import Own
 
 Z = 0.01  # of rows whose lse is near 10 about as much as the rest of the loss
@@ -29,6 +32,7 @@ SHAPES = [
     pytest.param((5, 1001), id="along_1001"),
     pytest.param((2, 19, 13, 9), id="4d"),
 ]
+RETURNED = {"return_lse": True, "return_predictions": True, "return_entropy": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "z": {"z_loss": Z},
     "sample_weight": {"sample_weight": True},
@@ -84,15 +88,13 @@ def lse_of(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [None, "transposed", "offset", "sliced"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
-def test_lse_and_predictions(
-    device: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str | None
-) -> None:
-    """Of every row, and the gradient of both loss and lse at once. Without the loss, of lse alone."""
+def test_outputs(device: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str | None) -> None:
+    """Of every row, and the gradient of all at once. Without the loss, of lse and of entropy alone."""
     if layout is not None and len(shape) == 1:
         pytest.skip("a layout of more dimensions")
     logits = cases.arranged(layout, shape, dtype, device).requires_grad_()
     target, options = cases.kernel_problem(kind, logits.detach())
-    out = ours.cross_entropy(logits, target, z_loss=Z, return_lse=True, return_predictions=True, **options)
+    out = ours.cross_entropy(logits, target, z_loss=Z, **RETURNED, **options)
     assert_bitwise_equal(out.loss, ours.cross_entropy(logits, target, z_loss=Z, **options))
     assert out.z_loss is None
     class_dim = min(1, logits.dim() - 1)
@@ -101,27 +103,130 @@ def test_lse_and_predictions(
     accumulation = torch.float64 if "float64" in f"{dtype} {target.dtype} {options.get('weight')}" else torch.float32
     if kind in ("index", "smoothed"):
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    assert out.lse.dtype == accumulation
+    assert out.lse.dtype == out.entropy.dtype == accumulation
     assert_accurate("lse", out.lse.detach(), reference.Truth(truth, truth.abs() + 8))
+    assert_accurate("entropy", out.entropy.detach(), reference.entropy(logits))
 
-    grad_lse = grad_output_for(out.lse)
-    grad_loss = torch.tensor(-2.625, dtype=out.loss.dtype, device=device)
-    both = torch.autograd.grad([out.loss, out.lse], logits, [grad_loss, grad_lse], retain_graph=True)[0]
+    grads = {
+        "loss": torch.tensor(-2.625, dtype=out.loss.dtype, device=device),
+        "lse": grad_output_for(out.lse),
+        "entropy": grad_output_for(out.entropy).flip(0) + 0.5,
+    }
     named = {"z_loss": Z, **options}
-    truths = reference.softmax_ce(logits, target, grad_output=grad_loss, grad_lse=grad_lse, **named)
-    assert_accurate("gradient of loss and lse", both, truths.grad_logits)
-    alone = torch.autograd.grad(out.lse, logits, grad_lse, retain_graph=True)[0]
-    truths = reference.softmax_ce(logits, target, grad_output=0 * grad_loss, grad_lse=grad_lse, **named)
-    assert_accurate("gradient of lse", alone, truths.grad_logits)
-    for ones in (torch.ones(()).expand(out.lse.shape), torch.ones([*out.lse.shape, 2])[..., 0]):  # stride 0, stride 2
-        ones = ones.to(out.lse)
-        of_sum = torch.autograd.grad(out.lse, logits, ones, retain_graph=True)[0]
-        dense = torch.autograd.grad(out.lse, logits, ones.contiguous(), retain_graph=True)[0]
-        assert_bitwise_equal(of_sum, dense)
+    for names in (["loss", "lse"], ["loss", "entropy"], ["loss", "lse", "entropy"], ["lse"], ["entropy"]):
+        results = [getattr(out, name) for name in names]
+        (grad,) = torch.autograd.grad(results, logits, [grads[name] for name in names], retain_graph=True)
+        given = {f"grad_{name}": grads[name] for name in names if name != "loss"}
+        grad_output = grads["loss"] if "loss" in names else 0 * grads["loss"]
+        truths = reference.softmax_ce(logits, target, grad_output=grad_output, **given, **named)
+        assert_accurate(f"gradient of {names}", grad, truths.grad_logits)
+    for output in (out.lse, out.entropy):
+        for ones in (torch.ones(()).expand(output.shape), torch.ones([*output.shape, 2])[..., 0]):  # stride 0, stride 2
+            ones = ones.to(output)
+            of_sum = torch.autograd.grad(output, logits, ones, retain_graph=True)[0]
+            dense = torch.autograd.grad(output, logits, ones.contiguous(), retain_graph=True)[0]
+            assert_bitwise_equal(of_sum, dense)
+    grad_loss = grads["loss"]
     of_loss = torch.autograd.grad(out.loss, logits, grad_loss)[0]
     assert_bitwise_equal(
         of_loss, torch.autograd.grad(ours.cross_entropy(logits, target, **named), logits, grad_loss)[0]
     )
+
+
+@pytest.mark.parametrize("name", ["softcap", "scale", "scale_tensor", "softcap_scale"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
+def test_outputs_of_transformed_logits(
+    device: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], name: str
+) -> None:
+    """Are of their values."""
+    logits = cases.normal(shape, dtype, device, scale=3).requires_grad_()
+    target, options = cases.kernel_problem(kind, logits.detach())
+    own = own_options(name, shape, dtype, device)
+    out = ours.cross_entropy(logits, target, **RETURNED, **options, **own)
+    values = composed.transformed(reference.float64(logits), own.get("softcap"), own.get("logit_scale"))
+    lse = lse_of(values)
+    moved = values.abs().amax(min(1, logits.dim() - 1))
+    assert_accurate("lse", out.lse.detach(), reference.Truth(lse, lse.abs() + 8 + moved))
+    truth = reference.entropy(values)
+    assert_accurate("entropy", out.entropy.detach(), truth._replace(condition=(1 + moved) * truth.condition))
+    grad_loss = torch.tensor(-2.625, dtype=out.loss.dtype, device=device)
+    grad_lse, grad_entropy = grad_output_for(out.lse), grad_output_for(out.entropy).flip(0) + 0.5
+    upstream = [grad_loss, grad_lse, grad_entropy]
+    (grad,) = torch.autograd.grad([out.loss, out.lse, out.entropy], logits, upstream)
+    grads = {"grad_output": grad_loss, "grad_lse": grad_lse, "grad_entropy": grad_entropy}
+    assert_accurate("gradient", grad, reference.softmax_ce(logits, target, **grads, **options, **own).grad_logits)
+
+
+@pytest.mark.parametrize(("layout", "reduction"), [(None, "mean"), ("transposed", "none"), ("offset", "sum")])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "dtype"), cases.KERNEL_TYPES)
+def test_gradient_of_a_scale(
+    device: str,
+    kind: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    softcap: float | None,
+    layout: str | None,
+    reduction: str,
+) -> None:
+    """By way of all outputs: what the product with a copy of the logits has in float64, the sum of its terms apart."""
+    if layout is not None and len(shape) == 1:
+        pytest.skip("a layout of more dimensions")
+    logits = cases.arranged(layout, shape, dtype, device)
+    target, options = cases.kernel_problem(kind, logits)
+    own = {"softcap": softcap, "z_loss": Z, "reduction": reduction}
+    in_double = {n: v.double() if isinstance(v, Tensor) else v for n, v in options.items()}
+    of_double = target.double() if target.is_floating_point() else target
+    result = gradient_of_scale(logits, target, **own, **options)[0]
+    expected, magnitude = gradient_of_scale(logits.double(), of_double, **own, **in_double)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=16 * torch.finfo(result.dtype).eps * magnitude)
+
+
+def gradient_of_scale(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, float]:
+    """The gradient of a scale of 0.7, and how large the terms are that it is the sum of."""
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    scale = torch.tensor(0.7, dtype=acc, device=logits.device, requires_grad=True)
+    logits = logits.requires_grad_()
+    out = ours.cross_entropy(logits, target, logit_scale=scale, dtype=acc, **RETURNED, **options)
+    upstream = [grad_output_for(out.loss), grad_output_for(out.lse), grad_output_for(out.entropy).flip(0) + 0.5]
+    of_scale, of_logits = torch.autograd.grad([out.loss, out.lse, out.entropy], [scale, logits], upstream)
+    moved = logits.detach().abs().nan_to_num(posinf=0)
+    return of_scale, float((of_logits.abs() / 0.7 * moved * (2 + moved)).sum() + moved.amax())
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_entropy_at_the_ends(device: str, dtype: torch.dtype, classes: int) -> None:
+    """0 of a certain class and log C of equal ones, masked or not; without a softmax NaN. Of ignored rows too."""
+    logits = cases.normal((8, classes), dtype, device)
+    logits[0] = 3
+    logits[1, 1:] = -torch.inf
+    logits[2, 0], logits[2, 1:] = 60_000, -60_000
+    logits[3, 2:] = -torch.inf
+    logits[3, :2] = -7
+    logits[4] = -torch.inf
+    logits[5, 1] = torch.nan
+    logits[6, 1] = torch.inf
+    target = torch.tensor([-100, 0, 0, 1, -100, -100, -100, 2], device=device)
+    ends = torch.tensor([math.log(classes), 0, 0, math.log(2)], dtype=torch.float64)
+    for arranged in (logits, logits.T.contiguous().T):
+        leaf = arranged.detach().requires_grad_()
+        for scale in (None, torch.tensor(1.0, device=device)):
+            out = ours.cross_entropy(leaf, target, logit_scale=scale, return_entropy=True)
+            torch.testing.assert_close(out.entropy[:4].detach().cpu().double(), ends, rtol=1e-6, atol=0)
+            assert out.entropy[4:7].isnan().all()
+            for create_graph in (False, True):
+                of_four = out.entropy[:4].sum() + out.entropy[7]
+                (grad,) = torch.autograd.grad(of_four, leaf, create_graph=create_graph, retain_graph=True)
+                assert (grad[:4].detach().abs() < 1e-6).all()
+                assert (grad[4:7] == 0).all()
+                assert (grad[7] != 0).all()
+                # An ignored row of no softmax has the gradient 0 even where it is asked for.
+                (grad,) = torch.autograd.grad(out.entropy.sum(), leaf, create_graph=create_graph, retain_graph=True)
+                assert (grad[4:7] == 0).all()
 
 
 @pytest.mark.parametrize("classes", [5, 10, 100, 1001])
@@ -359,7 +464,13 @@ NUMBERS = [float("nan"), float("inf"), "a", 1j, True, torch.ones(2), numpy.ones(
 WRONG: dict[str, list[Any]] = {
     "z_loss": [-1.0, torch.tensor(0.1), *NUMBERS],
     "softcap": [0.0, -1.0, 1e-46, 1e39, torch.tensor(5.0), *NUMBERS],
-    "logit_scale": [0.0, -1.0, 1e-46, 1e39, torch.ones((), dtype=torch.int64), torch.ones((), device="meta"), *NUMBERS],
+    "logit_scale": [
+        *(0.0, -1.0, 1e-46, 1e39),
+        *(torch.tensor(0.0), torch.tensor(-1.0, requires_grad=True)),
+        torch.ones((), dtype=torch.int64),
+        torch.ones((), device="meta"),
+        *NUMBERS,
+    ],
     "sample_weight": [
         1.0,
         numpy.ones(4),
@@ -387,6 +498,7 @@ WRONG: dict[str, list[Any]] = {
     "return_lse": ["no", 1, None, torch.ones(2)],
     "return_predictions": [1],
     "return_z_loss": [1],
+    "return_entropy": [1],
 }
 
 
@@ -460,8 +572,8 @@ def test_output_is_a_tuple_of_what_was_asked() -> None:
     logits, target = torch.zeros(4, 5), torch.zeros(4).long()
     out = torchce.CrossEntropyLoss(return_lse=True)(logits, target)
     assert type(out) is torchce.CrossEntropyOutput
-    assert out._fields[:4] == ("loss", "lse", "predictions", "z_loss")
-    assert (out.predictions, out.z_loss) == (None, None)
+    assert out._fields == ("loss", "lse", "predictions", "z_loss", "entropy")
+    assert (out.predictions, out.z_loss, out.entropy) == (None, None, None)
     assert isinstance(torchce.CrossEntropyLoss(z_loss=0.1)(logits, target), Tensor)
 
 
@@ -542,7 +654,7 @@ def test_a_scale_wherever_it_is_kept() -> None:
 
 
 def test_a_scale_as_number_and_as_tensor(device: str) -> None:
-    """The same loss, in the kernels and by a copy of the logits."""
+    """The same loss and gradient."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         logits = cases.normal((40, 33), dtype, device, scale=3).requires_grad_()
         target = cases.indices((40,), 33, torch.int64, device)
@@ -568,6 +680,19 @@ def test_a_scale_is_not_poisoned(device: str) -> None:
     near = torch.tensor([[1.0, 1.0 + 2**-23]], device=device)
     out = ours.cross_entropy(near, target[:1], logit_scale=torch.tensor(0.3), return_predictions=True)
     assert out.predictions == 1
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_scale_that_is_not_positive(device: str, value: float) -> None:
+    """Where nobody could see it before: NaN, in the kernels and in what stands for them."""
+    logits, target = torch.zeros(3, 40, device=device), torch.tensor([1, 2, -100], device=device)
+    scale = torch.tensor(value, device=device)
+    for function in (ops.softmax_ce_forward_outputs, softmax_ce_formulas.composite_outputs):
+        for softcap in (0.0, 5.0):
+            arguments = (logits, target, None, scale, None, True, True, True, 1, -100, 0.0, 0.0, softcap, 1.0)
+            loss, lse, predictions, entropy, *_ = function(*arguments)
+            assert all(result.isnan().all() for result in (loss, lse, entropy))
+            assert (predictions == 0).all()
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(1e25, 1e-20), (1e30, 1e-30), (1e-9, 1e30)])
@@ -601,6 +726,12 @@ def test_token_logprobs(device: str, dtype: torch.dtype, temperature: float | Te
     assert_accurate("log-probabilities", result.detach(), reference.Truth(truth, truth.abs() + 24))
     result.sum().backward()
     assert logits.grad.dtype == dtype
+    out = ours.token_logprobs(logits.transpose(1, 2), tokens, temperature, return_entropy=True)
+    assert type(out) is torchce.TokenLogprobsOutput
+    assert_bitwise_equal(out.logprobs, result)
+    assert out.entropy.dtype == result.dtype
+    of_values = reference.entropy(reference.float64(logits).transpose(1, 2) / float(temperature))
+    assert_accurate("entropy", out.entropy.detach(), of_values._replace(condition=24 * of_values.condition))
     tokens[0, 0] = -100
     assert_bitwise_equal(ours.token_logprobs(logits.transpose(1, 2), tokens)[0, 0], torch.zeros_like(result[0, 0]))
 

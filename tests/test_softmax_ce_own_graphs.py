@@ -56,18 +56,22 @@ def of_everything(loss: Callable[..., Any], dtype: torch.dtype = torch.float32) 
             return_lse=True,
             return_predictions=True,
             return_z_loss=True,
+            return_entropy=True,
         )
-        return out.loss * 2 + out.lse.sin().sum() + out.z_loss + (out.predictions * v).sum()
+        of_rows = out.lse.sin() + out.predictions * v + out.entropy.square()
+        return out.loss * 2 + out.z_loss + of_rows.sum()
 
     return number
 
 
-def composed_output(*args: Any, return_lse: bool, return_predictions: bool, return_z_loss: bool, **options: Any) -> Any:
+def composed_output(*args: Any, **options: Any) -> Any:
     input = args[0]
+    options = {name: value for name, value in options.items() if not name.startswith("return_")}
     plain = composed.cross_entropy(*args, **{**options, "z_loss": 0.0})
     loss = composed.cross_entropy(*args, **options)
     values = composed.transformed(input, options["softcap"], options["logit_scale"])
-    return torchce.CrossEntropyOutput(loss, values.logsumexp(1), input.argmax(1), (loss - plain).detach())
+    z_loss = (loss - plain).detach()
+    return torchce.CrossEntropyOutput(loss, values.logsumexp(1), input.argmax(1), z_loss, composed.entropy(values, 1))
 
 
 def inputs(kind: str, rows: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -219,8 +223,8 @@ def test_func_of_outputs_with_a_row_that_has_none() -> None:
     x[1] = torch.nan
 
     def loss(x: Tensor) -> Tensor:
-        out = ours.cross_entropy(x, y, return_lse=True)
-        return out.loss + out.lse[2:].sum()
+        out = ours.cross_entropy(x, y, return_lse=True, return_entropy=True)
+        return out.loss + out.lse[2:].sum() + out.entropy.sin().sum()
 
     leaf = x.clone().requires_grad_()
     (result,) = torch.autograd.grad(loss(leaf), leaf)
@@ -242,9 +246,10 @@ def test_second_derivatives(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_place(kind: str) -> None:
     """Bit for bit the gradient of the other road, and refused a second time."""
-    x, y, v, d, _ = inputs(kind)
+    x, y, v, d, scale = inputs(kind)
+    scale.requires_grad_()
 
-    def run(inplace_backward: bool) -> tuple[Any, Tensor]:
+    def run(inplace_backward: bool) -> tuple[Any, tuple[Tensor, ...]]:
         leaf = x.clone().requires_grad_()
         out = ours.cross_entropy(
             cases.activation(leaf),
@@ -252,15 +257,18 @@ def test_in_place(kind: str) -> None:
             z_loss=0.1,
             softcap=5.0,
             sample_weight=v,
+            logit_scale=scale,
             divisor=d,
             return_lse=True,
+            return_entropy=True,
             inplace_backward=inplace_backward,
         )
-        (out.loss + out.lse.sum()).backward(retain_graph=True)
-        return out, leaf.grad
+        grads = torch.autograd.grad(out.loss + out.lse.sum() + out.entropy.sum(), [leaf, scale], retain_graph=True)
+        return out, grads
 
-    (_, expected), (out, result) = run(False), run(True)
-    assert_bitwise_equal(result, expected)
+    (_, expected), (out, results) = run(False), run(True)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_bitwise_equal(result, wanted)
     with pytest.raises(RuntimeError, match="second backward"):
         out.lse.sum().backward()
 
@@ -341,14 +349,15 @@ def test_patched_torch_takes_them() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graph", ["compile", "export", "strict", "make_fx"])
-def test_gradient_of_lse_without_another_option(graph: str, kind: str) -> None:
+@pytest.mark.parametrize("output", ["lse", "entropy"])
+def test_gradient_of_an_output_without_another_option(output: str, graph: str, kind: str) -> None:
     """A graph drops the arguments that are defaults, which then look like a plain loss's."""
     x, y, *_ = inputs(kind)
 
     class Loss(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            out = ours.cross_entropy(x, y, return_lse=True)
-            return out.loss + out.lse.square().sum()
+            out = ours.cross_entropy(x, y, **{f"return_{output}": True})
+            return out.loss + getattr(out, output).square().sum()
 
     if graph == "compile":
         function: Callable[..., Tensor] = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
@@ -369,7 +378,8 @@ def test_export_for_any_number_of_rows(rows: int) -> None:
     class Loss(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.loss = torchce.CrossEntropyLoss(z_loss=0.1, empty_value=0.0, return_lse=True, return_z_loss=True)
+            returned = {"return_lse": True, "return_z_loss": True, "return_entropy": True}
+            self.loss = torchce.CrossEntropyLoss(z_loss=0.1, empty_value=0.0, **returned)
 
         def forward(self, x: Tensor, y: Tensor, v: Tensor) -> torchce.CrossEntropyOutput:
             return self.loss(x, y, sample_weight=v)

@@ -11,7 +11,7 @@ if _util.find_spec("torchce._C") is None:
 
 from torchce import functional
 from torchce._build_info import build_info
-from torchce.functional import CrossEntropyOutput
+from torchce.functional import CrossEntropyOutput, TokenLogprobsOutput
 from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss
 from torchce.patch import patch_torch
 
@@ -21,6 +21,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "TokenLogprobsOutput",
     "build_info",
     "functional",
     "patch_torch",

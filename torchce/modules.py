@@ -27,6 +27,7 @@ _KEYWORDS = (
     "return_lse",
     "return_predictions",
     "return_z_loss",
+    "return_entropy",
 )
 
 
@@ -65,8 +66,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing (float): the part of each target spread evenly over all classes, at most 1. Default: 0.0
 
     Keyword Args:
-        z_loss, softcap, logit_scale, dtype, empty_value, return_lse, return_predictions, return_z_loss: as in the
-            function. A ``logit_scale`` that is a parameter or buffer is the module's, and may be parametrized.
+        z_loss, softcap, logit_scale, dtype, empty_value, return_lse, return_predictions, return_z_loss, return_entropy:
+            as in the function. A ``logit_scale`` that is a parameter or buffer is the module's; it may be parametrized.
         inplace_backward (bool): let the gradient overwrite the logits; read what you need of them, for an accuracy
             say, before ``backward()``. Default: ``False``
 
@@ -90,6 +91,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     return_lse = _Keyword(False)
     return_predictions = _Keyword(False)
     return_z_loss = _Keyword(False)
+    return_entropy = _Keyword(False)
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return_lse: bool = False,
         return_predictions: bool = False,
         return_z_loss: bool = False,
+        return_entropy: bool = False,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)  # type: ignore[arg-type]
@@ -119,6 +122,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.return_lse = return_lse
         self.return_predictions = return_predictions
         self.return_z_loss = return_z_loss
+        self.return_entropy = return_entropy
         self.inplace_backward = inplace_backward
 
     __prepare_scriptable__ = _refuse_scripting

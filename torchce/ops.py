@@ -136,11 +136,14 @@ eager_softmax_ce_forward_outputs = below_autograd(softmax_ce_forward_outputs)
 
 
 @torch.library.register_fake("torchce::softmax_ce_forward_outputs")
-def _(logits, target, weight, dtype, returns_lse, returns_predictions, *options):  # type: ignore[no-untyped-def]
-    loss, *saved = softmax_ce_forward(logits, target, weight, dtype, *options[:3])
-    lse = logits.new_empty(_row_shape(logits) if returns_lse else [0], dtype=saved[0].dtype)
-    predictions = logits.new_empty(_row_shape(logits) if returns_predictions else [0], dtype=torch.int64)
-    return loss, lse, predictions, *saved
+def _(logits, target, weight, scale, dtype, returns_lse, returns_predictions, returns_entropy, *options):  # type: ignore[no-untyped-def]
+    loss, statistics, totals = softmax_ce_forward(logits, target, weight, dtype, *options[:3])
+    if returns_entropy:
+        statistics = statistics.new_empty([statistics.shape[0] + 1, statistics.shape[1]])
+    acc = statistics.dtype
+    wanted = ((returns_lse, acc), (returns_predictions, torch.int64), (returns_entropy, acc))
+    outputs = [logits.new_empty(_row_shape(logits) if returned else [0], dtype=dtype) for returned, dtype in wanted]
+    return loss, *outputs, statistics, totals
 
 
 softmax_ce_backward = _ops.softmax_ce_backward.default
@@ -157,8 +160,17 @@ eager_softmax_ce_backward_outputs = below_autograd(softmax_ce_backward_outputs)
 
 
 @torch.library.register_fake("torchce::softmax_ce_backward_outputs")
-def _(grad_output, grad_lse, logits, *_):  # type: ignore[no-untyped-def]
+def _(grad_output, grad_lse, grad_entropy, logits, *_):  # type: ignore[no-untyped-def]
     return _empty_gradient(logits)
+
+
+softmax_ce_backward_scale = _ops.softmax_ce_backward_scale.default
+eager_softmax_ce_backward_scale = below_autograd(softmax_ce_backward_scale)
+
+
+@torch.library.register_fake("torchce::softmax_ce_backward_scale")
+def _(grad_output, grad_lse, grad_entropy, logits, target, weight, scale, statistics, *_):  # type: ignore[no-untyped-def]
+    return logits.new_empty(_row_shape(logits), dtype=statistics.dtype)
 
 
 _softmax_ce_backward_ = _ops.softmax_ce_backward_.default
@@ -179,10 +191,15 @@ _softmax_ce_backward_outputs_ = _ops.softmax_ce_backward_outputs_.default
 
 
 def softmax_ce_backward_outputs_(
-    grad_output: Tensor, grad_lse: Tensor | None, logits: Tensor, *saved: Any, **by_name: Any
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    *saved: Any,
+    **by_name: Any,
 ) -> None:
     """``softmax_ce_backward_outputs``, written over the logits, which must be dense."""
-    _softmax_ce_backward_outputs_(grad_output, grad_lse, logits, *saved, **by_name)
+    _softmax_ce_backward_outputs_(grad_output, grad_lse, grad_entropy, logits, *saved, **by_name)
     _was_overwritten(logits)
 
 

@@ -15,65 +15,96 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchce import calls, inplace, ops
-from torchce.composites import decompose_for_onnx, differentiate, differentiate_by
+from torchce.composites import decompose_for_onnx, differentiate, differentiate_by, sum_of_rows
 from torchce.softmax_ce_formulas import (
-    N_PLAIN,
+    Gradients,
+    OfInputs,
     Options,
+    Wanted,
     composite,
     composite_outputs,
     decomposition,
     gradients,
     mean_divisor,
     outputs_decomposition,
+    outputs_gradients,
     row_weights,
 )
 from torchce.transforms import differentiates_backward, transformed
 
-__all__ = ["Options", "eager_softmax_ce", "mean_divisor", "row_weights", "softmax_ce", "softmax_ce_outputs"]
+__all__ = ["Options", "Wanted", "eager_softmax_ce", "mean_divisor", "row_weights", "softmax_ce", "softmax_ce_outputs"]
 
 _SUM = 2
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the logits and of a probability target, where they are needed.
-
-    Of loss and lse either may have led to nothing; the target has no part in lse.
-    """
-    upstream = grad_lse if grad_output is None else grad_output
-    if upstream is None:  # autograd's word for zero, where gradients are not materialized
+def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a plain loss's logits and of a probability target, where they are needed."""
+    if grad_output is None:  # autograd's word for zero, where gradients are not materialized
         return None, None
     overwritten = ctx.overwritten
     if overwritten is not None:
-        overwritten = overwritten.checked(upstream)
+        overwritten = overwritten.checked(grad_output)
     logits, target, weight, statistics, totals = ctx.saved_tensors
     options: Sequence[Any] = ctx.options
     needs_logits, needs_target = ctx.needs_input_grad[:2]
     grad_target = None
-    if differentiates_backward(grad_output, grad_lse, logits, target, weight):
-        grad_logits, grad_target = gradients(grad_output, grad_lse, logits, target, weight, Options(*options))
+    if differentiates_backward(grad_output, logits, target, weight):
+        grad_logits, grad_target = gradients(Gradients(grad_output), logits, target, weight, Options(*options))
         return grad_logits if needs_logits else None, grad_target if needs_target else None
-    if grad_output is None:
-        needs_target = False
-        grad_output, options = upstream.new_zeros(()), (_SUM, *options[1:])  # a mean's divisor may be 0
-    saved = (logits, target, weight, statistics, totals, *options)
     # Compiled autograd is traced by Dynamo, which cannot step below autograd (ops.below_autograd).
     compiling = torch.compiler.is_compiling()
     if needs_target:  # first: the logits it reads may be overwritten next
         target_op = ops.softmax_ce_backward_target if compiling else ops.eager_softmax_ce_backward_target
-        grad_target = target_op(grad_output, *saved)
+        grad_target = target_op(grad_output, logits, target, weight, None, statistics, totals, *options)
     if not needs_logits:
         return None, grad_target
-    is_plain = len(options) == N_PLAIN
-    arguments = (grad_output, *saved) if is_plain else (grad_output, grad_lse, *saved)
+    arguments = (grad_output, logits, target, weight, statistics, totals, *options)
     if overwritten is not None:
-        in_place = ops.softmax_ce_backward_ if is_plain else ops.softmax_ce_backward_outputs_
-        in_place(*inplace.apart(logits, arguments))
+        ops.softmax_ce_backward_(*inplace.apart(logits, arguments))
         return overwritten.mark(logits), grad_target
-    if is_plain:
-        op = ops.softmax_ce_backward if compiling else ops.eager_softmax_ce_backward
-    else:
-        op = ops.softmax_ce_backward_outputs if compiling else ops.eager_softmax_ce_backward_outputs
+    op = ops.softmax_ce_backward if compiling else ops.eager_softmax_ce_backward
     return op(*arguments), grad_target
+
+
+def _outputs_backward(ctx: Any, grads: Gradients) -> tuple[Tensor | None, ...]:
+    """Gradients of logits, target, weight (none) and scale, where they are needed.
+
+    Of loss, lse and entropy some may have led to nothing; the target has no part but in the loss.
+    """
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return None, None, None, None
+    overwritten = ctx.overwritten
+    if overwritten is not None:
+        overwritten = overwritten.checked(given[0])
+    logits, target, weight, scale, statistics, totals = ctx.saved_tensors
+    options: Options = ctx.options
+    needs_logits, needs_target, _, needs_scale = ctx.needs_input_grad[:4]
+    if differentiates_backward(*grads, logits, target, weight, scale):
+        of_inputs = outputs_gradients(grads, logits, target, weight, scale, options)
+        of_scale = None if of_inputs.scale is None else sum_of_rows(of_inputs.scale).to(scale.dtype)
+        found = of_inputs.logits, of_inputs.target, None, of_scale
+        return tuple(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False))
+    if grads.output is None:
+        needs_target = False
+        grads = grads._replace(output=given[0].new_zeros(()))
+        options = options._replace(reduction=_SUM)  # a mean's divisor may be 0
+    saved = (logits, target, weight, scale, statistics, totals, *options)
+    compiling = torch.compiler.is_compiling()  # as in _backward
+    grad_logits = grad_target = grad_scale = None
+    if needs_target:  # first, as the scale's: the logits they read may be overwritten next
+        target_op = ops.softmax_ce_backward_target if compiling else ops.eager_softmax_ce_backward_target
+        grad_target = target_op(grads.output, *saved)
+    if needs_scale:
+        scale_op = ops.softmax_ce_backward_scale if compiling else ops.eager_softmax_ce_backward_scale
+        grad_scale = sum_of_rows(scale_op(*grads, *saved)).to(scale.dtype)
+    if needs_logits and overwritten is not None:
+        ops.softmax_ce_backward_outputs_(*inplace.apart(logits, (*grads, *saved)))
+        grad_logits = overwritten.mark(logits)
+    elif needs_logits:
+        op = ops.softmax_ce_backward_outputs if compiling else ops.eager_softmax_ce_backward_outputs
+        grad_logits = op(*grads, *saved)
+    return grad_logits, grad_target, None, grad_scale
 
 
 class SoftmaxCE(Function):
@@ -97,11 +128,11 @@ class SoftmaxCE(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_backward(ctx, grad_output, None), None, None, None, None
+        return *_backward(ctx, grad_output), None, None, None, None
 
 
 class SoftmaxCEOutputs(Function):
-    """The loss with what else a row has, of which lse is differentiable."""
+    """The loss with what else a row has, of which lse and entropy are differentiable."""
 
     @staticmethod
     def forward(
@@ -109,32 +140,36 @@ class SoftmaxCEOutputs(Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
+        scale: Tensor | None,
         dtype: torch.dtype | None,
-        returns_lse: bool,
-        returns_predictions: bool,
+        wanted: Wanted,
         options: Options,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, lse, predictions, *saved = ops.eager_softmax_ce_forward_outputs(
-            logits, target, weight, dtype, returns_lse, returns_predictions, *options
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss, lse, predictions, entropy, *saved = ops.eager_softmax_ce_forward_outputs(
+            logits, target, weight, scale, dtype, *wanted, *options
         )
-        ctx.save_for_backward(logits, target, weight, *saved)
+        ctx.save_for_backward(logits, target, weight, scale, *saved)
         ctx.options = options
         ctx.overwritten = inplace.Overwritten() if inplace_backward else None
-        ctx.mark_non_differentiable(predictions, *([] if returns_lse else [lse]))
+        ctx.mark_non_differentiable(*_without_gradient(wanted, lse, predictions, entropy))
         ctx.set_materialize_grads(False)
-        return loss, lse, predictions
+        return loss, lse, predictions, entropy
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None
+        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, grad_loss, grad_lse), None, None, None, None, None, None
+        return *_outputs_backward(ctx, Gradients(grad_loss, grad_lse, grad_entropy)), None, None, None, None
 
 
-def _needs_composite(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def _without_gradient(wanted: Wanted, lse: Tensor, predictions: Tensor, entropy: Tensor) -> list[Tensor]:
+    return [predictions, *([] if wanted.lse else [lse]), *([] if wanted.entropy else [entropy])]
+
+
+def _needs_composite(logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None = None) -> bool:
     return (weight is not None and weight.requires_grad and torch.is_grad_enabled()) or transformed(
-        logits, target, weight
+        logits, target, weight, scale
     )
 
 
@@ -176,31 +211,32 @@ def softmax_ce_outputs(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: Tensor | None,
     dtype: torch.dtype | None,
-    returns_lse: bool,
-    returns_predictions: bool,
+    wanted: Wanted,
     options: Options,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss with every option, lse and predictions, of what ``softmax_ce_forward_outputs`` takes."""
-    arguments = (logits, target, weight, dtype, returns_lse, returns_predictions)
-    if _needs_composite(logits, target, weight):
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss with every option, lse, predictions and entropy, of what ``softmax_ce_forward_outputs`` takes."""
+    arguments = (logits, target, weight, scale, dtype)
+    if _needs_composite(logits, target, weight, scale):
         calls.note_composite()
-        return composite_outputs(*arguments, *options)
+        return composite_outputs(*arguments, *wanted, *options)
+    needs_grad = logits.requires_grad or target.requires_grad or (scale is not None and scale.requires_grad)
     if torch.compiler.is_compiling():  # as in softmax_ce
-        loss, lse, predictions, *_ = ops.softmax_ce_forward_outputs(*arguments, *options)
-    elif torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad):
-        loss, lse, predictions = SoftmaxCEOutputs.apply(*arguments, options, inplace_backward)  # type: ignore[no-untyped-call]
+        loss, lse, predictions, entropy, *_ = ops.softmax_ce_forward_outputs(*arguments, *wanted, *options)
+    elif torch.is_grad_enabled() and needs_grad:
+        loss, lse, predictions, entropy = SoftmaxCEOutputs.apply(*arguments, wanted, options, inplace_backward)  # type: ignore[no-untyped-call]
     else:
-        loss, lse, predictions, *_ = ops.eager_softmax_ce_forward_outputs(*arguments, *options)
-    return loss, lse, predictions
+        loss, lse, predictions, entropy, *_ = ops.eager_softmax_ce_forward_outputs(*arguments, *wanted, *options)
+    return loss, lse, predictions, entropy
 
 
 # --- the ops themselves, in graphs whose Functions have been traced away -------------------------------------------
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, _, *options = inputs
+    logits, target, weight, _dtype, *options = inputs
     _, *saved = output
     ctx.save_for_backward(logits, target, weight, *saved)
     ctx.options = options
@@ -210,47 +246,71 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 
 
 def _set_up_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, dtype, returns_lse, _, *options = inputs
-    loss, lse, predictions, *saved = output
-    _set_up(ctx, (logits, target, weight, dtype, *Options(*options)), (loss, *saved))  # a graph drops defaults
-    ctx.mark_non_differentiable(predictions, *saved, *([] if returns_lse else [lse]))
+    logits, target, weight, scale, _dtype, lse, predictions, entropy, *options = inputs
+    _, *outputs, statistics, totals = output
+    ctx.save_for_backward(logits, target, weight, scale, statistics, totals)
+    ctx.options = Options(*options)  # a graph drops defaults
+    ctx.overwritten = None
+    wanted = Wanted(lse, predictions, entropy)
+    ctx.mark_non_differentiable(*_without_gradient(wanted, *outputs), statistics, totals)
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_weight(ctx: Any, *grads: Tensor | None) -> None:
+    if ctx.needs_input_grad[2] and any(grad is not None for grad in grads):
+        raise RuntimeError("weight: expected a tensor that does not require grad: no gradient leads to it here")
 
 
 def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _op_outputs_backward(ctx, grad_loss, None)
+    _refuse_weight(ctx, grad_loss)
+    found = _backward(ctx, grad_loss)
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
 def _op_outputs_backward(
-    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None
+    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None, grad_entropy: Tensor | None, *__: None
 ) -> tuple[Tensor | None, ...]:
-    if ctx.needs_input_grad[2] and not (grad_loss is None and grad_lse is None):
-        raise RuntimeError("weight: expected a tensor that does not require grad: no gradient leads to it here")
-    return *_backward(ctx, grad_loss, grad_lse), *(None,) * (len(ctx.needs_input_grad) - 2)
+    grads = Gradients(grad_loss, grad_lse, grad_entropy)
+    _refuse_weight(ctx, *grads)
+    found = _outputs_backward(ctx, grads)
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
 def _gradient(grad_output: Tensor, *saved: Any) -> Tensor:
     """What ``softmax_ce_backward`` computes, of the same arguments."""
-    return _outputs_gradient(grad_output, None, *saved)
-
-
-def _outputs_gradient(grad_output: Tensor, grad_lse: Tensor | None, *saved: Any) -> Tensor:
-    """What ``softmax_ce_backward_outputs`` computes, of the same arguments."""
     logits, target, weight, _statistics, _totals, *options = saved
-    return gradients(grad_output, grad_lse, logits, target, weight, Options(*options))[0]
+    return gradients(Gradients(grad_output), logits, target, weight, Options(*options))[0]
 
 
-def _target_gradient(*saved: Any) -> Tensor:
+def _of_inputs(grads: Gradients, *saved: Any) -> OfInputs:
+    logits, target, weight, scale, _statistics, _totals, *options = saved
+    return outputs_gradients(grads, logits, target, weight, scale, Options(*options))
+
+
+def _outputs_gradient(*arguments: Any) -> Tensor:
+    """What ``softmax_ce_backward_outputs`` computes, of the same arguments."""
+    return _of_inputs(Gradients(*arguments[:3]), *arguments[3:]).logits
+
+
+def _scale_gradient(*arguments: Any) -> Tensor:
+    """What ``softmax_ce_backward_scale`` computes, of the same arguments."""
+    of_scale = _of_inputs(Gradients(*arguments[:3]), *arguments[3:]).scale
+    assert of_scale is not None  # there is one
+    return of_scale
+
+
+def _target_gradient(grad_output: Tensor, *saved: Any) -> Tensor:
     """What ``softmax_ce_backward_target`` computes, of the same arguments."""
-    grad_output, logits, target, weight, _statistics, _totals, *options = saved
-    grad_target = gradients(grad_output, None, logits, target, weight, Options(*options))[1]
-    assert grad_target is not None  # of probabilities
-    return grad_target
+    of_target = _of_inputs(Gradients(grad_output), *saved).target
+    assert of_target is not None  # of probabilities
+    return of_target
 
 
 differentiate("softmax_ce_forward", decomposition, _set_up, _op_backward)
 differentiate("softmax_ce_forward_outputs", outputs_decomposition, _set_up_outputs, _op_outputs_backward)
 differentiate_by("softmax_ce_backward", _gradient)
 differentiate_by("softmax_ce_backward_outputs", _outputs_gradient)
+differentiate_by("softmax_ce_backward_scale", _scale_gradient)
 differentiate_by("softmax_ce_backward_target", _target_gradient)
 decompose_for_onnx("softmax_ce_forward", decomposition)
 decompose_for_onnx("softmax_ce_forward_outputs", outputs_decomposition)

@@ -31,6 +31,22 @@ class Options(NamedTuple):
     logit_scale: float = 1.0
 
 
+class Wanted(NamedTuple):
+    """What a call asks for of each row beside its loss, in the order of ``csrc/schemas.h``."""
+
+    lse: bool = False
+    predictions: bool = False
+    entropy: bool = False
+
+
+class Gradients(NamedTuple):
+    """The gradients of what a call gave, in the order of ``csrc/schemas.h``; None of what led to nothing."""
+
+    output: Tensor | None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+
 # Functions, not properties: the Dynamo of torch 2.10 evaluates none of a named tuple.
 def plain_options(options: Options) -> tuple[Any, ...]:
     """Torch's own, which the ops for plain losses take: a small loss notices each one more."""
@@ -128,28 +144,51 @@ def composite_outputs(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: Tensor | None,
     dtype: torch.dtype | None,
     returns_lse: bool,
     returns_predictions: bool,
+    returns_entropy: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, lse and predictions of ``softmax_ce_forward_outputs``, from differentiable operations."""
-    loss = composite(logits, target, weight, dtype, *options)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, predictions and entropy of ``softmax_ce_forward_outputs``, from differentiable operations."""
     class_dim = min(1, logits.dim() - 1)
     acc = ops.softmax_ce_accumulation(logits, target, weight)
-    lse = logits.new_empty(0, dtype=acc)
-    if returns_lse:
-        x = logits.to(acc)
-        whatever = _lse(_values(x.detach(), Options(*options)), class_dim)
-        is_read = _reads_lse(whatever, target, Options(*options).ignore_index)
-        values = _values(torch.where(is_read.unsqueeze(class_dim), x, 0), Options(*options))
-        lse = torch.where(is_read, _lse(values, class_dim), whatever)
     predictions = logits.argmax(class_dim) if returns_predictions else logits.new_empty(0, dtype=torch.int64)
-    return loss, lse, predictions
+    dtype = dtype or logits.dtype
+    if scale is not None:
+        logits = scaled(logits.to(acc), scale)
+    loss = composite(logits, target, weight, dtype, *options)
+    lse = entropy = logits.new_empty(0, dtype=acc)
+    if returns_lse or returns_entropy:
+        x = logits.to(acc)
+        values = _values(x.detach(), Options(*options))
+        lse_of_all = _lse(values, class_dim)
+        is_read = _reads_outputs(lse_of_all, target, Options(*options).ignore_index)
+        read = _values(torch.where(is_read.unsqueeze(class_dim), x, 0), Options(*options))
+        if returns_lse:
+            lse = torch.where(is_read, _lse(read, class_dim), lse_of_all)
+        if returns_entropy:
+            entropy = torch.where(is_read, _entropy(read, class_dim), _entropy(values, class_dim))
+    return loss, lse, predictions, entropy
 
 
-def _reads_lse(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Of which rows ``lse`` has a derivative: not of ignored ones where it is no number, whose gradient is 0."""
+def scaled(logits: Tensor, scale: Tensor) -> Tensor:
+    """Their product, NaN unless the scale is positive; infinite logits have no part in the scale's gradient."""
+    finite = logits.isfinite()
+    scale = torch.where(scale > 0, scale, torch.nan)
+    return torch.where(finite, scale * torch.where(finite, logits, 0), logits)
+
+
+def _entropy(x: Tensor, class_dim: int) -> Tensor:
+    """That of softmax(x), to which classes of minus infinity add nothing."""
+    gap = x - x.amax(class_dim, keepdim=True).detach()
+    mean_gap = (torch.softmax(x, class_dim) * torch.where(gap == -torch.inf, 0, gap)).sum(class_dim)
+    return gap.exp().sum(class_dim).log() - mean_gap
+
+
+def _reads_outputs(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Whose lse and entropy have a derivative: not ignored rows' of no softmax, whose gradient is 0."""
     if target.is_floating_point():
         return torch.ones_like(lse, dtype=torch.bool)
     return lse.isfinite() | (target.to(torch.int64) != ignore_index)
@@ -199,8 +238,7 @@ def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, classe
 
 
 def gradients(
-    grad_output: Tensor | None,
-    grad_lse: Tensor | None,
+    grads: Gradients,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -213,19 +251,18 @@ def gradients(
         d loss / d x_j = p_j (h + sum_k u_k + 2 z_loss lse) - u_j - h [j == y]
         d loss / d t_j = -(1 - label_smoothing) w_j log p_j
         d lse / d x_j = p_j
+        d entropy / d x_j = -p_j (log p_j + entropy)
 
-    Without ``grad_output`` that of lse alone.
+    Without ``grads.output`` those of lse and entropy alone.
     """
     reduction, ignore_index, label_smoothing, z, *_ = options
+    grad_output, grad_lse, grad_entropy = grads
     if logits.dim() == 1:
-        unbatched = gradients(
-            grad_output.unsqueeze(0) if reduction == 0 and grad_output is not None else grad_output,
-            None if grad_lse is None else grad_lse.unsqueeze(0),
-            logits.unsqueeze(0),
-            target.unsqueeze(0),
-            weight,
-            options,
-        )
+        of_rows = [None if grad is None else grad.unsqueeze(0) for grad in (grad_lse, grad_entropy)]
+        if reduction == 0 and grad_output is not None:
+            grad_output = grad_output.unsqueeze(0)
+        batched = logits.unsqueeze(0), target.unsqueeze(0), weight
+        unbatched = gradients(Gradients(grad_output, *of_rows), *batched, options)
         return unbatched[0].squeeze(0), None if unbatched[1] is None else unbatched[1].squeeze(0)
 
     acc = ops.softmax_ce_accumulation(logits, target, weight)
@@ -233,14 +270,21 @@ def gradients(
     x = _values(logits, options)
     classes = x.shape[1]
     w = (x.new_ones(classes) if weight is None else weight).view(classes, *[1] * (x.dim() - 2))
-    of_lse: Tensor | int = 0
-    if grad_lse is not None:
-        is_read = _reads_lse(torch.logsumexp(x.detach(), 1), target, ignore_index).unsqueeze(1)
+    of_outputs: Tensor | int = 0
+    if grad_lse is not None or grad_entropy is not None:
+        is_read = _reads_outputs(torch.logsumexp(x.detach(), 1), target, ignore_index).unsqueeze(1)
         values = _values(torch.where(is_read, logits, 0), options)
-        of_values = torch.softmax(values, 1) * torch.where(is_read, grad_lse.unsqueeze(1), 0)
-        of_lse = _of_logits(of_values, values, options)
+        p, of_values = torch.softmax(values, 1), torch.zeros_like(values)
+        if grad_lse is not None:
+            of_values = of_values + p * torch.where(is_read, grad_lse.unsqueeze(1), 0)
+        if grad_entropy is not None:
+            gap = values - values.amax(1, keepdim=True).detach()
+            gap = torch.where(gap == -torch.inf, 0, gap)
+            from_mean = (p * gap).sum(1, keepdim=True) - gap
+            of_values = of_values + p * from_mean * torch.where(is_read, grad_entropy.unsqueeze(1), 0)
+        of_outputs = _of_logits(of_values, values, options)
         if grad_output is None:
-            return of_lse.to(dtype), None
+            return of_outputs.to(dtype), None
     assert grad_output is not None
     g = grad_output.to(acc)
     if reduction == 0:
@@ -254,7 +298,7 @@ def gradients(
         if z != 0:
             grad_logits = grad_logits + g * (2 * z * torch.softmax(x, 1) * _lse(x, 1).unsqueeze(1))
         grad_target = product_in_range((label_smoothing - 1) * torch.log_softmax(x, 1), g, w)
-        return (_of_logits(grad_logits, x, options) + of_lse).to(dtype), grad_target.to(target.dtype)
+        return (_of_logits(grad_logits, x, options) + of_outputs).to(dtype), grad_target.to(target.dtype)
 
     index = target.to(torch.int64).unsqueeze(1)
     kept = index != ignore_index
@@ -278,7 +322,33 @@ def gradients(
         grad_logits = grad_logits + p * (g * ((w * even_share).sum() / rest)) - g * even_share / rest * w
     if z != 0:
         grad_logits = grad_logits + p * (g * (2 * z / rest) * _lse(x, 1).unsqueeze(1))
-    return (torch.where(kept, _of_logits(grad_logits, x, options), 0) + of_lse).to(dtype), None
+    return (torch.where(kept, _of_logits(grad_logits, x, options), 0) + of_outputs).to(dtype), None
+
+
+class OfInputs(NamedTuple):
+    """Gradients of what went into ``softmax_ce_forward_outputs``."""
+
+    logits: Tensor
+    target: Tensor | None
+    scale: Tensor | None
+    """Of each row its part."""
+
+
+def outputs_gradients(
+    grads: Gradients,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    options: Options,
+) -> OfInputs:
+    """Those of :func:`gradients` where a scale may multiply the logits."""
+    if scale is None:
+        return OfInputs(*gradients(grads, logits, target, weight, options), None)
+    x = logits.to(ops.softmax_ce_accumulation(logits, target, weight))
+    grad, grad_target = gradients(grads, scaled(x, scale), target, weight, options)
+    of_scale = (grad * torch.where(x.isfinite(), x, 0)).sum(min(1, x.dim() - 1))
+    return OfInputs((scale * grad).to(logits.dtype), grad_target, of_scale)
 
 
 def decomposition(
@@ -305,10 +375,19 @@ def outputs_decomposition(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: Tensor | None,
     dtype: torch.dtype | None,
     returns_lse: bool,
     returns_predictions: bool,
+    returns_entropy: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    _, *saved = decomposition(logits, target, weight, dtype, *options)
-    return *composite_outputs(logits, target, weight, dtype, returns_lse, returns_predictions, *options), *saved
+    wanted = Wanted(returns_lse, returns_predictions, returns_entropy)
+    outputs = composite_outputs(logits, target, weight, scale, dtype, *wanted, *options)
+    x = logits.to(ops.softmax_ce_accumulation(logits, target, weight))
+    x = x if scale is None else scaled(x, scale)
+    _, statistics, totals = decomposition(x, target, weight, dtype, *options)
+    if returns_entropy:
+        mean_gap = statistics[1].log() - outputs[3].flatten()
+        statistics = torch.cat([statistics, mean_gap.unsqueeze(0)])
+    return *outputs, statistics, totals

@@ -25,9 +25,12 @@ struct Kernels {
   int64_t rows_along;   // a group, where lanes run along each row
   int64_t rows_across;  // two strips, where lanes run across the rows
   void (*softmax_ce_forward)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end, Partial*);
-  void (*softmax_ce_predict)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end);  // behind its forward
+  void (*softmax_ce_predict)(const softmax_ce::Forward&, int64_t row_begin,
+                             int64_t row_end);  // both behind the forward
+  void (*softmax_ce_entropies)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_backward)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_backward_target)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
+  void (*softmax_ce_backward_scale)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
   void (*sigmoid_bce_forward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end, Partial*);
   void (*sigmoid_bce_backward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
   void (*sigmoid_bce_backward_target)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);

@@ -79,6 +79,7 @@ void Backend::run(const Scope&, const ForwardCall& call) {
   const Partial total = sum_over_chunks(count, rows_per_chunk(rows), [&](int64_t begin, int64_t end, Partial* partial) {
     kernels().softmax_ce_forward(call.args, begin, end, partial);
     if (call.args.predictions != nullptr) kernels().softmax_ce_predict(call.args, begin, end);
+    if (call.args.entropy != nullptr) kernels().softmax_ce_entropies(call.args, begin, end);
   });
   if (total.bad_row >= 0) throw_bad_target(call, total.bad_row);
   const double divisor = call.problem.probabilities() ? double(count) : total.weight;
@@ -88,8 +89,9 @@ void Backend::run(const Scope&, const ForwardCall& call) {
 
 void Backend::run(const Scope&, const BackwardCall& call) {
   if (!call.in_place()) advise_huge_pages(call.grad);
-  const auto kernel =
-      call.of == GradientOf::target ? kernels().softmax_ce_backward_target : kernels().softmax_ce_backward;
+  const auto kernel = call.of == GradientOf::target  ? kernels().softmax_ce_backward_target
+                      : call.of == GradientOf::scale ? kernels().softmax_ce_backward_scale
+                                                     : kernels().softmax_ce_backward;
   for_each_chunk(call.problem.count(), rows_per_chunk(call.problem.rows),
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
 }

@@ -117,7 +117,26 @@ void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* p
       [&](auto wide, int64_t row, int count) { forward_strip<T, Target, wide.value>(call, row, count, partial); });
 }
 
-template <class T, class Target, int W>
+// Makes of a block of values, the classes from k on, their gradients without the part that only the target class has.
+// `look(class of the block, vector, value)` sees each value before. Exp: GradientExp or TiltedExp.
+template <class Target, class Exp, class A, int W, class Coefficients, class Look>
+TORCHCE_SIMD void to_gradients(Block<A, W>& block, int64_t k, int classes, Coefficients& coefficients,
+                               const Factors<A, W>& factors, Look look) {
+  if constexpr (Target::kSpread) coefficients.read_block(k, classes);
+  const Exp scaled_exp;
+  for (int w = 0; w < W; ++w) {
+    const auto scale = Exp::Scale::of(factors, w);
+    const Lanes<A> max_lanes = factors.max.lanes(w), spread_lanes = factors.spread.lanes(w);
+    for (int c = 0; c < classes; ++c) {
+      Lanes<A>& g = block.values[c][w];
+      look(c, w, g);
+      g = scaled_exp(g - max_lanes, scale);
+      if constexpr (Target::kSpread) g = class_gradient(g, spread_lanes, coefficients.at(c, w).of_gradient());
+    }
+  }
+}
+
+template <class T, class Target, class Exp, int W>
 TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   using A = Accumulate<T>;
   using V = Lanes<A>;
@@ -131,22 +150,11 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       Block<A, W> block;
       Slopes slopes;
       logits.read(k, classes, block);
-      if constexpr (Target::kSpread) coefficients.read_block(k, classes);
-      const GradientExp<T> scaled_exp;
-      for (int w = 0; w < W; ++w) {
-        const typename GradientExp<T>::Scale scale(factors.scale.lanes(w));
-        const V max_lanes = factors.max.lanes(w), spread_lanes = factors.spread.lanes(w);
-        for (int c = 0; c < classes; ++c) {
-          logits.template prefetch_next<0>(k + c, w);
-          if (!in_place) grad.template prefetch_next<1>(k + c, w);
-          V& g = block.values[c][w];
-          slopes.take(logits.logit, c, w, g);
-          g = scaled_exp(g - max_lanes, scale);
-          if constexpr (Target::kSpread) {
-            g = class_gradient(g, spread_lanes, coefficients.at(c, w).of_gradient());
-          }
-        }
-      }
+      to_gradients<Target, Exp>(block, k, classes, coefficients, factors, [&](int c, int w, V value) TORCHCE_HD_LAMBDA {
+        logits.template prefetch_next<0>(k + c, w);
+        if (!in_place) grad.template prefetch_next<1>(k + c, w);
+        slopes.take(logits.logit, c, w, value);
+      });
       finish(k, classes, block, slopes);
       grad.template write<kNans<Target>>(k, classes, block);
     });
@@ -176,11 +184,11 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   }
 }
 
-template <class T, class Target>
+template <class T, class Target, class Exp>
 void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
   for_each_strip<Accumulate<T>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
-      [&](auto wide, int64_t row, int count) { backward_strip<T, Target, wide.value>(call, row, count); });
+      [&](auto wide, int64_t row, int count) { backward_strip<T, Target, Exp, wide.value>(call, row, count); });
 }
 
 template <class T, class Target>

@@ -107,21 +107,34 @@ void forward(const Forward& original, int64_t row_begin, int64_t row_end, Partia
   });
 }
 
-// grad_k = (exp(x_k - max) scale - spread u_k) slope, for every class.
-template <class T, class Target, class A, class Coefficients>
-TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t classes, A max,
-                               const GradientExp<T>& scaled_exp, const typename GradientExp<T>::Scale& scale, A spread,
-                               const Coefficients& coefficients) {
-  constexpr int64_t P = VectorPair<T>::kSize;
-  const auto max_lanes = broadcast(max), spread_lanes = broadcast(spread);
-  const auto gradient = [&](int64_t k) {
-    const VectorPair<T> values = x.at(k);
+// The gradients of a row's values, without the part that only the target class has.
+template <class T, class Target, class Exp, class Coefficients>
+struct ValueGradients {
+  using V = Lanes<Accumulate<T>>;
+  const Exp& scaled_exp;
+  const typename Exp::Scale& scale;
+  V max, spread;
+  const Coefficients& coefficients;
+
+  // exp(x_k - max) scale - spread u_k, of the pair of vectors that begins at class k.
+  TORCHCE_SIMD VectorPair<T> at(int64_t k, const VectorPair<T>& values) const {
     VectorPair<T> g = values;
-    for (auto& v : g.v) v = scaled_exp(v - max_lanes, scale);
+    for (auto& v : g.v) v = scaled_exp(v - max, scale);
     if constexpr (Target::kSpread) {
       const auto u = coefficients.at(k);
-      for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread_lanes, u[i].of_gradient());
+      for (int i = 0; i < g.kVectors; ++i) g.v[i] = class_gradient(g.v[i], spread, u[i].of_gradient());
     }
+    return g;
+  }
+};
+
+// Writes the gradients of a row's logits, as far as ValueGradients go.
+template <class T, class Target, class Gradients>
+TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t classes, const Gradients& of_values) {
+  constexpr int64_t P = VectorPair<T>::kSize;
+  const auto gradient = [&](int64_t k) {
+    const VectorPair<T> values = x.at(k);
+    VectorPair<T> g = of_values.at(k, values);
     for (int i = 0; i < g.kVectors; ++i) g.v[i] = x.logit.slope(values.v[i]) * g.v[i];
     return g;
   };
@@ -132,14 +145,41 @@ TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t c
   if (remainder) last.template store<kNans<Target>>(grad + classes - P);
 }
 
-template <class T, class Target>
+// What the rows of a group have for their gradients. Exp: GradientExp or TiltedExp.
+template <class T, class Target, class Exp>
+struct GroupGradients {
+  using A = Accumulate<T>;
+  using Scale = typename Exp::Scale;
+  const Rows& rows;
+  const IndexTargets<T>* targets;
+  Factors<A, kGroup> factors;
+  Exp scaled_exp;
+  Scale scales[kGroup];
+
+  TORCHCE_SIMD GroupGradients(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets)
+      : rows(call.rows), targets(targets), factors(call, row, count, targets) {
+    for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = Scale::of(factors, w);
+  }
+  // Whether row l has no gradient.
+  TORCHCE_SIMD bool is_zero(int l) const { return targets != nullptr && factors.has_gradient[l] == 0; }
+
+  // Calls f with the ValueGradients of row l.
+  template <class F>
+  TORCHCE_SIMD void with_row(int l, RowPosition at, F f) const {
+    const Scale scale(scales[l / kLanes<A>], l % kLanes<A>);
+    with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
+      f(ValueGradients<T, Target, Exp, decltype(coefficients)>{scaled_exp, scale, broadcast(factors.max[l]),
+                                                               broadcast(factors.spread[l]), coefficients});
+    });
+  }
+};
+
+template <class T, class Target, class Exp>
 TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
-  const Factors<A, kGroup> factors(call, row, count, targets);
-  const GradientExp<T> scaled_exp;
-  typename GradientExp<T>::Scale scales[kGroup];
-  for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = typename GradientExp<T>::Scale(factors.scale.lanes(w));
+  const GroupGradients<T, Target, Exp> gradients(call, row, count, targets);
+  const auto& factors = gradients.factors;
   PerRow<A, kGroup> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
     for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
@@ -148,36 +188,37 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
     const LogitOf<Target, T> logit(rows);
     for (int w = 0; w < vectors_of<A>(count); ++w) {
       const auto x = logit.value(hot_gradients.lanes(w));
-      const auto p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w));
+      auto p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w));
+      if constexpr (std::is_same_v<Exp, TiltedExp<T>>) {
+        p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w), factors.tilt.lanes(w));
+      }
       const auto g = class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w);
       hot_gradients.set(w, logit.slope(x) * g);
     }
   }
   for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
     T* grad = static_cast<T*>(call.grad) + at.offset(call.grad_strides);
-    if (targets != nullptr && factors.has_gradient[l] == 0) {
+    if (gradients.is_zero(l)) {
       std::memset(static_cast<void*>(grad), 0, sizeof(T) * rows.classes);
       return;
     }
-    const typename GradientExp<T>::Scale scale(scales[l / kLanes<A>], l % kLanes<A>);
-    with_coefficients<T, Target>(rows, at, [&](auto coefficients) TORCHCE_HD_LAMBDA {
-      row_gradient<T, Target>(x, grad, rows.classes, factors.max[l], scaled_exp, scale, factors.spread[l],
-                              coefficients);
+    gradients.with_row(l, at, [&](const auto& of_values) TORCHCE_HD_LAMBDA {
+      row_gradient<T, Target>(x, grad, rows.classes, of_values);
     });
     if (targets != nullptr) store_one(grad + targets->index[l], hot_gradients[l]);
   });
 }
 
-template <class T, class Target>
+template <class T, class Target, class Exp>
 void backward(const Backward& original, int64_t row_begin, int64_t row_end) {
   using A = Accumulate<T>;
   const Backward call = original;  // what is stored might be the original, for all the compiler knows
   for_each_group<A>(row_begin, row_end, [&](int64_t row, int count) TORCHCE_HD_LAMBDA {
     if constexpr (Target::kProbabilities) {
-      backward_group<T, Target>(call, row, count, nullptr);
+      backward_group<T, Target, Exp>(call, row, count, nullptr);
     } else {
       const IndexTargets<T> targets(call.rows, row, count);
-      backward_group<T, Target>(call, row, count, &targets);
+      backward_group<T, Target, Exp>(call, row, count, &targets);
     }
   });
 }

@@ -19,10 +19,11 @@ bool lanes_run_along(const Rows& rows) {
          (!Target::kProbabilities || rows.target_strides.classes == 1);
 }
 
-// What a row has once, z-loss and lse, costs the kernels of plain losses nothing: only transformed logits have others.
+// What a row has once, z-loss and lse, costs the kernels of plain losses nothing: only transformed logits and the
+// gradients of entropies have others.
 
 inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.transform(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<T, Target>(call.rows)) {
@@ -33,21 +34,30 @@ inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t r
   });
 }
 
+template <class Exp, class T, class Target>
+void softmax_ce_backward_of(const Backward& call, int64_t row_begin, int64_t row_end) {
+  if (lanes_run_along<T, Target>(call.rows) && call.grad_strides.classes == 1) {
+    along::backward<T, Target, Exp>(call, row_begin, row_end);
+  } else {
+    across::backward<T, Target, Exp>(call, row_begin, row_end);
+  }
+}
+
 inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
+  const bool has_tilt = call.grad_entropy != nullptr;
+  with_problem_types(call.rows, has_tilt || call.rows.transform(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
-    if (lanes_run_along<T, Target>(call.rows) && call.grad_strides.classes == 1) {
-      along::backward<T, Target>(call, row_begin, row_end);
-    } else {
-      across::backward<T, Target>(call, row_begin, row_end);
+    if constexpr (kIsGeneral<Target>) {
+      if (has_tilt) return softmax_ce_backward_of<TiltedExp<T>, T, Target>(call, row_begin, row_end);
     }
+    softmax_ce_backward_of<GradientExp<T>, T, Target>(call, row_begin, row_end);
   });
 }
 
 // Writes the gradient of target probabilities that require one.
 inline void softmax_ce_backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, call.rows.options.transforms(), [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.transform(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);

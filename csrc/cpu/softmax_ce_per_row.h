@@ -216,15 +216,14 @@ struct GradOutputs {
   }
 };
 
-// The rows' own gradients of their lse, 0 where there are none.
+// The rows' own gradients of their lse or entropy, 0 where there are none.
 template <class A, int W>
-TORCHCE_SIMD PerRow<A, W> lse_gradients(const Backward& call, int64_t row, int count) {
+TORCHCE_SIMD PerRow<A, W> own_gradients(const Rows& rows, const void* grad, const RowStrides& strides, int64_t row,
+                                        int count) {
   PerRow<A, W> result{};
-  if (call.grad_lse == nullptr) return result;
-  RowPosition at(call.rows, row);
-  for (int l = 0; l < count; ++l, at.advance(call.rows)) {
-    result[l] = static_cast<const A*>(call.grad_lse)[at.offset(call.grad_lse_strides)];
-  }
+  if (grad == nullptr) return result;
+  RowPosition at(rows, row);
+  for (int l = 0; l < count; ++l, at.advance(rows)) result[l] = static_cast<const A*>(grad)[at.offset(strides)];
   return result;
 }
 
@@ -233,16 +232,12 @@ TORCHCE_SIMD PerRow<A, W> lse_gradients(const Backward& call, int64_t row, int c
 template <class Target>
 constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
 
-// The exponential of a gradient, times the row's scale.
-template <class T>
-using GradientExp = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
-
 // Factors holds the rows' GradientFactors and their largest logits.
 template <class A, int W>
 struct Factors {
   using V = Lanes<A>;
-  PerRow<A, W> max, scale, spread, hot;
-  PerRow<A, W> has_gradient;  // of indices: 0 for an ignored row, unless it has an lse with a gradient, else 1
+  PerRow<A, W> max, scale, spread, hot, tilt;
+  PerRow<A, W> has_gradient;  // of indices: 0 for an ignored row, unless lse or entropy have a gradient there, else 1
 
   TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedRows<A, W>* targets) {
     const int vectors = vectors_of<A>(count);
@@ -250,22 +245,28 @@ struct Factors {
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
     const GradOutputs<A, W> upstream(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
-    const auto of_lse = lse_gradients<A, W>(call, row, count);
+    const bool has_lse = call.grad_lse != nullptr, has_entropy = call.grad_entropy != nullptr;
+    const auto of_lse = own_gradients<A, W>(call.rows, call.grad_lse, call.grad_lse_strides, row, count);
+    const auto of_entropy = own_gradients<A, W>(call.rows, call.grad_entropy, call.grad_entropy_strides, row, count);
+    PerRow<A, W> mean_gaps;
+    if (has_entropy) mean_gaps = PerRow<A, W>::of(statistics.mean_gaps + row, count);
     const A z = A(call.rows.options.z_loss);
-    // Adds what comes by way of lse. Then a row without an upstream gradient has no part of the loss, be that infinite.
-    const auto with_lse = [&](int w, V g, GradientFactors<V> of_rows) TORCHCE_HD_LAMBDA {
-      if (call.grad_lse != nullptr) of_rows = of_rows.unless(g == V{});
-      if (call.grad_lse != nullptr || z != 0) {
+    // Adds what comes by way of lse and entropy. Then a row without an upstream gradient has no part of the loss, be
+    // that infinite.
+    const auto with_outputs = [&](int w, V g, GradientFactors<V> of_rows) TORCHCE_HD_LAMBDA {
+      if (has_lse || has_entropy) of_rows = of_rows.unless(g == V{});
+      if (has_lse || z != 0) {
         const V lse = LossTerms<V>{max.lanes(w), math::log(sum.lanes(w))}.lse();
         of_rows.scale += slope_of_lse(of_lse.lanes(w), g, upstream.rest, z, lse) / sum.lanes(w);
       }
+      if (has_entropy) of_rows.add_entropy(of_entropy.lanes(w), mean_gaps.lanes(w), sum.lanes(w));
       return of_rows;
     };
     if (targets == nullptr) {  // probabilities
       const auto coefficients = PerRow<A, W>::of(statistics.coefficients + row, count);
       for (int w = 0; w < vectors; ++w) {
         const V g = upstream.g.lanes(w);
-        set(w, with_lse(w, g, probability_factors(g, coefficients.lanes(w), sum.lanes(w))));
+        set(w, with_outputs(w, g, probability_factors(g, coefficients.lanes(w), sum.lanes(w))));
       }
       return;
     }
@@ -273,12 +274,14 @@ struct Factors {
     for (int w = 0; w < vectors; ++w) {
       const V kept = targets->kept.lanes(w), sums = sum.lanes(w);
       const V g = math::select(kept == V{}, V{}, upstream.g.lanes(w));
-      auto of_rows = with_lse(
+      auto of_rows = with_outputs(
           w, g, index_factors<true>(g, upstream.rest, targets->hot(w), targets->smoothing, sum_of_indices, sums));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);
+      of_rows.tilt = plain(of_rows.tilt);
       set(w, of_rows);
-      has_gradient.set(w, math::select((of_lse.lanes(w) == V{}) | (sums != sums), kept, V{} + 1));
+      const auto asked = (of_lse.lanes(w) != V{}) | (of_entropy.lanes(w) != V{});
+      has_gradient.set(w, math::select(asked & (sums == sums), V{} + 1, kept));
     }
   }
 
@@ -287,8 +290,55 @@ struct Factors {
     scale.set(w, of_rows.scale);
     spread.set(w, of_rows.spread);
     hot.set(w, of_rows.hot);
+    tilt.set(w, of_rows.tilt);
   }
   TORCHCE_SIMD static V plain(V x) { return math::select(x == x, x, broadcast(A(__builtin_nan("")))); }
+};
+
+// The exponentials of a gradient, each times what the rows' factors make of it (GradientFactors): of a row without a
+// tilt its scale, which is put into the polynomial.
+template <class T>
+struct GradientExp : math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>> {
+  using Scaled = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
+  struct Scale : Scaled::Scale {
+    TORCHCE_SIMD Scale() {}
+    TORCHCE_SIMD Scale(const Scale& of_lanes, int lane) : Scaled::Scale(of_lanes, lane) {}
+    TORCHCE_SIMD explicit Scale(Lanes<Accumulate<T>> scale) : Scaled::Scale(scale) {}
+    template <class A, int W>
+    TORCHCE_SIMD static Scale of(const Factors<A, W>& factors, int w) {
+      return Scale(factors.scale.lanes(w));
+    }
+  };
+
+  TORCHCE_SIMD GradientExp() {}
+};
+
+// The same of rows that may have a tilt.
+template <class T>
+struct TiltedExp {
+  using V = Lanes<Accumulate<T>>;
+  using Exp = math::ScaledExp<V, kSixteenBits<T>>;
+  struct Scale {
+    V scale{}, tilt{};
+    TORCHCE_SIMD Scale() {}
+    TORCHCE_SIMD Scale(V scale, V tilt) : scale(scale), tilt(tilt) {}
+    // Those of one lane, in all of them.
+    TORCHCE_SIMD Scale(const Scale& of_lanes, int lane)
+        : scale(of_lanes.scale[lane] - V{}), tilt(of_lanes.tilt[lane] - V{}) {}
+    template <class A, int W>
+    TORCHCE_SIMD static Scale of(const Factors<A, W>& factors, int w) {
+      return {factors.scale.lanes(w), factors.tilt.lanes(w)};
+    }
+  };
+
+  TORCHCE_SIMD TiltedExp() {}
+  TORCHCE_SIMD V operator()(V gap, const Scale& row) const {
+    return exp(gap, one) * (row.scale + row.tilt * reachable_gap(gap));
+  }
+
+ private:
+  Exp exp;
+  typename Exp::Scale one{V{} + 1};
 };
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -8,7 +8,7 @@ namespace torchce::cpu::TORCHCE_LEVEL {
 
 // Whether the forward has left the rows' largest logits in its statistics: there may be values of logits instead, of
 // which several can be equal where the logits are not.
-inline bool knows_largest(const Rows& rows) { return !rows.options.transforms(); }
+inline bool knows_largest(const Rows& rows) { return !rows.transform(); }
 
 // The class torch.argmax gives of a row with a NaN or +inf, whose largest logit the forward has not kept: that of the
 // first NaN, else the first of the largest logit.
@@ -134,8 +134,6 @@ inline void softmax_ce_predict(const Forward& call, int64_t row_begin, int64_t r
       across::predict<T>(call, row_begin, row_end);
     }
   };
-  if (call.rows.dtype == DType::float32 && call.rows.accumulation == DType::float64)
-    return with_logits(FloatInDouble{});
   with_float_type(call.rows.dtype, with_logits);
 }
 

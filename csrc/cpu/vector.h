@@ -156,6 +156,9 @@ struct VectorPair {
     }
   }
 
+  // The two vectors added to each other.
+  TORCHCE_SIMD V sum() const { return v[0] + v[1]; }
+
   // This pair with `v` in the places before `place`.
   TORCHCE_SIMD VectorPair from(int64_t place, A filler) const {
     VectorPair result;

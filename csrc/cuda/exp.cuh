@@ -30,7 +30,7 @@ __device__ __forceinline__ float exp2_approx(float y) {
 __device__ __forceinline__ float exp_in_sum(float x) { return exp2_approx(x * kLog2EOfFloat); }
 __device__ __forceinline__ double exp_in_sum(double x) { return math::exp_of_negative(x); }
 
-// scale e^x, in a short form for results that are rounded to 16 bits.
+// scale e^x, or (scale + tilt y) e^x, in a short form for results that are rounded to 16 bits.
 // Valid: x <= 0.
 // Error: relative |x| 2^-24 + 2^-19 in the short form, else that of exp_of_negative.
 //
@@ -39,28 +39,31 @@ __device__ __forceinline__ double exp_in_sum(double x) { return math::exp_of_neg
 // it, but its products with such results are 0 in 16 bits anyway, so there is no excess then.
 template <class A, bool kShort>
 class ScaledExp {
-  A scale_;
+  A scale_, tilt_;
 
  public:
   __device__ __forceinline__ ScaledExp() {}
-  __device__ __forceinline__ explicit ScaledExp(A scale) : scale_(scale) {}
+  __device__ __forceinline__ explicit ScaledExp(A scale, A tilt = 0) : scale_(scale), tilt_(tilt) {}
   __device__ __forceinline__ A operator()(A x) const { return math::exp_of_negative(x) * scale_; }
+  __device__ __forceinline__ A operator()(A x, A y) const { return math::exp_of_negative(x) * (scale_ + tilt_ * y); }
 };
 
 template <>
 class ScaledExp<float, true> {
-  float scale_, excess_;
+  float scale_, tilt_, excess_;
+
+  __device__ __forceinline__ float exp(float x) const { return exp2_approx(x * kLog2EOfFloat + excess_); }
 
  public:
   __device__ __forceinline__ ScaledExp() {}
-  __device__ __forceinline__ explicit ScaledExp(float scale) {
-    const bool small = math::abs(scale) < 0x1p-24f;
+  __device__ __forceinline__ explicit ScaledExp(float scale, float tilt = 0) {
+    const bool small = math::abs(scale) < 0x1p-24f && math::abs(tilt) < 0x1p-24f;
     scale_ = small ? scale : scale * 0x1p-64f;
+    tilt_ = small ? tilt : tilt * 0x1p-64f;
     excess_ = small ? 0.0f : 64.0f;
   }
-  __device__ __forceinline__ float operator()(float x) const {
-    return exp2_approx(x * kLog2EOfFloat + excess_) * scale_;
-  }
+  __device__ __forceinline__ float operator()(float x) const { return exp(x) * scale_; }
+  __device__ __forceinline__ float operator()(float x, float y) const { return exp(x) * (scale_ + tilt_ * y); }
 };
 
 }  // namespace torchce::cuda

@@ -43,6 +43,15 @@ __device__ __forceinline__ Value reduce_block(Value value) {
   return value;
 }
 
+// A number that is added up.
+template <class Number>
+struct Sum {
+  Number value;
+
+  __device__ __forceinline__ static Sum identity() { return {0}; }
+  __device__ __forceinline__ Sum of_lanes(int width) const { return {sum_of_lanes(value, width)}; }
+};
+
 // What a launch adds up to: the reduced loss before its division, and the divisor of a mean over class indices.
 struct LossSums {
   double loss;

@@ -2,6 +2,7 @@
 #include "backend.h"
 #include "softmax_ce_backward.cuh"
 #include "softmax_ce_plan.h"
+#include "softmax_ce_scale.cuh"
 
 namespace torchce::cuda {
 namespace {
@@ -29,6 +30,7 @@ void launch_across(const DeviceScope& device, Backward args) {
     args.rows = turned(args.rows);
     args.grad_output_strides = turned(args.grad_output_strides);
     args.grad_lse_strides = turned(args.grad_lse_strides);
+    args.grad_entropy_strides = turned(args.grad_entropy_strides);
     args.grad_strides = turned(args.grad_strides);
   }
   const Rows& rows = args.rows;
@@ -39,6 +41,22 @@ void launch_across(const DeviceScope& device, Backward args) {
     if (packed) return launch_across_packs<T, Target, of, kPack<T>>(device, args);
   }
   launch_across_packs<T, Target, of, 1>(device, args);
+}
+
+template <class T, class Target>
+void launch_scale(const DeviceScope& device, const Backward& args) {
+  const Rows& rows = args.rows;
+  const int team = classes_are_adjacent(rows, Target::kProbabilities) ? team_of_row(rows.classes, kPack<T>) : 1;
+  const int64_t slots = device.resident_blocks(backward_scale<T, Target>, {kThreads});
+  const int64_t blocks = ceil_div(rows.outer * rows.inner, kThreads / team);
+  launch(device, backward_scale<T, Target>, Grid{std::min(slots, blocks), {kThreads}}, args, team);
+}
+
+void run_scale_kernel(const DeviceScope& device, const BackwardCall& call) {
+  if (call.problem.count() == 0) return;
+  with_general_types(call.args.rows, [&](auto logits_type, auto target_type) {
+    launch_scale<decltype(logits_type), decltype(target_type)>(device, call.args);
+  });
 }
 
 template <GradientOf of>
@@ -61,10 +79,13 @@ void run_kernel(const DeviceScope& device, const BackwardCall& call) {
 }  // namespace
 
 void Backend::run(const DeviceScope& device, const BackwardCall& call) {
-  if (call.of == GradientOf::target) {
-    run_kernel<GradientOf::target>(device, call);
-  } else {
-    run_kernel<GradientOf::logits>(device, call);
+  switch (call.of) {
+    case GradientOf::logits:
+      return run_kernel<GradientOf::logits>(device, call);
+    case GradientOf::target:
+      return run_kernel<GradientOf::target>(device, call);
+    case GradientOf::scale:
+      return run_scale_kernel(device, call);
   }
 }
 

@@ -2,8 +2,8 @@
 #include "backend.h"
 #include "scratch.h"
 #include "softmax_ce_forward.cuh"
+#include "softmax_ce_outputs.cuh"
 #include "softmax_ce_plan.h"
-#include "softmax_ce_predictions.cuh"
 
 namespace torchce::cuda {
 namespace {
@@ -63,20 +63,20 @@ void launch_across(const DeviceScope& device, const ForwardCall& call) {
 }
 
 template <class T, bool kAdjacent>
-void launch_predict(const DeviceScope& device, const Forward& args, int lanes) {
-  const int64_t slots = device.resident_blocks(predict<T, kAdjacent>, {kThreads});
-  const int64_t blocks = ceil_div(args.rows.outer * args.rows.inner, kThreads / lanes);
-  launch(device, predict<T, kAdjacent>, Grid{std::min(slots, blocks), {kThreads}}, args, lanes);
+void launch_row_outputs(const DeviceScope& device, const Forward& args, int team) {
+  const int64_t slots = device.resident_blocks(row_outputs<T, kAdjacent>, {kThreads});
+  const int64_t blocks = ceil_div(args.rows.outer * args.rows.inner, kThreads / team);
+  launch(device, row_outputs<T, kAdjacent>, Grid{std::min(slots, blocks), {kThreads}}, args, team);
 }
 
-void launch_predict(const DeviceScope& device, const Forward& args) {
+void launch_row_outputs(const DeviceScope& device, const Forward& args) {
   if (args.rows.outer * args.rows.inner == 0) return;
   with_float_type(args.rows.dtype, [&](auto logits_type) {
     using T = decltype(logits_type);
     if (args.rows.logits_strides.classes == 1) {
-      launch_predict<T, true>(device, args, lanes_of_row(args.rows.classes, kPack<T>));
+      launch_row_outputs<T, true>(device, args, team_of_row(args.rows.classes, kPack<T>));
     } else {
-      launch_predict<T, false>(device, args, 1);
+      launch_row_outputs<T, false>(device, args, 1);
     }
   });
 }
@@ -93,7 +93,7 @@ void Backend::run(const DeviceScope& device, const ForwardCall& call) {
       launch_across<T, Target>(device, call);
     }
   });
-  if (call.args.predictions != nullptr) launch_predict(device, call.args);
+  if (call.args.predictions != nullptr || call.args.entropy != nullptr) launch_row_outputs(device, call.args);
 }
 
 }  // namespace torchce::cuda

@@ -54,8 +54,9 @@ __device__ __forceinline__ void write_row(const Backward& call, RowPosition at, 
   const auto row = [&] {
     uint64_t grad_output[1];
     load_grad_output_bits(call, at, grad_output);
-    const RowInputs<A> inputs{grad_output[0],   1,  // no mean, whose divisor would be known only after the last row
-                              uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients, A(0)};
+    const RowInputs<A> inputs{
+        grad_output[0],   1,  // no mean, whose divisor would be known only after the last row
+        uint64_t(target), sums.max, sums.whole_exponentials(), sums.coefficients, A(0), A(0), A(0)};
     return RowGradient<T, Target, GradientOf::logits>(call, inputs);
   };
   write_gradient<T, Target, GradientOf::logits, /*kInPlace=*/true>(

@@ -6,10 +6,11 @@
 
 namespace torchce::cuda::softmax_ce {
 
-// The element type of a gradient: that of the logits, or the target's for the gradient of the target.
+// The element type of a gradient: that of the logits, or the target's for the gradient of the target; of the scale,
+// what its sums are made of.
 template <class Target, class T, GradientOf of>
 struct GradientType {
-  using type = T;
+  using type = std::conditional_t<of == GradientOf::scale, Accumulate<T>, T>;
 };
 template <class Target, class T>
   requires Target::kProbabilities
@@ -25,7 +26,10 @@ struct RowInputs {
   A divisor;  // mean_divisor
   uint64_t target_bits;
   A max, sum, coefficients;  // the last one is sum_k u_k, where the target has any
-  A grad_lse;
+  A grad_lse, grad_entropy, mean_gap;
+
+  // Whether lse or entropy have a gradient there, which an ignored row has as well.
+  __device__ __forceinline__ bool has_outputs() const { return (grad_lse != 0 || grad_entropy != 0) && sum == sum; }
 };
 
 // Loads the bits of the upstream gradients of n neighbouring rows.
@@ -50,15 +54,32 @@ __device__ __forceinline__ void load_row_inputs(const Backward& call, int64_t r,
   if constexpr (!Target::kProbabilities && Target::kSpread) coefficients_of_all = sum_of_index_coefficients<A>(call);
 #pragma unroll
   for (int v = 0; v < n; ++v) {
-    inputs[v] = {grad_outputs[v],     divisor, targets[v], statistics.max[r + v], statistics.sum[r + v],
-                 coefficients_of_all, A(0)};
-    if constexpr (Target::kProbabilities && of == GradientOf::logits)
+    inputs[v] = {grad_outputs[v],
+                 divisor,
+                 targets[v],
+                 statistics.max[r + v],
+                 statistics.sum[r + v],
+                 coefficients_of_all,
+                 A(0),
+                 A(0),
+                 A(0)};
+    if constexpr (Target::kProbabilities && of != GradientOf::target)
       inputs[v].coefficients = statistics.coefficients[r + v];
   }
-  if (!kIsGeneral<Target> || call.grad_lse == nullptr) return;
-  const A* grad_lse = static_cast<const A*>(call.grad_lse) + at.offset(call.grad_lse_strides);
+  if constexpr (!kIsGeneral<Target>) return;
+  if (call.grad_lse != nullptr) {
+    const A* grad_lse = static_cast<const A*>(call.grad_lse) + at.offset(call.grad_lse_strides);
 #pragma unroll
-  for (int v = 0; v < n; ++v) inputs[v].grad_lse = grad_lse[v * call.grad_lse_strides.inner];
+    for (int v = 0; v < n; ++v) inputs[v].grad_lse = grad_lse[v * call.grad_lse_strides.inner];
+  }
+  if (call.grad_entropy != nullptr) {
+    const A* grad_entropy = static_cast<const A*>(call.grad_entropy) + at.offset(call.grad_entropy_strides);
+#pragma unroll
+    for (int v = 0; v < n; ++v) {
+      inputs[v].grad_entropy = grad_entropy[v * call.grad_entropy_strides.inner];
+      inputs[v].mean_gap = statistics.mean_gaps[r + v];
+    }
+  }
 }
 
 // A logit's gradient from that of its value: asked for last, when the target class's part is in it.
@@ -99,7 +120,7 @@ struct RowGradient {
       const DividedGradient<A> upstream(of_loss, in.divisor);
       const auto smoothing = smoothing_of<A>(rows);
       const IndexedRow<A> row(rows, target_of(rows, in.target_bits), smoothing);
-      ignored = row.ignored && !(kIsGeneral<Target> && in.grad_lse != 0 && in.sum == in.sum);
+      ignored = row.ignored && !(kIsGeneral<Target> && in.has_outputs());
       index = row.index;
       const A g = kIsGeneral<Target> && row.ignored ? A(0) : upstream.g;
       set(call, in, g, upstream.rest,
@@ -107,18 +128,19 @@ struct RowGradient {
     }
   }
   // Takes the row's factors, of an upstream gradient whose DividedGradient is `g` and `rest`, and adds what comes by
-  // way of lse. Then a row without an upstream gradient has no part of the loss, be that infinite.
+  // way of lse and entropy. Then a row without an upstream gradient has no part of the loss, be that infinite.
   __device__ __forceinline__ void set(const Backward& call, const RowInputs<A>& in, A g, A rest,
                                       GradientFactors<A> factors) {
     if constexpr (kIsGeneral<Target>) {
       const A z = A(call.rows.options.z_loss);
-      if (call.grad_lse != nullptr) factors = factors.unless(g == 0);
+      if (call.grad_lse != nullptr || call.grad_entropy != nullptr) factors = factors.unless(g == 0);
       if (z != 0 || in.grad_lse != 0) {
         const A lse = LossTerms<A>{in.max, math::log(in.sum)}.lse();
         factors.scale += slope_of_lse(in.grad_lse, g, rest, z, lse) / in.sum;
       }
+      if (in.grad_entropy != 0) factors.add_entropy(in.grad_entropy, in.mean_gap, in.sum);
     }
-    scaled_exp = ScaledExp<A, kShort>(factors.scale);
+    scaled_exp = ScaledExp<A, kShort>(factors.scale, factors.tilt);
     spread = factors.spread;
     hot = factors.hot;
   }
@@ -128,7 +150,7 @@ struct RowGradient {
     if constexpr (of == GradientOf::target) {
       return target_gradient(x, coefficients.smoothing, grad_output, coefficients.weight_of(k), max, log_sum);
     } else {
-      A g = scaled_exp(x - max);
+      A g = kIsGeneral<Target> ? scaled_exp(x - max, reachable_gap(x - max)) : scaled_exp(x - max);
       if constexpr (Target::kSpread) g = class_gradient(g, spread, coefficients.at(k, target).of_gradient());
       return g;
     }

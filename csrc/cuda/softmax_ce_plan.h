@@ -69,6 +69,12 @@ inline int lanes_of_row(int64_t classes, int pack) {
   return power_of_two(ceil_div(ceil_div(classes, pack), kPacksInFlight), kMostLanes);
 }
 
+// How many threads share a row whose classes are adjacent, where no block shares it with another: a block for a long
+// one.
+inline int team_of_row(int64_t classes, int pack) {
+  return is_short_row(classes, pack) ? lanes_of_row(classes, pack) : kThreads;
+}
+
 // Into how many parts each of a few long rows is cut, so that there is a block for every slot. A part is so long that
 // two warps of its block have a pack each.
 inline int64_t parts_to_fill(int64_t rows, int64_t classes, int pack, int64_t slots) {

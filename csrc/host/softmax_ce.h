@@ -73,14 +73,30 @@ struct Inputs {
   static constexpr std::tuple kFields{&Inputs::logits, &Inputs::target, &Inputs::weight};
 };
 
+// The same with a scale of the logits, which a plain loss has not.
+struct ScaledInputs : Inputs {
+  std::optional<Tensor> scale = std::nullopt;
+
+  static constexpr std::tuple kFields{&ScaledInputs::logits, &ScaledInputs::target, &ScaledInputs::weight,
+                                      &ScaledInputs::scale};
+};
+
 struct Saved {
   Tensor statistics, totals;
 
   static constexpr std::tuple kFields{&Saved::statistics, &Saved::totals};
 };
 
+// The gradients of what a forward gave: of the loss, and of the rows' lse and entropy where they have any.
+struct Gradients {
+  Tensor output;
+  std::optional<Tensor> lse = std::nullopt, entropy = std::nullopt;
+
+  static constexpr std::tuple kFields{&Gradients::output, &Gradients::lse, &Gradients::entropy};
+};
+
 struct Problem {
-  Inputs inputs;
+  ScaledInputs inputs;
   Sizes row_sizes;  // the logits' without the classes
   Rows rows;
 
@@ -88,13 +104,15 @@ struct Problem {
   bool probabilities() const { return is_floating(rows.target_dtype); }
   ScalarType number_type() const { return accumulation_type(rows.accumulation); }  // of all but loss and gradients
   Sizes loss_sizes() const { return rows.options.reduction == Reduction::none ? row_sizes : Sizes{}; }
-  Sizes statistics_sizes() const { return {probabilities() ? 3 : 2, count()}; }
+  Sizes statistics_sizes(bool with_entropy) const { return {2 + probabilities() + with_entropy, count()}; }
 };
 
 // `is_general`: of Rows.
-inline Problem make_problem(const Inputs& inputs, const Options& options, bool is_general) {
+inline Problem make_problem(const ScaledInputs& inputs, const Options& options, bool is_general) {
   Problem p{inputs, {}, {}};
-  const auto& [logits, target, weight] = inputs;
+  const Tensor &logits = inputs.logits, &target = inputs.target;
+  const auto& weight = inputs.weight;
+  const auto& scale = inputs.scale;
   const Sizes sizes = sizes_of(logits);
   check(!sizes.empty(), "logits: expected at least one dimension, got a scalar");
   const size_t class_dim = sizes.size() == 1 ? 0 : 1;
@@ -147,12 +165,19 @@ inline Problem make_problem(const Inputs& inputs, const Options& options, bool i
         rows.classes, "], got ", torch::headeronly::toString(weight->scalar_type()), " of shape ", sizes_of(*weight));
     check_same_device(*weight, logits, "weight");
   }
+  if (scale) {
+    check(scale->scalar_type() == p.number_type() && sizes_of(*scale).empty(), "scale: expected a ",
+          torch::headeronly::toString(p.number_type()), " scalar, got ",
+          torch::headeronly::toString(scale->scalar_type()), " of shape ", sizes_of(*scale));
+    check_same_device(*scale, logits, "scale");
+  }
   // A copy, where no strides describe the tensor, lives as long as the problem.
   rows.logits_strides = row_strides(p.inputs.logits, 1);
   rows.target_strides = row_strides(p.inputs.target, p.probabilities() ? 1 : 0);
   rows.logits = p.inputs.logits.const_data_ptr();
   rows.target = p.inputs.target.const_data_ptr();
   rows.weight = weight ? weight->const_data_ptr() : nullptr;
+  rows.scale = scale ? scale->const_data_ptr() : nullptr;
   rows.options = options;
   // A lone class has the whole label, smoothed or not; without smoothing its zero gradient is exact.
   if (rows.classes == 1 && !p.probabilities()) rows.options.label_smoothing = 0;
@@ -161,7 +186,13 @@ inline Problem make_problem(const Inputs& inputs, const Options& options, bool i
 
 // What a forward can give of each row beside its loss, in the schema's order; without elements where it is not wanted.
 struct Outputs {
-  Tensor lse, predictions;
+  Tensor lse, predictions, entropy;
+};
+
+struct Wanted {
+  bool lse, predictions, entropy;
+
+  static constexpr std::tuple kFields{&Wanted::lse, &Wanted::predictions, &Wanted::entropy};
 };
 
 struct ForwardCall {
@@ -173,42 +204,47 @@ struct ForwardCall {
 };
 
 // Checks and allocates a forward op; args is complete.
-inline ForwardCall prepare_forward(const Inputs& inputs, std::optional<ScalarType> dtype, const Options& options,
-                                   bool is_general) {
+inline ForwardCall prepare_forward(const ScaledInputs& inputs, std::optional<ScalarType> dtype, const Options& options,
+                                   bool is_general, bool with_entropy = false) {
   Problem p = make_problem(inputs, options, is_general);
   const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
   Tensor loss = empty(p.loss_sizes(), loss_type, inputs.logits);
-  Saved saved{empty(p.statistics_sizes(), p.number_type(), inputs.logits), empty({2}, p.number_type(), inputs.logits)};
+  Saved saved{empty(p.statistics_sizes(with_entropy), p.number_type(), inputs.logits),
+              empty({2}, p.number_type(), inputs.logits)};
   Forward args{p.rows,
                loss.mutable_data_ptr(),
                dtype_of(loss_type, "dtype"),
                saved.statistics.mutable_data_ptr(),
                saved.totals.mutable_data_ptr(),
                /*lse=*/nullptr,
-               /*predictions=*/nullptr};
+               /*predictions=*/nullptr,
+               /*entropy=*/nullptr};
   check(is_floating(args.loss_dtype), "dtype: expected a floating dtype");
   return {std::move(p), loss, std::nullopt, saved, args};
 }
 
 // The same with outputs of the rows.
-inline ForwardCall prepare_forward_outputs(const Inputs& inputs, std::optional<ScalarType> dtype, bool returns_lse,
-                                           bool returns_predictions, const Options& options) {
-  ForwardCall call = prepare_forward(inputs, dtype, options, /*is_general=*/true);
+inline ForwardCall prepare_forward_outputs(const ScaledInputs& inputs, std::optional<ScalarType> dtype,
+                                           const Wanted& wanted, const Options& options) {
+  ForwardCall call = prepare_forward(inputs, dtype, options, /*is_general=*/true, wanted.entropy);
   const auto output = [&](ScalarType type, bool is_wanted) {
     return empty(is_wanted ? call.problem.row_sizes : Sizes{0}, type, inputs.logits);
   };
-  call.outputs = {output(call.problem.number_type(), returns_lse), output(ScalarType::Long, returns_predictions)};
-  if (returns_lse) call.args.lse = call.outputs->lse.mutable_data_ptr();
-  if (returns_predictions) call.args.predictions = static_cast<int64_t*>(call.outputs->predictions.mutable_data_ptr());
-  call.args.rows.every_row = returns_lse || returns_predictions;
+  const ScalarType number = call.problem.number_type();
+  call.outputs = {output(number, wanted.lse), output(ScalarType::Long, wanted.predictions),
+                  output(number, wanted.entropy)};
+  auto& [lse, predictions, entropy] = *call.outputs;
+  if (wanted.lse) call.args.lse = lse.mutable_data_ptr();
+  if (wanted.predictions) call.args.predictions = static_cast<int64_t*>(predictions.mutable_data_ptr());
+  if (wanted.entropy) call.args.entropy = entropy.mutable_data_ptr();
+  call.args.rows.every_row = wanted.lse || wanted.predictions || wanted.entropy;
   return call;
 }
 
 struct BackwardCall {
   GradientOf of;
   Problem problem;
-  Tensor grad_output;
-  std::optional<Tensor> grad_lse;
+  Gradients gradients;
   Saved saved;
   Tensor grad;
   Backward args;
@@ -217,49 +253,58 @@ struct BackwardCall {
 };
 
 // Checks and allocates a backward op; args is complete.
-inline BackwardCall prepare_backward(GradientOf of, bool in_place, Tensor grad_output, std::optional<Tensor> grad_lse,
-                                     const Inputs& inputs, const Saved& saved, const Options& options,
-                                     bool is_general) {
+inline BackwardCall prepare_backward(GradientOf of, bool in_place, Gradients gradients, const ScaledInputs& inputs,
+                                     const Saved& saved, const Options& options, bool is_general) {
   Problem p = make_problem(inputs, options, is_general);
   const Tensor& logits = inputs.logits;
+  Tensor& grad_output = gradients.output;
   check(sizes_of(grad_output) == p.loss_sizes(), "grad_output: expected the loss's shape ", p.loss_sizes(), ", got ",
         sizes_of(grad_output));
   check_same_device(grad_output, logits, "grad_output");
-  const auto check_saved = [&](const Tensor& t, const Sizes& sizes, const char* name) {
-    check(sizes_of(t) == sizes && t.scalar_type() == p.number_type() && t.is_contiguous(), name,
+  const auto check_saved = [&](const Tensor& t, bool has_sizes, const char* name) {
+    check(has_sizes && t.scalar_type() == p.number_type() && t.is_contiguous(), name,
           ": not what the forward returned");
     check_same_device(t, logits, name);
   };
-  check_saved(saved.statistics, p.statistics_sizes(), "statistics");
-  check_saved(saved.totals, {2}, "totals");
+  const Sizes statistics_sizes = sizes_of(saved.statistics);
+  const bool fit = statistics_sizes == p.statistics_sizes(/*with_entropy=*/true) ||
+                   (!gradients.entropy && statistics_sizes == p.statistics_sizes(/*with_entropy=*/false));
+  check_saved(saved.statistics, fit, "statistics");
+  check_saved(saved.totals, sizes_of(saved.totals) == Sizes{2}, "totals");
   check(of != GradientOf::target || p.probabilities(), "target: class indices have no gradient");
+  check(of != GradientOf::scale || inputs.scale, "scale: expected one, whose gradient is asked for");
 
   Backward args{};
   args.grad_output_dtype = float_dtype_of(grad_output, "grad_output");
   args.grad_output_strides = row_strides(grad_output, 0);
   args.grad_output = grad_output.const_data_ptr();
-  if (grad_lse) {
-    check(sizes_of(*grad_lse) == p.row_sizes && grad_lse->scalar_type() == p.number_type(), "grad_lse: expected a ",
+  const auto describe = [&](std::optional<Tensor>& grad, const char* name, const void*& data, RowStrides& strides) {
+    if (!grad) return;
+    check(sizes_of(*grad) == p.row_sizes && grad->scalar_type() == p.number_type(), name, ": expected a ",
           torch::headeronly::toString(p.number_type()), " tensor of shape ", p.row_sizes, ", got ",
-          torch::headeronly::toString(grad_lse->scalar_type()), " of shape ", sizes_of(*grad_lse));
-    check_same_device(*grad_lse, logits, "grad_lse");
-    args.grad_lse_strides = row_strides(*grad_lse, 0);
-    args.grad_lse = grad_lse->const_data_ptr();
-  }
+          torch::headeronly::toString(grad->scalar_type()), " of shape ", sizes_of(*grad));
+    check_same_device(*grad, logits, name);
+    strides = row_strides(*grad, 0);
+    data = grad->const_data_ptr();
+  };
+  describe(gradients.lse, "grad_lse", args.grad_lse, args.grad_lse_strides);
+  describe(gradients.entropy, "grad_entropy", args.grad_entropy, args.grad_entropy_strides);
   args.statistics = saved.statistics.const_data_ptr();
   args.totals = saved.totals.const_data_ptr();
   Tensor grad = logits;
   if (in_place) {
     check(is_dense(sizes_of(logits), strides_of(logits)), "logits: only dense memory can be overwritten");
     check(p.rows.logits == logits.const_data_ptr(), "logits: no single stride leads through the inner dimensions");
+  } else if (of == GradientOf::scale) {
+    grad = empty(p.row_sizes, p.number_type(), logits);
   } else {
     grad = empty_gradient(of == GradientOf::target ? inputs.target : logits);
   }
   Tensor described = grad;  // never copied: its strides merge
-  args.grad_strides = row_strides(described, 1);
+  args.grad_strides = row_strides(described, of == GradientOf::scale ? 0 : 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
-  return {of, std::move(p), grad_output, grad_lse, saved, grad, args};
+  return {of, std::move(p), gradients, saved, grad, args};
 }
 
 struct ForwardBackwardCall {
@@ -273,9 +318,9 @@ inline ForwardBackwardCall prepare_forward_backward(Tensor grad_output, const In
   check(options.reduction != Reduction::mean,
         "reduction: a mean's divisor is known only after the last row; divide grad_output by it and ask for the sum");
   const bool is_general = !options.are_plain();
-  const ForwardCall forward = prepare_forward(inputs, dtype, options, is_general);
-  return {forward, prepare_backward(GradientOf::logits, /*in_place=*/true, grad_output, /*grad_lse=*/std::nullopt,
-                                    inputs, forward.saved, options, is_general)};
+  const ForwardCall forward = prepare_forward({inputs}, dtype, options, is_general);
+  return {forward, prepare_backward(GradientOf::logits, /*in_place=*/true, {grad_output}, {inputs}, forward.saved,
+                                    options, is_general)};
 }
 
 }  // namespace softmax_ce

@@ -26,6 +26,11 @@
 // A z-loss of z adds z lse^2 to the loss (Chowdhery et al. 2022, PaLM, arXiv:2204.02311), which keeps lse near 0, and
 // 2 z lse p_j to the gradient: as any loss that is made of lse alone, p_j times its derivative by lse.
 //
+// The entropy of p is H = -sum_k p_k log p_k. With the mean gap M = sum_k p_k (x_k - max), as log p_k = x_k - lse:
+//
+//   H = log(sum) - M
+//   dH/dx_j = -p_j (log p_j + H) = p_j (M - (x_j - max))
+//
 // max and sum are kept apart: a float32 lse near 1e4 is rounded to 1e-3, which would be the relative error of every
 // gradient; and the sum, not its logarithm, spares the backward one rounding.
 #pragma once
@@ -211,16 +216,36 @@ TORCHCE_HD V z_slope(A z, V lse) {
   return A(2) * z * lse;
 }
 
+// reachable_gap is a gap x_k - max, but for those beyond whose exponential is 0 in every dtype, minus infinity too:
+// with that its product would be a NaN.
+template <class V>
+TORCHCE_HD V reachable_gap(V gap) {
+  constexpr float kBeyond = -1000;
+  return math::select(gap < V{} + kBeyond, V{} + kBeyond, gap);
+}
+
+// weighted_gap is what a class adds to sum_k exp(x_k - max) (x_k - max), the mean gap's numerator.
+template <class V>
+TORCHCE_HD V weighted_gap(V exponential, V gap) {
+  return exponential * reachable_gap(gap);
+}
+
 // GradientFactors make the gradient of each class of a row, the upstream gradient g in it:
-// g dloss/dx_j = exp(x_j - max) scale - spread u_j - hot [j == y], of a class index with w_j in place of u_j
+// g dloss/dx_j = exp(x_j - max) (scale + tilt (x_j - max)) - spread u_j - hot [j == y], of a class index with w_j in
+// place of u_j. Only an entropy has a tilt.
 template <class V>
 struct GradientFactors {
-  V scale, spread, hot;
+  V scale, spread, hot, tilt{};
 
   // Zeros where `without`.
   template <class M>
   TORCHCE_HD GradientFactors unless(M without) const {
     return {math::select(without, V{}, scale), math::select(without, V{}, spread), math::select(without, V{}, hot)};
+  }
+  // Adds what comes by way of the entropy, whose own gradient is `grad`.
+  TORCHCE_HD void add_entropy(V grad, V mean_gap, V sum) {
+    scale += grad * mean_gap / sum;
+    tilt = -grad / sum;
   }
 };
 
@@ -271,10 +296,15 @@ TORCHCE_HD GradientFactors<V> probability_factors(V grad_output, V sum_coefficie
   return {grad_output * sum_coefficients / sum, grad_output, V{}};
 }
 
-// scaled_probability is exp(x_j - max) scale, the part of a class's gradient that takes an exponential.
+// scaled_probability is exp(x_j - max) scale, the part of a class's gradient that takes an exponential; with a tilt
+// exp(x_j - max) (scale + tilt (x_j - max)).
 template <class V>
 TORCHCE_HD V scaled_probability(V x, V max, V scale) {
   return math::exp_of_negative(x - max) * scale;
+}
+template <class V>
+TORCHCE_HD V scaled_probability(V x, V max, V scale, V tilt) {
+  return scaled_probability(x, max, scale + tilt * reachable_gap(x - max));
 }
 
 // class_gradient is the gradient of a class, given scaled_probability; at the target class `hot` is subtracted from it.

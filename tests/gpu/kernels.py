@@ -113,31 +113,34 @@ def softmax(problem: Softmax, device: str) -> Results:
     loss, statistics, totals = ops.softmax_ce_forward(x, target, weight, None, reduction, IGNORED, smoothing)
     yield "loss", loss
     grad_output = cases.normal(loss.shape, dtype, device, seed=7)
-    saved = (target, weight, statistics, totals, reduction, IGNORED, smoothing)
+    options = (reduction, IGNORED, smoothing)
+    saved = (target, weight, statistics, totals, *options)
     yield "gradient", ops.softmax_ce_backward(grad_output, x, *saved)
     if kind != "probability" or dtype == acc:  # other pairs the op does not know
         own = (0.1, 5.0, 0.7)  # z-loss, softcap, scale
-        loss, lse, predictions, *outputs_saved = ops.softmax_ce_forward_outputs(
-            x, target, weight, None, True, True, reduction, IGNORED, smoothing, *own
+        scale = torch.tensor(1.5, dtype=acc, device=device)
+        loss, lse, predictions, entropy, *outputs_saved = ops.softmax_ce_forward_outputs(
+            x, target, weight, scale, None, True, True, True, reduction, IGNORED, smoothing, *own
         )
-        yield from (("loss with options", loss), ("lse", lse), ("predictions", predictions))
-        grad_lse = cases.normal(lse.shape, acc, device, seed=8)
-        outputs_saved = [target, weight, *outputs_saved, reduction, IGNORED, smoothing, *own]
-        yield (
-            "gradient of them and lse",
-            ops.softmax_ce_backward_outputs(grad_output, grad_lse, x, *outputs_saved),
-        )
+        yield from (("loss with options", loss), ("lse", lse), ("predictions", predictions), ("entropy", entropy))
+        grads = (grad_output, *(cases.normal(lse.shape, acc, device, seed=seed) for seed in (8, 9)))
+        outputs_saved = [target, weight, scale, *outputs_saved, reduction, IGNORED, smoothing, *own]
+        yield "gradient of all outputs", ops.softmax_ce_backward_outputs(*grads, x, *outputs_saved)
+        yield "gradient of the scale", ops.softmax_ce_backward_scale(*grads, x, *outputs_saved)
     if kind == "probability":
-        yield "gradient of the target", ops.softmax_ce_backward_target(grad_output, x, *saved)
+        yield (
+            "gradient of the target",
+            ops.softmax_ce_backward_target(grad_output, x, target, weight, None, statistics, totals, *options),
+        )
     if is_dense(x):
         overwritten = logits()
         ops.softmax_ce_backward_(grad_output, overwritten, *saved)
         yield "gradient in place", overwritten
         overwritten = logits()
-        options = (None, NONE if reduction == NONE else SUM, IGNORED, smoothing)
+        no_mean = (None, NONE if reduction == NONE else SUM, IGNORED, smoothing)
         yield (
             "loss of forward_backward",
-            ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *options),
+            ops.softmax_ce_forward_backward_(grad_output, overwritten, target, weight, *no_mean),
         )
         yield "gradient of forward_backward", overwritten
 

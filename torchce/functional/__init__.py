@@ -18,11 +18,12 @@ from torchce.functional._common import NO_TORCHSCRIPT
 from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
 from torchce.functional.softmax_ce import check_targets, cross_entropy
 from torchce.functional.softmax_ce_own import CrossEntropyOutput
-from torchce.functional.token_logprobs import token_logprobs
+from torchce.functional.token_logprobs import TokenLogprobsOutput, token_logprobs
 
 __all__ = [
     "NO_TORCHSCRIPT",
     "CrossEntropyOutput",
+    "TokenLogprobsOutput",
     "binary_cross_entropy_with_logits",
     "check_targets",
     "cross_entropy",

@@ -127,7 +127,8 @@ def cross_entropy(
             negative, and masks no class. (Bello et al. 2016, arXiv:1611.09940; Gemma 2, arXiv:2408.00118.)
             Default: ``None``
         logit_scale (float or Tensor, optional): a positive factor for the logits, before softcap. A tensor has no
-            dimension and may require grad; the logits are multiplied with it in a copy. Default: ``None``, 1
+            dimension and may require grad; where it is not positive the loss is NaN, or a ValueError if that can be
+            seen without waiting for a device. Default: ``None``, 1
         sample_weight (Tensor, optional): a factor for each row's loss, of any floating dtype and differentiable. The
             mean divides by the sum of the weights that were used: of rows that are not ignored, times their class's.
             Default: ``None``
@@ -143,19 +144,21 @@ def cross_entropy(
             ignored rows too. Default: ``False``
         return_z_loss (bool): return the z-loss's part of the loss as well, reduced as the loss, detached.
             Default: ``False``
+        return_entropy (bool): return each row's entropy :math:`-\sum_k p_k \log p_k`, p = softmax(x), as well,
+            differentiable, of ignored rows too. NaN where the row has no softmax. Default: ``False``
         inplace_backward (bool): let the gradient overwrite the logits, which then need no second buffer of their size.
             The logits must be dense, and neither a leaf that requires grad nor a view of one. After backward, a
             backward through what else was computed from them raises, and so does a second backward; but merely
             *reading* them raises nothing and finds the gradient: take what you need of them, such as
             ``logits.argmax(1)`` for an accuracy, before ``backward()``. Without effect under :func:`torch.compile`,
             in graphs that are traced with fake tensors, and where hooks take what is saved for backward, as inside
-            :mod:`torch.utils.checkpoint`, and beside a ``logit_scale`` that is a tensor. Default: ``False``
+            :mod:`torch.utils.checkpoint`. Default: ``False``
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
         - target: the input's shape without C for indices, the input's shape for probabilities
         - weight: :math:`(C)`
-        - sample_weight, lse, predictions: the input's shape without C
+        - sample_weight, lse, predictions, entropy: the input's shape without C
         - output, z_loss: a scalar, or with ``reduction='none'`` the input's shape without C
 
     Returns:
@@ -213,9 +216,7 @@ def cross_entropy(
     of_own = Own(**own_arguments)
     if not is_torchs:
         of_own.check(input, ops.softmax_ce_accumulation(input, target, weight), number)
-    # A scale that is a tensor leaves the logits alone: what could be overwritten is a copy.
-    is_copied = isinstance(of_own.logit_scale, Tensor)
-    inplace_backward = inplace_backward and not is_copied and inplace.will_overwrite(input, rows=True)
+    inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=True)
     input, target, weight, dtype = _promote(input, target, weight)
     label_smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
     options = Options(number, int(ignore_index), label_smoothing)

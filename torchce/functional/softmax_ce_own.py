@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree
 
 from torchce import ops
-from torchce.composites import times
+from torchce.composites import sum_of_rows, times
 from torchce.functional._common import FLOATS, REDUCTION_NAMES, has_shape, is_integer, is_number
-from torchce.softmax_ce import Options, row_weights, softmax_ce, softmax_ce_outputs
+from torchce.softmax_ce import Options, Wanted, row_weights, softmax_ce, softmax_ce_outputs
 from torchce.softmax_ce_formulas import are_plain, plain_options
+from torchce.transforms import all_true
 
 _NONE, _MEAN, _SUM = range(3)
 _NO_CLASS = -(2**63)
@@ -37,6 +37,8 @@ class CrossEntropyOutput(NamedTuple):
     """Each row's class of the largest logit, int64, as :func:`torch.argmax` has it."""
     z_loss: Tensor | None = None
     """The part of the loss that is the z-loss, reduced as the loss is, detached."""
+    entropy: Tensor | None = None
+    """Each row's entropy of softmax, in nats, of lse's dtype."""
 
 
 def _of_parts(cls: type[CrossEntropyOutput], loss: Any, *rest: Any, **by_name: Any) -> CrossEntropyOutput:
@@ -68,6 +70,7 @@ class OwnArguments(LossArguments, total=False):
     return_lse: bool
     return_predictions: bool
     return_z_loss: bool
+    return_entropy: bool
 
 
 class Own(NamedTuple):
@@ -83,6 +86,7 @@ class Own(NamedTuple):
     return_lse: bool = False
     return_predictions: bool = False
     return_z_loss: bool = False
+    return_entropy: bool = False
 
     def check(self, input: Tensor, acc: torch.dtype, reduction: int) -> None:
         """Raises ValueError for what is wrong, naming the argument and its value; ``acc`` is what is computed in."""
@@ -92,7 +96,7 @@ class Own(NamedTuple):
             check_positive("softcap", self.softcap, acc)
             check_positive("1 / softcap", 1 / self.softcap, acc)
         if isinstance(self.logit_scale, Tensor):
-            check_scalar("logit_scale", self.logit_scale, input)
+            check_scale("logit_scale", self.logit_scale, input)
         elif self.logit_scale is not None:
             check_positive("logit_scale", self.logit_scale, acc)
             if self.softcap is not None:
@@ -113,7 +117,7 @@ class Own(NamedTuple):
         if self.divisor is not None and self.empty_value is not None:
             both = f"{self.empty_value!r} and {self.divisor!r}"
             raise ValueError(f"empty_value: expected none beside a divisor, got {both}")
-        for name in ("return_lse", "return_predictions", "return_z_loss"):
+        for name in ("return_lse", "return_predictions", "return_z_loss", "return_entropy"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
@@ -138,6 +142,13 @@ def check_scalar(name: str, value: Tensor, input: Tensor, may_be_integer: bool =
         raise ValueError(f"{name}: expected {expected}, got {value.dtype} {list(value.shape)}")
     if not (value.is_cpu or value.device == input.device):
         raise ValueError(f"{name}: expected a tensor on {input.device} or the CPU, got one on {value.device}")
+
+
+def check_scale(name: str, value: Tensor, input: Tensor) -> None:
+    """Raises ValueError unless the tensor ``value`` is a number beside ``input``, and positive if that can be seen."""
+    check_scalar(name, value, input)
+    if all_true(value <= 0):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def _check_sample_weight(weight: Any, input: Tensor) -> None:
@@ -211,16 +222,15 @@ def own_cross_entropy(
     acc = ops.softmax_ce_accumulation(input, target, weight)
     dtype = own.dtype or dtype
     options = options._replace(z_loss=float(own.z_loss), softcap=float(own.softcap or 0.0))
-    is_scaled = isinstance(own.logit_scale, Tensor)
-    logits = input
+    scale = None
     if isinstance(own.logit_scale, Tensor):
-        input = _scaled(input.to(acc), own.logit_scale.to(acc))
+        scale = own.logit_scale.to(input.device, acc)
     elif own.logit_scale is not None:
         options = options._replace(logit_scale=float(own.logit_scale))
-    needs_lse = own.return_lse or own.return_z_loss
-    has_outputs = needs_lse or own.return_predictions
-    is_plain = are_plain(options) and not has_outputs
-    if target.is_floating_point() and (is_scaled or not is_plain):  # the op takes no other pairs of dtypes then
+    wanted = Wanted(own.return_lse or own.return_z_loss, own.return_predictions, own.return_entropy)
+    has_outputs = wanted.lse or wanted.predictions or wanted.entropy
+    is_plain = are_plain(options) and scale is None and not has_outputs
+    if target.is_floating_point() and not is_plain:  # the op takes no other pairs of dtypes then
         target = target.to(acc)
         input = input.to(acc) if acc == torch.float64 else input
     rows = _Rows(target, weight, input.shape[min(1, input.dim() - 1)], acc, options, own)
@@ -230,7 +240,7 @@ def own_cross_entropy(
     elif own.divisor is not None or own.empty_value is not None:
         of_op = options._replace(reduction=_SUM)
     whole = of_op is options  # then the op's loss needs nothing more
-    arguments = (input, target, weight, dtype if whole else acc)
+    dtype_of_op = dtype if whole else acc
 
     def finished(loss: Tensor) -> Tensor:
         if whole:
@@ -241,11 +251,10 @@ def own_cross_entropy(
         return loss.to(dtype)
 
     if is_plain:
-        return finished(softmax_ce(*arguments, plain_options(of_op), inplace_backward))
-    predicts = own.return_predictions and not is_scaled
-    loss, lse, predictions = softmax_ce_outputs(*arguments, needs_lse, predicts, of_op, inplace_backward)
-    if own.return_predictions and is_scaled:  # products may be equal where the logits are not
-        predictions = logits.argmax(min(1, logits.dim() - 1))
+        return finished(softmax_ce(input, target, weight, dtype_of_op, plain_options(of_op), inplace_backward))
+    loss, lse, predictions, entropy = softmax_ce_outputs(
+        input, target, weight, scale, dtype_of_op, wanted, of_op, inplace_backward
+    )
     if not has_outputs:
         return finished(loss)
     z_loss = None
@@ -256,14 +265,12 @@ def own_cross_entropy(
             z_loss = torch.where(rows.are_nothing(), 0, z_loss)
         z_loss = z_loss.to(dtype).detach()
     return CrossEntropyOutput(
-        finished(loss), lse if own.return_lse else None, predictions if own.return_predictions else None, z_loss
+        finished(loss),
+        lse if own.return_lse else None,
+        predictions if own.return_predictions else None,
+        z_loss,
+        entropy if own.return_entropy else None,
     )
-
-
-def _scaled(input: Tensor, scale: Tensor) -> Tensor:
-    """Their product; what is not finite stays, and has no part in the scale's gradient."""
-    finite = input.isfinite()
-    return torch.where(finite, scale * torch.where(finite, input, 0), input)
 
 
 class _Rows:
@@ -300,7 +307,7 @@ class _Rows:
         """The rows' losses times their own weights, added up where they are reduced."""
         if self.sample_weight is not None:
             losses = times(self.sample_weight, losses)
-        return losses if self.options.reduction == _NONE else _sum(losses)
+        return losses if self.options.reduction == _NONE else sum_of_rows(losses)
 
     def mean(self, total: Tensor) -> Tensor:
         """``total`` divided, where the reduction is a mean."""
@@ -308,20 +315,5 @@ class _Rows:
             return total
         if self.own.divisor is not None:
             return total / (self.own.divisor if isinstance(self.own.divisor, Tensor) else float(self.own.divisor))
-        divisor = _sum(self.weights())
+        divisor = sum_of_rows(self.weights())
         return total / (divisor if self.own.empty_value is None else torch.where(self.are_nothing(), 1, divisor))
-
-
-def _sum(rows: Tensor) -> Tensor:
-    """The sum in float64, in an order that the number of threads has no part in.
-
-    torch adds fewer numbers than a grain of work one after the other, and the rows of a matrix each for itself. In a
-    traced program it is one sum, whatever the size.
-    """
-    rows = rows.flatten()
-    fewer_than_a_grain = 1 << 14
-    is_known = not torch.compiler.is_compiling() and type(rows.numel()) is int
-    if rows.is_cpu and is_known and rows.numel() > fewer_than_a_grain:
-        rows = F.pad(rows, (0, -rows.numel() % fewer_than_a_grain)).view(-1, fewer_than_a_grain)
-        rows = rows.sum(1, dtype=torch.float64)
-    return rows.sum(dtype=torch.float64)
