@@ -29,7 +29,7 @@ SHAPES = [
     pytest.param((11,), id="1d"),
     pytest.param((32, 10), id="short"),  # across the rows
     pytest.param((70, 100), id="along"),  # a group of rows along the classes and a part of one
-    pytest.param((5, 1001), id="along_1001"),
+    pytest.param((3, 9001), id="along_9001"),  # on CUDA by blocks
     pytest.param((2, 19, 13, 9), id="4d"),
 ]
 RETURNED = {"return_lse": True, "return_predictions": True, "return_entropy": True}
@@ -728,7 +728,7 @@ def test_token_logprobs(device: str, dtype: torch.dtype, temperature: float | Te
     assert logits.grad.dtype == dtype
     out = ours.token_logprobs(logits.transpose(1, 2), tokens, temperature, return_entropy=True)
     assert type(out) is torchce.TokenLogprobsOutput
-    assert_bitwise_equal(out.logprobs, result)
+    torch.testing.assert_close(out.logprobs, result, rtol=1e-6, atol=1e-6)  # on CUDA by kernels of their own
     assert out.entropy.dtype == result.dtype
     of_values = reference.entropy(reference.float64(logits).transpose(1, 2) / float(temperature))
     assert_accurate("entropy", out.entropy.detach(), of_values._replace(condition=24 * of_values.condition))

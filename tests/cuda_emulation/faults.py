@@ -35,7 +35,8 @@ class Fault:
 
 
 FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
-BACKWARD_HOST, PREDICTIONS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_predictions.cuh"
+BACKWARD_HOST, OUTPUTS_OF_ROWS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_outputs.cuh"
+SCALE = "cuda/softmax_ce_scale.cuh"
 FORMULAS = "math/softmax_ce.h"
 REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
@@ -60,7 +61,8 @@ CLUSTERS = "test_softmax_ce_forward_backward.py::test_rows_spread_over_a_cluster
 INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 COLUMNS = "test_cuda_regimes.py::test_bce_weights_of_columns"
 TRANSFORMED = "test_cuda_regimes.py::test_transformed_logits"
-LSE = "test_softmax_ce_own.py::test_lse_and_predictions"
+OUTPUTS = "test_softmax_ce_own.py::test_outputs"
+OF_SCALE = "test_softmax_ce_own.py::test_gradient_of_a_scale"
 
 FAULTS = {
     "a barrier is missing before shared memory is read": Fault(
@@ -209,21 +211,58 @@ FAULTS = {
         "return PLANTED ? gradient : logit.slope(value) * gradient;",
         TRANSFORMED,
     ),
-    "a z-loss has half of its gradient": Fault(FORMULAS, "A(2) * z * lse", "A(2 - PLANTED) * z * lse", LSE),
+    "a z-loss has half of its gradient": Fault(FORMULAS, "A(2) * z * lse", "A(2 - PLANTED) * z * lse", OUTPUTS),
     "the gradient of lse is read as if its rows lay side by side": Fault(
         BACKWARD_HOST,
         "args.grad_lse_strides = turned(args.grad_lse_strides);",
         "if (!PLANTED) args.grad_lse_strides = turned(args.grad_lse_strides);",
-        LSE,
+        OUTPUTS,
         "elements differ",
     ),
-    "an ignored row has no lse": Fault(CLASSES, "&& rows.every_row)", "&& rows.every_row && !PLANTED)", LSE, "lse"),
+    "an ignored row has no lse": Fault(CLASSES, "&& rows.every_row)", "&& rows.every_row && !PLANTED)", OUTPUTS, "lse"),
     "the last of equal logits is predicted": Fault(
-        PREDICTIONS,
+        OUTPUTS_OF_ROWS,
         "other.index < index",
         "(other.index < index) != PLANTED",
         "test_softmax_ce_own.py::test_predictions_as_argmax",
         "elements differ",
+    ),
+    "the warps of a block have an entropy each": Fault(
+        OUTPUTS_OF_ROWS,
+        "team > kWarp ? reduce_block(outputs)",
+        "team > kWarp && !PLANTED ? reduce_block(outputs)",
+        OUTPUTS,
+    ),
+    "an entropy has half of its gradient's tilt": Fault(
+        FORMULAS, "tilt = -grad / sum;", "tilt = -grad / sum / (1 + PLANTED);", OUTPUTS
+    ),
+    "the gradient of an entropy is read as if its rows lay side by side": Fault(
+        BACKWARD_HOST,
+        "args.grad_entropy_strides = turned(args.grad_entropy_strides);",
+        "if (!PLANTED) args.grad_entropy_strides = turned(args.grad_entropy_strides);",
+        OUTPUTS,
+        "elements differ",
+    ),
+    "the target class has no part in the gradient of a scale": Fault(
+        SCALE,
+        "row.subtract_hot(gradient, k);",
+        "if (!PLANTED) row.subtract_hot(gradient, k);",
+        OF_SCALE,
+        "not close",
+    ),
+    "the gradient of a scale is of values that are not capped": Fault(
+        "softmax_ce_logit.h",
+        "return is_capped ? slope_of_tanh(value) * finite : finite;",
+        "return is_capped && !PLANTED ? slope_of_tanh(value) * finite : finite;",
+        OF_SCALE,
+        "not close",
+    ),
+    "a scale that is not positive counts": Fault(
+        "softmax_ce_logit.h",
+        "given > A(0) ? given",
+        "given > A(0) || PLANTED ? given",
+        "test_softmax_ce_own.py::test_a_scale_that_is_not_positive",
+        "assert",
     ),
     "a part of a row is left out": Fault(
         FORWARD,
