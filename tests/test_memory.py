@@ -191,6 +191,38 @@ def test_autocast_makes_no_float32_copy(device: str, dtype: torch.dtype, reducti
     assert_peaks(problem, device, reduction, autocast)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in SHAPES if kind != "bce"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
+def test_peak_with_own_options(device: str, dtype: torch.dtype, kind: str) -> None:
+    """As the plain loss's, but for numbers of the rows: outputs, weights, and gradients of them and of a scale."""
+    if kind.startswith("probability") and dtype != torch.float32:
+        pytest.skip("probabilities of 16 bits are copied")
+    _, logits, target, _, row_numbers = make(kind, device, dtype)
+    of_rows = torch.ones(cases.index_shape(logits.shape), device=device)
+    scale = torch.tensor(0.7, device=device, requires_grad=True)
+
+    def both_ways() -> Any:
+        x = leaf(logits)
+        out = torchce.functional.cross_entropy(
+            x,
+            target,
+            z_loss=0.1,
+            softcap=5.0,
+            logit_scale=scale,
+            sample_weight=of_rows,
+            dtype=torch.float32,
+            return_lse=True,
+            return_predictions=True,
+            return_entropy=True,
+        )
+        return torch.autograd.grad([out.loss, out.lse, out.entropy], [x, scale], [None, of_rows, of_rows])
+
+    numbers = 16  # of 8 bytes a row
+    peak = peak_bytes(both_ways, device)
+    allowed = bytes_of(logits) + row_numbers + numbers * 8 * of_rows.numel() + slack(device)
+    assert bytes_of(logits) <= peak <= allowed, f"{peak} bytes, allowed {allowed}"
+
+
 def test_the_count_sees_torchs_copies(device: str) -> None:
     """The meter itself: torch's loss on 16-bit logits under autocast allocates several times what ours does."""
     _, logits, target, _, _ = make("index", device, torch.bfloat16)

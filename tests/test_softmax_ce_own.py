@@ -377,6 +377,48 @@ def test_gradients_of_rows_weights(device: str) -> None:
             torch.autograd.gradcheck(loss, (logits, weight), check_forward_ad=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_gradients_of_everything(device: str, kind: str, softcap: float | None) -> None:
+    """By finite differences, the second ones too: of all outputs, by logits, a scale, probabilities."""
+    logits = cases.normal((4, 5), torch.float64, device, scale=2).requires_grad_()
+    scale = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+    target = torch.tensor([0, 1, -100, 4], device=device)
+    inputs = [logits, scale]
+    if kind == "probability":
+        target = cases.probabilities((4, 5), torch.float64, device).requires_grad_()
+        inputs.append(target)
+
+    def outputs(x: Tensor, a: Tensor, y: Tensor = target) -> tuple[Tensor, ...]:
+        out = ours.cross_entropy(
+            x, y, softcap=softcap, logit_scale=a, z_loss=0.1, label_smoothing=0.1, return_lse=True, return_entropy=True
+        )
+        return out.loss, out.lse, out.entropy
+
+    torch.autograd.gradcheck(outputs, inputs, check_batched_grad=True)
+    torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(outputs, inputs)
+    torch.autograd.gradgradcheck(lambda x, y=target: outputs(x, scale.detach(), y), [inputs[0], *inputs[2:]])
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+def test_a_mask_under_a_softcap(device: str, classes: int) -> None:
+    """Becomes the negative cap, which masks nothing; its gradient is 0, as the tanh is level there."""
+    logits = cases.normal((3, classes), torch.float64, device)
+    logits[:, 2] = -torch.inf
+    logits[1, 3] = torch.inf
+    logits.requires_grad_()
+    target = torch.tensor([1, 3, 2], device=device)
+    out = ours.cross_entropy(logits, target, softcap=5.0, return_entropy=True)
+    values = 5 * torch.tanh(logits.detach() / 5)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(values, target))
+    torch.testing.assert_close(out.entropy, composed.entropy(values, 1))
+    (grad,) = torch.autograd.grad(out.loss + out.entropy.sum(), logits)
+    assert (grad[:, 2] == 0).all()
+    assert grad[1, 3] == 0
+    assert (grad[0, :2] != 0).all()
+
+
 def test_zero_weight_of_an_infinite_loss(device: str) -> None:
     """0, as a class weight of 0 has it; a row with a NaN stays one."""
     logits = torch.zeros(3, 4, device=device)

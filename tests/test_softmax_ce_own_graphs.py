@@ -287,6 +287,20 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_bitwise_equal(*(torch.autograd.grad(o.loss + o.lse.sum(), x)[0] for o in (out, expected)))
 
 
+def test_autocast_with_probabilities() -> None:
+    """In float32, of logits of 16 bits that are read as they are."""
+    x, y, v, _, scale = inputs("probability")
+    options = {"z_loss": 0.1, "softcap": 5.0, "logit_scale": scale, "sample_weight": v, "return_entropy": True}
+    results = []
+    for enabled in (True, False):
+        leaves = [x.bfloat16().requires_grad_(), y.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = ours.cross_entropy(*leaves, dtype=None if enabled else torch.float32, **options)
+        results.append([out.loss, out.entropy, *torch.autograd.grad(out.loss + out.entropy.sum(), leaves)])
+    for result, expected in zip(*results, strict=True):
+        assert_bitwise_equal(result, expected)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context: Callable[[], Any]) -> None:
     x, y, v, d, _ = inputs("index")

@@ -112,7 +112,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
 
 template <class T, class Target>
 void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  for_each_strip<Accumulate<T>>(
+  for_each_strip<Accumulate<T>, Target>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { forward_strip<T, Target, wide.value>(call, row, count, partial); });
 }
@@ -186,7 +186,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
 
 template <class T, class Target, class Exp>
 void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
-  for_each_strip<Accumulate<T>>(
+  for_each_strip<Accumulate<T>, Target>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { backward_strip<T, Target, Exp, wide.value>(call, row, count); });
 }
@@ -200,7 +200,7 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const Statistics<A> statistics(rows, call.statistics);
   const A* weight = static_cast<const A*>(rows.weight);
   const auto smoothing = smoothing_of<A>(rows);
-  for_each_strip<A>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
+  for_each_strip<A, Target>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
     constexpr int W = wide.value;
     const StripLogits<T, Target, W> logits(rows, row, count);
     const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);

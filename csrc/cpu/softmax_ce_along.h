@@ -132,16 +132,26 @@ struct ValueGradients {
 template <class T, class Target, class Gradients>
 TORCHCE_SIMD void row_gradient(const RowLogits<T, Target>& x, T* grad, int64_t classes, const Gradients& of_values) {
   constexpr int64_t P = VectorPair<T>::kSize;
-  const auto gradient = [&](int64_t k) {
-    const VectorPair<T> values = x.at(k);
+  const auto gradient = [&](int64_t k, const VectorPair<T>& values) TORCHCE_HD_LAMBDA {
     VectorPair<T> g = of_values.at(k, values);
     for (int i = 0; i < g.kVectors; ++i) g.v[i] = x.logit.slope(values.v[i]) * g.v[i];
     return g;
   };
   const bool remainder = classes % P != 0;
   VectorPair<T> last{};
-  if (remainder) last = gradient(classes - P);
-  for (int64_t k = 0; k + P <= classes; k += P) gradient(k).template store<kNans<Target>>(grad + k);
+  if (remainder) last = gradient(classes - P, x.at(classes - P));
+  int64_t k = 0;
+  if constexpr (!LogitOf<Target, T>::kIsPlain) {
+    constexpr int kPairs = 16;  // whose values come before their exponentials, as in RowSums
+    for (; x.logit.is_capped && k + kPairs * P <= classes; k += kPairs * P) {
+      VectorPair<T> values[kPairs];
+      for (int i = 0; i < kPairs; ++i) values[i] = x.at(k + i * P);
+      for (int i = 0; i < kPairs; ++i) {
+        gradient(k + i * P, values[i]).template store<kNans<Target>>(grad + k + i * P);
+      }
+    }
+  }
+  for (; k + P <= classes; k += P) gradient(k, x.at(k)).template store<kNans<Target>>(grad + k);
   if (remainder) last.template store<kNans<Target>>(grad + classes - P);
 }
 

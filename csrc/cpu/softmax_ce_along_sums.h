@@ -120,11 +120,10 @@ struct SumsOfPairs {
   TORCHCE_SIMD Sums value() const { return of_first + of_second; }
 };
 
-// What a pair of classes from k on adds up to; kFromBegin: without those before `begin`.
-template <bool kFromBegin = false, class T, class Target, class Coefficients, class V>
-TORCHCE_SIMD auto sums_of_pair(const math::ExpInSum<V>& exp, const RowLogits<T, Target>& x, const Coefficients& u,
-                               int64_t k, V from, int64_t begin = 0) {
-  VectorPair<T> pair = x.at(k);
+// What the pair of classes from k on adds up to; kFromBegin: without those before `begin`.
+template <class Target, bool kFromBegin = false, class T, class Coefficients, class V>
+TORCHCE_SIMD auto sums_of_pair(const math::ExpInSum<V>& exp, VectorPair<T> pair, const Coefficients& u, int64_t k,
+                               V from, int64_t begin = 0) {
   if constexpr (kFromBegin) pair = pair.from(begin - k, -math::kInfinity<Accumulate<T>>);
   const V first = exp(pair.v[0] - from), second = exp(pair.v[1] - from);
   const auto sums = [&](auto known, auto of_pair) TORCHCE_HD_LAMBDA {
@@ -206,14 +205,29 @@ class RowSums {
       Largest<T> largest_here = largest;
       const auto sums_of = [&](int i) TORCHCE_HD_LAMBDA {
         largest_here.add(x.x + k + i * P);
-        return sums_of_pair<kCount == kRemainder>(exp, x, u, k + i * P, from, begin);
+        return sums_of_pair<Target, kCount == kRemainder>(exp, x.at(k + i * P), u, k + i * P, from, begin);
       };
       LogitSums<Target::kSpread, V> sums;
       if constexpr (kCount == kRemainder) {
         sums = sums_of(0).value();
       } else {
         math::StridedSum<2, decltype(sums_of(0))> of_block;
-        of_block.add(count, sums_of);
+        bool values_first = false;
+        if constexpr (kCount > 0 && !LogitOf<Target, T>::kIsPlain) values_first = x.logit.is_capped;
+        if (values_first) {
+          // All values come before the first exponential: a tanh with an exponential behind it is a chain of operations
+          // so long that few of them are under way at once.
+          VectorPair<T> values[kCount > 0 ? kCount : 1];
+          for (int i = 0; i < kCount; ++i) {
+            largest_here.add(x.x + k + i * P);
+            values[i] = x.at(k + i * P);
+          }
+          of_block.add(kCount, [&](int i) TORCHCE_HD_LAMBDA {
+            return sums_of_pair<Target>(exp, values[i], u, k + i * P, from);
+          });
+        } else {
+          of_block.add(count, sums_of);
+        }
         sums = of_block.value().value().complete(u.sum_of_pairs(count));
       }
       const A max = max_of<A>(x.largest_values(largest_here));
@@ -272,11 +286,12 @@ TORCHCE_SIMD auto sums_of_short_row(const RowLogits<T, Target>& x, int64_t class
                                     Lanes<Accumulate<T>> from) {
   constexpr int64_t P = VectorPair<T>::kSize;
   const math::ExpInSum<Lanes<Accumulate<T>>> exp;
-  auto of_pairs = sums_of_pair(exp, x, u, 0, from);
+  auto of_pairs = sums_of_pair<Target>(exp, x.at(0), u, 0, from);
   int64_t k = P;
-  for (; k + P <= classes; k += P) of_pairs = of_pairs + sums_of_pair(exp, x, u, k, from);
+  for (; k + P <= classes; k += P) of_pairs = of_pairs + sums_of_pair<Target>(exp, x.at(k), u, k, from);
   const auto sums = of_pairs.value().complete(u.sum_of_pairs(int(k / P)));
-  return k < classes ? sums + sums_of_pair<true>(exp, x, u, classes - P, from, k).value() : sums;
+  if (k == classes) return sums;
+  return sums + sums_of_pair<Target, true>(exp, x.at(classes - P), u, classes - P, from, k).value();
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::along

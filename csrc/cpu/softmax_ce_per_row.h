@@ -156,7 +156,7 @@ TORCHCE_SIMD void write_losses(const Forward& call, int64_t row, int count, Sums
   const int vectors = vectors_of<A>(count);
   sums.refer_to_max(vectors);
   const A z = A(rows.options.z_loss);
-  PerRow<A, W> loss, lse;
+  PerRow<A, W> loss, lse{};
   SumInDouble<A> loss_sum, weight_sum;
   for (int w = 0; w < vectors; ++w) {
     const LossTerms<V> terms = sums.terms(w);

@@ -257,13 +257,15 @@ template <int W>
 struct Wide {
   static constexpr int value = W;
 };
-template <class A, class F>
+template <class A, class Target, class F>
 TORCHCE_SIMD void for_each_strip(const Rows& rows, const RowStrides& strides, int64_t row_begin, int64_t row_end,
                                  F body) {
-  constexpr int64_t kWideRows = kWide * kLanes<A>;
+  // One vector for transformed logits, or compiling a SIMD level would take a quarter longer.
+  constexpr int kWidest = kIsGeneral<Target> ? 1 : kWide;
+  constexpr int64_t kWideRows = kWidest * kLanes<A>;
   for (int64_t row = row_begin; row < row_end;) {
     if (row + kWideRows <= row_end && adjacent_rows(rows, strides, row, kWideRows)) {
-      body(Wide<kWide>{}, row, int(kWideRows));
+      body(Wide<kWidest>{}, row, int(kWideRows));
       row += kWideRows;
     } else {
       const int count = int(row_end - row < kLanes<A> ? row_end - row : kLanes<A>);
