@@ -85,7 +85,9 @@ def test_no_local_memory_and_registers_within_budget() -> None:
 
 def has_packs(symbol: str) -> bool:
     """Kernels along rows find aligned packs by themselves; across rows and in BCE the pack size is an argument, V."""
-    if kernel_name(symbol) == "predict":
+    if kernel_name(symbol) == "backward_scale":
+        return False  # it reads class by class
+    if kernel_name(symbol) == "row_outputs":
         return "Lb1E" in symbol  # kAdjacent
     across = kernel_name(symbol) in {"forward_across", "backward_across", "forward", "backward"}
     return not across or "Li1EEEv" not in symbol
@@ -103,7 +105,7 @@ def widest(symbol: str) -> tuple[int, int]:
 
 def test_hot_paths_use_the_widest_accesses() -> None:
     packed = {symbol: names for symbol, names in instructions().items() if has_packs(symbol)}
-    assert {kernel_name(symbol) for symbol in packed} == KERNELS
+    assert {kernel_name(symbol) for symbol in packed} == KERNELS - {"backward_scale"}
     for symbol, names in packed.items():
         load, store = widest(symbol)
         assert any(re.fullmatch(rf"LDG\.[A-Z0-9.]*{load}[A-Z0-9.]*", name) for name in names), symbol

@@ -51,7 +51,7 @@ def sum_of_rows(rows: Tensor) -> Tensor:
     torch adds fewer numbers than a grain of work one after the other, and the rows of a matrix each for itself. In a
     traced program it is one sum, whatever the size.
     """
-    rows = rows.flatten()
+    rows = rows.reshape(-1)  # of what is batched by is_grads_batched=True torch flattens nothing
     fewer_than_a_grain = 1 << 14
     is_known = not torch.compiler.is_compiling() and type(rows.numel()) is int
     if rows.is_cpu and is_known and rows.numel() > fewer_than_a_grain:

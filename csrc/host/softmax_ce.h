@@ -104,7 +104,7 @@ struct Problem {
   bool probabilities() const { return is_floating(rows.target_dtype); }
   ScalarType number_type() const { return accumulation_type(rows.accumulation); }  // of all but loss and gradients
   Sizes loss_sizes() const { return rows.options.reduction == Reduction::none ? row_sizes : Sizes{}; }
-  Sizes statistics_sizes(bool with_entropy) const { return {2 + probabilities() + with_entropy, count()}; }
+  int64_t statistics_of_row(bool with_entropy) const { return 2 + probabilities() + with_entropy; }
 };
 
 // `is_general`: of Rows.
@@ -209,7 +209,7 @@ inline ForwardCall prepare_forward(const ScaledInputs& inputs, std::optional<Sca
   Problem p = make_problem(inputs, options, is_general);
   const ScalarType loss_type = dtype.value_or(inputs.logits.scalar_type());
   Tensor loss = empty(p.loss_sizes(), loss_type, inputs.logits);
-  Saved saved{empty(p.statistics_sizes(with_entropy), p.number_type(), inputs.logits),
+  Saved saved{empty({p.statistics_of_row(with_entropy), p.count()}, p.number_type(), inputs.logits),
               empty({2}, p.number_type(), inputs.logits)};
   Forward args{p.rows,
                loss.mutable_data_ptr(),
@@ -266,9 +266,10 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Gradients gra
           ": not what the forward returned");
     check_same_device(t, logits, name);
   };
-  const Sizes statistics_sizes = sizes_of(saved.statistics);
-  const bool fit = statistics_sizes == p.statistics_sizes(/*with_entropy=*/true) ||
-                   (!gradients.entropy && statistics_sizes == p.statistics_sizes(/*with_entropy=*/false));
+  const Sizes statistics = sizes_of(saved.statistics);
+  const bool fit = statistics.size() == 2 && statistics[1] == p.count() &&
+                   (statistics[0] == p.statistics_of_row(/*with_entropy=*/true) ||
+                    (!gradients.entropy && statistics[0] == p.statistics_of_row(/*with_entropy=*/false)));
   check_saved(saved.statistics, fit, "statistics");
   check_saved(saved.totals, sizes_of(saved.totals) == Sizes{2}, "totals");
   check(of != GradientOf::target || p.probabilities(), "target: class indices have no gradient");
@@ -304,7 +305,7 @@ inline BackwardCall prepare_backward(GradientOf of, bool in_place, Gradients gra
   args.grad_strides = row_strides(described, of == GradientOf::scale ? 0 : 1);
   args.grad = grad.mutable_data_ptr();
   args.rows = p.rows;
-  return {of, std::move(p), gradients, saved, grad, args};
+  return {of, std::move(p), std::move(gradients), saved, grad, args};
 }
 
 struct ForwardBackwardCall {
