@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchce
-from benchmarks.problems import CAPPED, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
+from benchmarks.problems import CAPPED, CROSS_ENTROPY, ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
 from benchmarks.traffic import PHASES
 
 Loss = Callable[..., Tensor]
@@ -53,7 +53,14 @@ def _require(condition: bool, what: str) -> None:
 
 def _torchce(problem: Problem) -> Loss:
     _require(hasattr(torchce.functional, problem.op), f"torchce has no {problem.op}")
+    if problem.variant == ENTROPY:
+        return _torchce_with_entropy
     return getattr(torchce.functional, problem.op)
+
+
+def _torchce_with_entropy(logits: Tensor, target: Tensor, entropy_bonus: float, **keywords: Any) -> Tensor:
+    out = torchce.functional.cross_entropy(logits, target, return_entropy=True, **keywords)
+    return out.loss - entropy_bonus * out.entropy.mean().to(out.loss.dtype)
 
 
 def _torchce_in_place(problem: Problem) -> Loss:
@@ -83,7 +90,7 @@ class _ForwardBackward(torch.autograd.Function):
 def _torchce_forward_backward(problem: Problem) -> Loss:
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
     _require(problem.variant != SOFT64, "is measured with probabilities of the logits' dtype")
-    _require(problem.variant != CAPPED, "is measured without them")
+    _require(problem.variant not in (CAPPED, ENTROPY), "is measured without them")
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         weight = None if weight is None else weight.to(torchce.ops.accumulation_dtype(logits.dtype))
@@ -101,9 +108,16 @@ def _capped_cross_entropy(logits: Tensor, target: Tensor, z_loss: float, softcap
     return F.cross_entropy(logits, target) + z_loss * torch.logsumexp(logits, 1).square().mean()
 
 
+def _cross_entropy_with_entropy(logits: Tensor, target: Tensor, entropy_bonus: float) -> Tensor:
+    log_p = F.log_softmax(logits, 1)
+    return F.nll_loss(log_p, target) - entropy_bonus * -(log_p.exp() * log_p).sum(1).mean()
+
+
 def eager(problem: Problem) -> Loss:
     if problem.variant == CAPPED:
         return _capped_cross_entropy
+    if problem.variant == ENTROPY:
+        return _cross_entropy_with_entropy
     return _linear_then_cross_entropy if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
 
 
@@ -120,6 +134,7 @@ def _liger(problem: Problem) -> Loss:
         return liger.liger_fused_linear_cross_entropy
     _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
+    _require(problem.variant != ENTROPY, "returns no entropy")
     if problem.variant == CAPPED:
         return lambda logits, target, z_loss, softcap: liger.liger_cross_entropy(
             logits, target, lse_square_scale=z_loss, softcap=softcap
@@ -132,7 +147,7 @@ def _quack(problem: Problem) -> Loss:
 
     _require(problem.op == CROSS_ENTROPY, f"has no {problem.op} on plain tensors")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
-    _require(problem.variant not in ("smoothing", CAPPED), f"has no {problem.variant}")
+    _require(problem.variant not in ("smoothing", CAPPED, ENTROPY), f"has no {problem.variant}")
     return cross_entropy
 
 

@@ -21,12 +21,14 @@ TRAINED = ("float32", "bfloat16")  # what models are trained in: measured everyw
 WIDENED = ("float32",)  # what is read as it is beside float64; of 16 bits there is a copy
 
 CAPPED = "z-loss softcap"
+ENTROPY = "entropy"  # a bonus for that of each row
 SOFT64 = "soft float64"  # probabilities wider than the logits
 CHANNELS_LAST = "channels_last"  # logits, beside a contiguous target
 
 IGNORE_INDEX = -100
 IGNORED_SHARE = 0.5
 Z_LOSS, SOFTCAP = 1e-4, 30.0  # PaLM's and Gemma's
+ENTROPY_BONUS = 0.01
 LABEL_SMOOTHING = 0.1
 LOGIT_SCALE = 4.0  # a trained classifier's logits spread about that far; zeros or 0.1 would flatter a skipped rescale
 
@@ -49,7 +51,7 @@ class Problem:
     op: str
     shape: tuple[int, ...]  # of the logits
     reason: str
-    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored, CAPPED; pos_weight, CHANNELS_LAST
+    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored, CAPPED, ENTROPY; pos_weight, CHANNELS_LAST
     quick: bool = False  # part of --quick
     key: bool = False  # part of --key, and of README's table: what a reader decides by
     launch_bound: bool = False  # so small that launching it is what takes the time
@@ -122,6 +124,7 @@ class Problem:
                 **({"weight": uniform(self.classes, dtype=dtype).add_(0.5)} if self.variant == "weight" else {}),
                 **({"label_smoothing": LABEL_SMOOTHING} if self.variant == "smoothing" else {}),
                 **({"z_loss": Z_LOSS, "softcap": SOFTCAP} if self.variant == CAPPED else {}),
+                **({"entropy_bonus": ENTROPY_BONUS} if self.variant == ENTROPY else {}),
             },
         )
 
@@ -168,6 +171,7 @@ CPU = [
     _ce(4096, 1000, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(512, 32000, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
     _ce(512, 32000, reason="a language model's z-loss and capped logits", variant=CAPPED),
+    _ce(512, 32000, reason="reinforcement learning from tokens: a bonus for entropy", variant=ENTROPY),
     _bce(32, 10, reason="the cost of a call, not of its arithmetic", launch_bound=True),
     _bce(
         *(4096, 1000),
@@ -210,6 +214,7 @@ CUDA = [
     _ce(32768, 1024, reason="imbalanced classes: a weighted mean", variant="weight"),
     _ce(8192, 32768, reason="prompt tokens masked out: half the rows need no reading", variant="ignored"),
     _ce(8192, 32768, reason="a language model's z-loss and capped logits", variant=CAPPED),
+    _ce(8192, 32768, reason="reinforcement learning from tokens: a bonus for entropy", variant=ENTROPY),
     _bce(1024, 1024, reason="2^20 elements: fits the L2 cache"),
     _bce(8, 1, 512, 512, reason="binary segmentation, 2^21 elements"),
     _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True, key=True),
