@@ -488,16 +488,21 @@ def test_several_ignore_indices(device: str, dtype: torch.dtype) -> None:
 
 
 def test_many_rows_give_the_same_bits(restore_threads: None) -> None:
-    """The sum over weighted rows too, for any number of threads."""
+    """The sum over weighted rows too, and that of a scale's gradient, for any number of threads."""
     logits = cases.normal((100_000, 3), torch.float32, "cpu")
     target = cases.indices((100_000,), 3, torch.int64, "cpu")
     weight = cases.uniform((100_000,), torch.float32, "cpu")
-    losses = []
+    scale = torch.ones((), requires_grad=True)
+    losses, gradients = [], []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        losses.append(ours.cross_entropy(logits, target, sample_weight=weight, dtype=torch.float64))
-    for loss in losses[1:]:
+        options = {"sample_weight": weight, "logit_scale": scale, "return_entropy": True}
+        out = ours.cross_entropy(logits, target, dtype=torch.float64, **options)
+        losses.append(out.loss.detach())
+        gradients += torch.autograd.grad(out.loss + out.entropy.sum(), scale)
+    for loss, gradient in zip(losses, gradients, strict=True):
         assert_bitwise_equal(loss, losses[0])
+        assert_bitwise_equal(gradient, gradients[0])
     truth = reference.softmax_ce(logits, target, sample_weight=weight).loss
     assert_accurate("loss", losses[0].float(), truth)
 
