@@ -37,8 +37,7 @@ struct Options {
   static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing,
                                       &Options::z_loss,    &Options::softcap,      &Options::logit_scale};
 
-  constexpr bool transforms() const { return softcap != 0 || logit_scale != 1; }
-  constexpr bool are_plain() const { return z_loss == 0 && !transforms(); }
+  constexpr bool are_plain() const { return z_loss == 0 && softcap == 0 && logit_scale == 1; }
 };
 
 // Torch's own options, which are all that an op for plain losses takes: each further one would cost a call 0.2 us.
@@ -65,7 +64,9 @@ struct Rows {
   bool every_row;   // whether an ignored row is read as well: more than its loss is wanted
 
   // Whether the loss is of something else than the logits (softmax_ce_logit.h).
-  constexpr bool transform() const { return options.transforms() || scale != nullptr; }
+  constexpr bool are_transformed() const {
+    return options.softcap != 0 || options.logit_scale != 1 || scale != nullptr;
+  }
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities a row more, U = sum_k u_k
@@ -79,7 +80,7 @@ struct Forward {
   void* totals;
   void* lse;             // [N, S] contiguous, of the accumulation type, or null
   int64_t* predictions;  // [N, S] contiguous, or null
-  void* entropy;         // as lse
+  void* entropy;         // [N, S] contiguous, of the accumulation type, or null
 };
 
 struct Backward {
@@ -89,7 +90,7 @@ struct Backward {
   DType grad_output_dtype;
   const void* grad_lse;  // [N, S] with strides, of the accumulation type, or null
   RowStrides grad_lse_strides;
-  const void* grad_entropy;  // as grad_lse
+  const void* grad_entropy;  // [N, S] with strides, of the accumulation type, or null
   RowStrides grad_entropy_strides;
   const void* statistics;
   const void* totals;

@@ -5,6 +5,7 @@
 // stands for it is put there after value().
 #pragma once
 
+#include "math/rounding.h"
 #include "storage.h"
 
 namespace torchce::softmax_ce {
@@ -29,33 +30,37 @@ template <class A>
 struct TransformedLogit {
   static constexpr bool kIsPlain = false;
   bool is_capped;
-  A scale, softcap, scale_of_tanh, inverse_softcap;  // the latter two are scale / softcap and 1 / softcap
+  A factor, scale, softcap;          // factor is the number in scale, by which a tensor is multiplied
+  A scale_of_tanh, inverse_softcap;  // scale / softcap and 1 / softcap
 
   TORCHCE_HD explicit TransformedLogit(const Rows& rows)
       : is_capped(rows.options.softcap != 0),
-        scale(A(rows.options.logit_scale)),
+        factor(A(rows.options.logit_scale)),
+        scale(factor),
         softcap(A(rows.options.softcap)),
         scale_of_tanh(A(rows.options.logit_scale / rows.options.softcap)),
         inverse_softcap(A(1 / rows.options.softcap)) {
     if (rows.scale == nullptr) return;
     const A given = *static_cast<const A*>(rows.scale);
-    const A factor = given > A(0) ? given : A(__builtin_nan(""));
-    scale *= factor;
-    scale_of_tanh *= factor;
+    const A positive = given > A(0) ? given : A(__builtin_nan(""));
+    scale *= positive;
+    scale_of_tanh *= positive;
   }
+  // It is rounded before the largest value is subtracted, which has been: of a class that is certain nothing must stay.
   template <class V>
   TORCHCE_HD V value(V x) const {
-    return is_capped ? softcap * math::tanh(scale_of_tanh * x) : scale * x;
+    return is_capped ? math::rounded_product(V{} + softcap, math::tanh(scale_of_tanh * x))
+                     : math::rounded_product(V{} + scale, x);
   }
   template <class V>
   TORCHCE_HD V slope(V value) const {
     if (!is_capped) return V{} + scale;
     return scale * slope_of_tanh(value);
   }
-  // The derivative of logit x's value by the scale. An infinite x has none: such a class is left out.
+  // The derivative of logit x's value by the tensor in the scale. An infinite x has none: such a class is left out.
   template <class V>
   TORCHCE_HD V slope_by_scale(V x, V value) const {
-    const V finite = math::select(x - x == V{}, x, V{});
+    const V finite = factor * math::select(x - x == V{}, x, V{});
     return is_capped ? slope_of_tanh(value) * finite : finite;
   }
 

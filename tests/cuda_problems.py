@@ -12,7 +12,7 @@ import torchce.functional
 
 
 class Problem(NamedTuple):
-    kind: str  # index, probability, smoothed, bce
+    kind: str  # index, probability, smoothed, bce; options, with a scale, options_cpu_scale, where it is on the CPU
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str | None = None
@@ -30,6 +30,9 @@ PROBLEMS = {
     "segmentation": Problem("index", (3, 19, 64, 64)),
     "segmentation_odd": Problem("probability", (3, 19, 61, 67)),
     "transposed": Problem("smoothed", (304, 1001), layout="transposed"),
+    "options": Problem("options", (257, 5000)),
+    "options_segmentation": Problem("options", (3, 19, 64, 64), torch.bfloat16),
+    "options_cpu_scale": Problem("options_cpu_scale", (301, 1001)),
     "bce": Problem("bce", (70001,)),
     "bce_packs": Problem("bce", (512, 1024), torch.bfloat16),
     "bce_columns": Problem("bce", (513, 300), torch.bfloat16, weighted=True),
@@ -38,7 +41,7 @@ PROBLEMS = {
 
 
 def draw(problem: Problem, device: str, seed: int) -> list[Tensor]:
-    """Logits, target and, where the problem has one, a weight; the differentiable ones are leaves that require grad."""
+    """Logits, target and, where the problem has one, a weight or scale; leaves that require grad where they may."""
     kind, shape, dtype, layout, weighted = problem
 
     def arranged(make: cases.Maker) -> Tensor:
@@ -54,6 +57,9 @@ def draw(problem: Problem, device: str, seed: int) -> list[Tensor]:
         else:
             target = cases.indices(cases.index_shape(shape), shape[1], torch.int64, device, seed=seed + 100)
         weight = cases.uniform([shape[1]], dtype, device, seed=6) if weighted else None
+        if kind.startswith("options"):
+            on_cpu = kind == "options_cpu_scale"
+            weight = torch.tensor(0.7, device="cpu" if on_cpu else device, requires_grad=not on_cpu)
     return [logits, target] if weight is None else [logits, target, weight]
 
 
@@ -62,6 +68,11 @@ def loss_of(problem: Problem, inputs: list[Tensor], reduction: str = "mean") -> 
     if problem.kind == "bce":
         options = {"pos_weight": weight[0]} if weight else {}
         return torchce.functional.binary_cross_entropy_with_logits(logits, target, reduction=reduction, **options)
+    if problem.kind.startswith("options"):
+        own = {"z_loss": 0.1, "softcap": 5.0, "logit_scale": weight[0]}
+        returned = {"return_lse": True, "return_predictions": True, "return_entropy": True}
+        out = torchce.functional.cross_entropy(logits, target, reduction=reduction, **own, **returned)
+        return out.loss + (out.lse + out.entropy).mean()
     smoothing = 0.1 if problem.kind == "smoothed" else 0.0
     return torchce.functional.cross_entropy(logits, target, *weight, reduction=reduction, label_smoothing=smoothing)
 

@@ -57,6 +57,19 @@ def test_onnxruntime_gives_the_same(
     )
 
 
+def test_outputs_and_a_scale(tmp_path: Path) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+            out = torchce.functional.cross_entropy(
+                x, y, z_loss=0.1, softcap=5.0, logit_scale=scale, return_lse=True, return_entropy=True
+            )
+            return out.loss + out.lse.sum() + out.entropy.square().sum()
+
+    inputs = cases.normal((ROWS, 5), torch.float32, "cpu", scale=3), target_of("int64"), torch.tensor(0.7)
+    export(Loss(), inputs, tmp_path / "model.onnx", dynamo=True)
+    torch.testing.assert_close(run(tmp_path / "model.onnx", *inputs), Loss()(*inputs))
+
+
 @pytest.mark.parametrize("loss", [torch.nn.CrossEntropyLoss, torch.nn.BCEWithLogitsLoss], ids=lambda m: m.__name__)
 def test_under_patch_torch(loss: type[torch.nn.Module], tmp_path: Path) -> None:
     model = Model(loss()).eval()

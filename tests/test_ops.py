@@ -312,6 +312,22 @@ def test_in_place_backward_equals_out_of_place(device: str, loss: str, sample: s
             assert_bitwise_equal(overwritten["logits"], expected)
 
 
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_a_scale_beside_a_number(device: str, kind: str) -> None:
+    """Which it multiplies: in values, and in its own gradient."""
+    named, _ = softmax_problem(device, kind, (6, 40), torch.float64, softcap=5.0, scaled=True, reduction=SUM)
+    named["logit_scale"] = 1.3
+    *outputs, named["statistics"], named["totals"] = call("softmax_ce_forward_outputs", named)
+    formulas = {
+        "softmax_ce_backward_outputs": softmax_ce._outputs_gradient,
+        "softmax_ce_backward_scale": softmax_ce._scale_gradient,
+    }
+    expected = softmax_ce_formulas.composite_outputs(*arguments("softmax_ce_forward_outputs", named))
+    torch.testing.assert_close(outputs, list(expected))
+    for name, formula in formulas.items():
+        torch.testing.assert_close(call(name, named), formula(*arguments(name, named)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_in_place_backward_at_every_remainder(device: str, kind: str, dtype: torch.dtype) -> None:

@@ -171,30 +171,63 @@ def test_gradient_of_a_scale(
     layout: str | None,
     reduction: str,
 ) -> None:
-    """By way of all outputs: what the product with a copy of the logits has in float64, the sum of its terms apart."""
+    """By way of all outputs: what torch has of it in float64."""
     if layout is not None and len(shape) == 1:
         pytest.skip("a layout of more dimensions")
     logits = cases.arranged(layout, shape, dtype, device)
     target, options = cases.kernel_problem(kind, logits)
     own = {"softcap": softcap, "z_loss": Z, "reduction": reduction}
-    in_double = {n: v.double() if isinstance(v, Tensor) else v for n, v in options.items()}
-    of_double = target.double() if target.is_floating_point() else target
-    result = gradient_of_scale(logits, target, **own, **options)[0]
-    expected, magnitude = gradient_of_scale(logits.double(), of_double, **own, **in_double)
-    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=16 * torch.finfo(result.dtype).eps * magnitude)
-
-
-def gradient_of_scale(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, float]:
-    """The gradient of a scale of 0.7, and how large the terms are that it is the sum of."""
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    scale = torch.tensor(0.7, dtype=acc, device=logits.device, requires_grad=True)
-    logits = logits.requires_grad_()
-    out = ours.cross_entropy(logits, target, logit_scale=scale, dtype=acc, **RETURNED, **options)
+    acc = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor(0.7, dtype=acc, device=device, requires_grad=True)
+    out = ours.cross_entropy(logits, target, logit_scale=scale, dtype=acc, **RETURNED, **options, **own)
     upstream = [grad_output_for(out.loss), grad_output_for(out.lse), grad_output_for(out.entropy).flip(0) + 0.5]
-    of_scale, of_logits = torch.autograd.grad([out.loss, out.lse, out.entropy], [scale, logits], upstream)
-    moved = logits.detach().abs().nan_to_num(posinf=0)
-    return of_scale, float((of_logits.abs() / 0.7 * moved * (2 + moved)).sum() + moved.amax())
+    (result,) = torch.autograd.grad([out.loss, out.lse, out.entropy], scale, upstream)
+    assert result.dtype == acc
+
+    def in_double(value: Any) -> Any:
+        return value.cpu().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    logits, exact = in_double(logits).requires_grad_(), in_double(scale.detach()).requires_grad_()
+    target = in_double(target) if target.is_floating_point() else target.cpu().long()
+    options = {name: in_double(value) for name, value in options.items()}
+    class_dim = min(1, logits.dim() - 1)
+    values = composed.transformed(logits, softcap, exact)
+    outputs = [
+        composed.cross_entropy(logits, target, logit_scale=exact, **options, **own),
+        values.logsumexp(class_dim),
+        composed.entropy(values, class_dim),
+    ]
+    expected, of_logits = torch.autograd.grad(outputs, [exact, logits], [in_double(grad) for grad in upstream])
+    terms = (of_logits * logits / exact).detach()  # a row's softmax is rounded by its largest value
+    largest = logits.detach().abs().amax(class_dim, keepdim=True)
+    allowed = 8 * torch.finfo(acc).eps * float((terms.abs() * (2 + largest)).sum())
+    torch.testing.assert_close(in_double(result), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("classes", [10, 100, 600, 1001])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_scaled_logits_far_from_zero(device: str, dtype: torch.dtype, classes: int, tensor: bool) -> None:
+    """A product is rounded before the largest is subtracted: what is certain costs nothing, and equals are equal."""
+    for size in (1e3, 1e4, 6e4, 1e7, 3e9, 1e30):
+        if size > torch.finfo(dtype).max:
+            continue
+        logits = torch.zeros(6, classes, dtype=dtype, device=device)
+        logits[0, 0] = logits[1, classes // 2] = logits[2, classes - 1] = logits[3, 7] = size
+        logits[4:] = size
+        target = torch.tensor([0, classes // 2, classes - 1, 7, 0, classes - 1], device=device)
+        scale = torch.tensor(1.3, device=device, requires_grad=True) if tensor else 1.3
+        for arranged in (logits, logits.T.contiguous().T):
+            leaf = arranged.clone().requires_grad_()
+            out = ours.cross_entropy(
+                leaf, target, reduction="none", logit_scale=scale, return_entropy=True, dtype=torch.float64
+            )
+            ends = torch.tensor([0.0] * 4 + [math.log(classes)] * 2, dtype=torch.float64)
+            torch.testing.assert_close(out.loss.detach().cpu(), ends, rtol=1e-6, atol=0)
+            torch.testing.assert_close(out.entropy.detach().cpu().double(), ends, rtol=1e-6, atol=0)
+            certain = (out.loss + out.entropy)[:4].sum()
+            grads = torch.autograd.grad(certain, [leaf, scale] if tensor else [leaf])
+            assert all((grad == 0).all() for grad in grads)
 
 
 @pytest.mark.parametrize("classes", [5, 100])
@@ -507,6 +540,7 @@ def test_many_rows_give_the_same_bits(restore_threads: None) -> None:
     assert_accurate("loss", losses[0].float(), truth)
 
 
+INF = math.inf
 NUMBERS = [float("nan"), float("inf"), "a", 1j, True, torch.ones(2), numpy.ones(2)]
 WRONG: dict[str, list[Any]] = {
     "z_loss": [-1.0, torch.tensor(0.1), *NUMBERS],
@@ -742,6 +776,35 @@ def test_a_scale_that_is_not_positive(device: str, value: float) -> None:
             assert (predictions == 0).all()
 
 
+def test_batched_gradients_of_a_scale(device: str) -> None:
+    """Of more rows than torch adds up at once."""
+    logits = cases.normal((20_000, 3), torch.float32, device).requires_grad_()
+    target = cases.indices((20_000,), 3, torch.int64, device)
+    scale = torch.tensor(0.7, device=device, requires_grad=True)
+    loss = ours.cross_entropy(logits, target, logit_scale=scale)
+    upstream = torch.tensor([1.0, -3.0], device=device)
+    batched = torch.autograd.grad(loss, [logits, scale], upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(loss, [logits, scale], grad, retain_graph=True) for grad in upstream]
+    for result, expected in zip(batched, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert_bitwise_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"logit_scale": torch.tensor(1e-50, dtype=torch.float64)}, "logit_scale"),
+        ({"logit_scale": torch.tensor(1e50, dtype=torch.float64)}, "logit_scale"),
+        ({"logit_scale": torch.tensor(math.inf)}, "logit_scale"),
+        ({"logit_scale": torch.nn.Parameter(torch.tensor(-1.0))}, "logit_scale"),
+        ({"logit_scale": torch.tensor(1e30), "softcap": 1e-10}, "logit_scale / softcap"),
+    ],
+    ids=str,
+)
+def test_scales_beyond_the_dtype_of_computation(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected a positive number within the range of torch.float32, got"):
+        ours.cross_entropy(torch.zeros(4, 5), torch.zeros(4).long(), **options)
+
+
 @pytest.mark.parametrize(("softcap", "scale"), [(1e25, 1e-20), (1e30, 1e-30), (1e-9, 1e30)])
 def test_softcap_and_scale_beyond_each_other(softcap: float, scale: float) -> None:
     """Their quotient is a factor of the kernels."""
@@ -785,7 +848,10 @@ def test_token_logprobs(device: str, dtype: torch.dtype, temperature: float | Te
 
 @pytest.mark.parametrize(
     "temperature",
-    [0, -1.0, float("nan"), 5e-324, 1e-40, True, "a", torch.ones(1), torch.ones((), dtype=torch.int64)],
+    [
+        *(0, -1.0, float("nan"), 5e-324, 1e-40, True, "a"),
+        *(torch.ones(1), torch.ones((), dtype=torch.int64), torch.tensor(-1.0), torch.tensor(1e-40), torch.tensor(INF)),
+    ],
 )
 def test_token_logprobs_of_a_wrong_temperature(temperature: Any) -> None:
     with pytest.raises(ValueError, match=r"^temperature: expected .*, got"):

@@ -232,6 +232,33 @@ def test_func_of_outputs_with_a_row_that_has_none() -> None:
     assert (result[1] == 0).all()
 
 
+INF, LEAST = torch.inf, torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("output", ["loss", "lse", "entropy"])
+@pytest.mark.parametrize(
+    "row",
+    [[-INF, 1.0, 2.0], [0.0, -INF, 2.0], [0.0, 1.0, LEAST], [1e8, 1e8, 0.0], [-INF] * 3, [0.0, INF, 1.0]],
+    ids=str,
+)
+def test_func_as_eager_at_the_ends(row: list[float], output: str) -> None:
+    """Masked classes with and without a part in the loss, large values, rows without a softmax."""
+    x, y, scale = torch.tensor([row, [0.0, 1, 2]]), torch.tensor([0, 1]), torch.tensor(0.25)
+
+    def number(x: Tensor, scale: Tensor) -> Tensor:
+        out = ours.cross_entropy(x, y, logit_scale=scale, reduction="sum", return_lse=True, return_entropy=True)
+        return 2 * getattr(out, output).sum()
+
+    leaves = x.clone().requires_grad_(), scale.clone().requires_grad_()
+    expected = torch.autograd.grad(number(*leaves), leaves)
+    torch.testing.assert_close(grad(number, (0, 1))(x, scale), expected, equal_nan=True)
+    first = torch.autograd.grad(number(*leaves), leaves, create_graph=True)
+    torch.testing.assert_close(first, expected, equal_nan=True)
+    if LEAST in row:
+        second = torch.autograd.grad(sum(t.sin().sum() for t in first), leaves)
+        assert all(t.isfinite().all() for t in second)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind: str) -> None:
     x, y, v, d, scale = inputs(kind, dtype=torch.float64)

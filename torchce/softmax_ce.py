@@ -1,8 +1,8 @@
 """Autograd of softmax cross entropy.
 
-Saved for backward: the logits and target that came in, two numbers a row (three for probability targets) and two for
-the whole; never probabilities. What torch is to transform, or to differentiate more than once, is computed by the
-kernels' formulas in torch's own operations (:mod:`torchce.softmax_ce_formulas`).
+Saved for backward: the logits and target that came in, two numbers a row (one more for probability targets, and for
+entropies) and two for the whole; never probabilities. What torch is to transform, or to differentiate more than once,
+is computed by the kernels' formulas in torch's own operations (:mod:`torchce.softmax_ce_formulas`).
 """
 
 from __future__ import annotations

@@ -131,9 +131,13 @@ def _of_logits(gradient: Tensor, values: Tensor, options: Options) -> Tensor:
 
 
 def _lse(x: Tensor, class_dim: int) -> Tensor:
-    """``torch.logsumexp``, but NaN of a row with an infinite logit, as its loss is."""
-    lse = torch.logsumexp(x, class_dim)
-    return torch.where(lse == torch.inf, torch.nan, lse)
+    """``torch.logsumexp``, but NaN of a row with an infinite logit, as its loss is.
+
+    Its gradient is softmax for logits of any size; torch's is exp(x - lse), in which lse has been rounded.
+    """
+    largest = x.amax(class_dim, keepdim=True).detach()
+    largest = torch.where(largest == -torch.inf, 0, largest)
+    return (x - largest).exp().sum(class_dim).log() + largest.squeeze(class_dim)
 
 
 def _z_loss(z: float, lse: Tensor) -> Tensor:
@@ -177,18 +181,26 @@ def scaled(logits: Tensor, scale: Tensor) -> Tensor:
     """Their product, NaN unless the scale is positive; infinite logits have no part in the scale's gradient."""
     finite = logits.isfinite()
     scale = torch.where(scale > 0, scale, torch.nan)
-    return torch.where(finite, scale * torch.where(finite, logits, 0), logits)
+    return scale * torch.where(finite, logits, 0) + torch.where(finite, 0, scale.detach() * logits)
 
 
 def _entropy(x: Tensor, class_dim: int) -> Tensor:
-    """That of softmax(x), to which classes of minus infinity add nothing."""
+    """That of softmax(x)."""
+    gap = _gap(x, class_dim)
+    return gap.exp().sum(class_dim).log() - (torch.softmax(x, class_dim) * gap).sum(class_dim)
+
+
+def _gap(x: Tensor, class_dim: int) -> Tensor:
+    """How far each value lies below the largest, which is a constant here: whatever it is, entropies are the same.
+
+    No further than where the exponential is 0 in every dtype: a product with infinity would be NaN.
+    """
     gap = x - x.amax(class_dim, keepdim=True).detach()
-    mean_gap = (torch.softmax(x, class_dim) * torch.where(gap == -torch.inf, 0, gap)).sum(class_dim)
-    return gap.exp().sum(class_dim).log() - mean_gap
+    return torch.where(gap < -1000, -1000, gap)
 
 
 def _reads_outputs(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Whose lse and entropy have a derivative: not ignored rows' of no softmax, whose gradient is 0."""
+    """Which rows' lse and entropy have a derivative: an ignored row without a softmax has the gradient 0."""
     if target.is_floating_point():
         return torch.ones_like(lse, dtype=torch.bool)
     return lse.isfinite() | (target.to(torch.int64) != ignore_index)
@@ -278,8 +290,7 @@ def gradients(
         if grad_lse is not None:
             of_values = of_values + p * torch.where(is_read, grad_lse.unsqueeze(1), 0)
         if grad_entropy is not None:
-            gap = values - values.amax(1, keepdim=True).detach()
-            gap = torch.where(gap == -torch.inf, 0, gap)
+            gap = _gap(values, 1)
             from_mean = (p * gap).sum(1, keepdim=True) - gap
             of_values = of_values + p * from_mean * torch.where(is_read, grad_entropy.unsqueeze(1), 0)
         of_outputs = _of_logits(of_values, values, options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn.parameter import Parameter
 
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing  # type: ignore[attr-defined]
@@ -67,6 +68,11 @@ def all_finite(tensor: Tensor) -> bool:
     return total is not None and math.isfinite(total)
 
 
+def known_least(tensor: Tensor) -> float | None:
+    """The least number in ``tensor``, a NaN if there is one, where it is known."""
+    return _known_value(tensor, Tensor.min)
+
+
 def _known_value(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> float | None:
     """The number that ``tensor`` reduces to, where a program may depend on it: nothing traces, and no device has to be
     waited for."""
@@ -81,7 +87,7 @@ def _known_value(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> float
         if torch._is_functional_tensor(tensor):  # what was written to its views may not have reached it
             return None
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    if not (type(tensor) is Tensor and tensor.is_cpu) or is_batched(tensor):
+    if not (type(tensor) in (Tensor, Parameter) and tensor.is_cpu) or is_batched(tensor):
         return None
     with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         return reduction(tensor).item()

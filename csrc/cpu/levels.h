@@ -25,8 +25,8 @@ struct Kernels {
   int64_t rows_along;   // a group, where lanes run along each row
   int64_t rows_across;  // two strips, where lanes run across the rows
   void (*softmax_ce_forward)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end, Partial*);
-  void (*softmax_ce_predict)(const softmax_ce::Forward&, int64_t row_begin,
-                             int64_t row_end);  // both behind the forward
+  // The next two take rows that the forward is through with.
+  void (*softmax_ce_predict)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_entropies)(const softmax_ce::Forward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_backward)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);
   void (*softmax_ce_backward_target)(const softmax_ce::Backward&, int64_t row_begin, int64_t row_end);

@@ -121,7 +121,7 @@ void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* p
 // `look(class of the block, vector, value)` sees each value before. Exp: GradientExp or TiltedExp.
 template <class Target, class Exp, class A, int W, class Coefficients, class Look>
 TORCHCE_SIMD void to_gradients(Block<A, W>& block, int64_t k, int classes, Coefficients& coefficients,
-                               const Factors<A, W>& factors, Look look) {
+                               const Factors<A, W, Exp::kTilted>& factors, Look look) {
   if constexpr (Target::kSpread) coefficients.read_block(k, classes);
   const Exp scaled_exp;
   for (int w = 0; w < W; ++w) {
@@ -141,11 +141,12 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
   using A = Accumulate<T>;
   using V = Lanes<A>;
   using Slopes = BlockSlopes<LogitOf<Target, T>, A, W>;
+  using AllFactors = Factors<A, W, Exp::kTilted>;
   const Rows& rows = call.rows;
   const StripLogits<T, Target, W> logits(rows, row, count);
   const Strip<A, T, W> grad(rows, static_cast<T*>(call.grad), call.grad_strides, row, count);
   const bool in_place = call.grad == rows.logits;
-  const auto write_classes_of = [&](auto& coefficients, const Factors<A, W>& factors, auto finish) {
+  const auto write_classes_of = [&](auto& coefficients, const AllFactors& factors, auto finish) {
     for_each_block(rows.classes, [&](int64_t k, int classes) {
       Block<A, W> block;
       Slopes slopes;
@@ -159,18 +160,17 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
       grad.template write<kNans<Target>>(k, classes, block);
     });
   };
-  const auto write_classes = [&](const Factors<A, W>& factors, auto finish) {
+  const auto write_classes = [&](const AllFactors& factors, auto finish) {
     with_coefficients<Target, A, W>(rows, row, count,
                                     [&](auto& coefficients) { write_classes_of(coefficients, factors, finish); });
   };
 
   if constexpr (Target::kProbabilities) {
-    write_classes(
-        Factors<A, W>(call, row, count, nullptr),
-        [](int64_t, int classes, Block<A, W>& block, const Slopes& slopes) { slopes.multiply(classes, block); });
+    write_classes(AllFactors(call, row, count, nullptr), [](int64_t, int classes, Block<A, W>& block,
+                                                            const Slopes& slopes) { slopes.multiply(classes, block); });
   } else {
     const IndexedRows<A, W> targets(rows, row, count);
-    const Factors<A, W> factors(call, row, count, &targets);
+    const AllFactors factors(call, row, count, &targets);
     write_classes(factors, [&](int64_t k, int classes, Block<A, W>& block, const Slopes& slopes) {
       for_each_hot(targets, k, classes, block, [&](int l, A& g) { g -= factors.hot[l]; });
       slopes.multiply(classes, block);

@@ -162,13 +162,29 @@ struct GroupGradients {
   using Scale = typename Exp::Scale;
   const Rows& rows;
   const IndexTargets<T>* targets;
-  Factors<A, kGroup> factors;
+  Factors<A, kGroup, Exp::kTilted> factors;
   Exp scaled_exp;
   Scale scales[kGroup];
 
   TORCHCE_SIMD GroupGradients(const Backward& call, int64_t row, int count, const IndexTargets<T>* targets)
       : rows(call.rows), targets(targets), factors(call, row, count, targets) {
     for (int w = 0; w < vectors_of<A>(count); ++w) scales[w] = Scale::of(factors, w);
+  }
+  // The gradients of the values of the target classes, from their logits.
+  TORCHCE_SIMD PerRow<A, kGroup> of_target_values(const PerRow<A, kGroup>& hot_logits, int vectors) const {
+    const LogitOf<Target, T> logit(rows);
+    PerRow<A, kGroup> result;
+    for (int w = 0; w < vectors; ++w) {
+      const auto x = logit.value(hot_logits.lanes(w)), max = factors.max.lanes(w), scale = factors.scale.lanes(w);
+      Lanes<A> p;
+      if constexpr (Exp::kTilted) {
+        p = scaled_probability(x, max, scale, factors.tilt.lanes(w));
+      } else {
+        p = scaled_probability(x, max, scale);
+      }
+      result.set(w, class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w));
+    }
+    return result;
   }
   // Whether row l has no gradient.
   TORCHCE_SIMD bool is_zero(int l) const { return targets != nullptr && factors.has_gradient[l] == 0; }
@@ -189,21 +205,16 @@ TORCHCE_SIMD void backward_group(const Backward& call, int64_t row, int count, c
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const GroupGradients<T, Target, Exp> gradients(call, row, count, targets);
-  const auto& factors = gradients.factors;
   PerRow<A, kGroup> hot_gradients{};
   if (targets != nullptr) {  // before a logit may be overwritten
     for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
       hot_gradients[l] = load_one<A>(x.x + targets->index[l]);  // the logit, for now
     });
     const LogitOf<Target, T> logit(rows);
-    for (int w = 0; w < vectors_of<A>(count); ++w) {
-      const auto x = logit.value(hot_gradients.lanes(w));
-      auto p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w));
-      if constexpr (std::is_same_v<Exp, TiltedExp<T>>) {
-        p = scaled_probability(x, factors.max.lanes(w), factors.scale.lanes(w), factors.tilt.lanes(w));
-      }
-      const auto g = class_gradient(p, factors.spread.lanes(w), targets->weight.lanes(w)) - factors.hot.lanes(w);
-      hot_gradients.set(w, logit.slope(x) * g);
+    const int vectors = vectors_of<A>(count);
+    const auto of_values = gradients.of_target_values(hot_gradients, vectors);
+    for (int w = 0; w < vectors; ++w) {
+      hot_gradients.set(w, logit.slope(logit.value(hot_gradients.lanes(w))) * of_values.lanes(w));
     }
   }
   for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {

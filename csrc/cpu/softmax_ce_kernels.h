@@ -23,7 +23,7 @@ bool lanes_run_along(const Rows& rows) {
 // gradients of entropies have others.
 
 inline void softmax_ce_forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  with_problem_types(call.rows, call.rows.transform(), [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.are_transformed(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if (lanes_run_along<T, Target>(call.rows)) {
@@ -45,7 +45,7 @@ void softmax_ce_backward_of(const Backward& call, int64_t row_begin, int64_t row
 
 inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t row_end) {
   const bool has_tilt = call.grad_entropy != nullptr;
-  with_problem_types(call.rows, has_tilt || call.rows.transform(), [&](auto logits, auto target) {
+  with_problem_types(call.rows, has_tilt || call.rows.are_transformed(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (kIsGeneral<Target>) {
@@ -57,7 +57,7 @@ inline void softmax_ce_backward(const Backward& call, int64_t row_begin, int64_t
 
 // Writes the gradient of target probabilities that require one.
 inline void softmax_ce_backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
-  with_problem_types(call.rows, call.rows.transform(), [&](auto logits, auto target) {
+  with_problem_types(call.rows, call.rows.are_transformed(), [&](auto logits, auto target) {
     using T = decltype(logits);
     using Target = decltype(target);
     if constexpr (Target::kProbabilities) across::backward_target<T, Target>(call, row_begin, row_end);

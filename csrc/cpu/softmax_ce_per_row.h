@@ -232,11 +232,12 @@ TORCHCE_SIMD PerRow<A, W> own_gradients(const Rows& rows, const void* grad, cons
 template <class Target>
 constexpr Nans kNans = Target::kSpread ? Nans::any : Nans::plain;
 
-// Factors holds the rows' GradientFactors and their largest logits.
-template <class A, int W>
+// Factors holds the rows' GradientFactors and their largest logits. kTilted: their entropies may have gradients.
+template <class A, int W, bool kTilted>
 struct Factors {
   using V = Lanes<A>;
-  PerRow<A, W> max, scale, spread, hot, tilt;
+  PerRow<A, W> max, scale, spread, hot;
+  PerRow<A, kTilted ? W : 1> tilt;
   PerRow<A, W> has_gradient;  // of indices: 0 for an ignored row, unless lse or entropy have a gradient there, else 1
 
   TORCHCE_SIMD Factors(const Backward& call, int64_t row, int count, const IndexedRows<A, W>* targets) {
@@ -245,11 +246,13 @@ struct Factors {
     const auto sum = PerRow<A, W>::of(statistics.sum + row, count);
     const GradOutputs<A, W> upstream(call, row, count);
     max = PerRow<A, W>::of(statistics.max + row, count);
-    const bool has_lse = call.grad_lse != nullptr, has_entropy = call.grad_entropy != nullptr;
+    const bool has_lse = call.grad_lse != nullptr, has_entropy = kTilted && call.grad_entropy != nullptr;
     const auto of_lse = own_gradients<A, W>(call.rows, call.grad_lse, call.grad_lse_strides, row, count);
-    const auto of_entropy = own_gradients<A, W>(call.rows, call.grad_entropy, call.grad_entropy_strides, row, count);
-    PerRow<A, W> mean_gaps;
-    if (has_entropy) mean_gaps = PerRow<A, W>::of(statistics.mean_gaps + row, count);
+    PerRow<A, W> of_entropy, mean_gaps;
+    if constexpr (kTilted) {
+      of_entropy = own_gradients<A, W>(call.rows, call.grad_entropy, call.grad_entropy_strides, row, count);
+      if (has_entropy) mean_gaps = PerRow<A, W>::of(statistics.mean_gaps + row, count);
+    }
     const A z = A(call.rows.options.z_loss);
     // Adds what comes by way of lse and entropy. Then a row without an upstream gradient has no part of the loss, be
     // that infinite.
@@ -278,9 +281,10 @@ struct Factors {
           w, g, index_factors<true>(g, upstream.rest, targets->hot(w), targets->smoothing, sum_of_indices, sums));
       of_rows.hot = plain(of_rows.hot);
       of_rows.scale = plain(of_rows.scale);
-      of_rows.tilt = plain(of_rows.tilt);
+      if constexpr (kTilted) of_rows.tilt = plain(of_rows.tilt);
       set(w, of_rows);
-      const auto asked = (of_lse.lanes(w) != V{}) | (of_entropy.lanes(w) != V{});
+      auto asked = of_lse.lanes(w) != V{};
+      if constexpr (kTilted) asked |= of_entropy.lanes(w) != V{};
       has_gradient.set(w, math::select(asked & (sums == sums), V{} + 1, kept));
     }
   }
@@ -290,7 +294,7 @@ struct Factors {
     scale.set(w, of_rows.scale);
     spread.set(w, of_rows.spread);
     hot.set(w, of_rows.hot);
-    tilt.set(w, of_rows.tilt);
+    if constexpr (kTilted) tilt.set(w, of_rows.tilt);
   }
   TORCHCE_SIMD static V plain(V x) { return math::select(x == x, x, broadcast(A(__builtin_nan("")))); }
 };
@@ -299,13 +303,14 @@ struct Factors {
 // tilt its scale, which is put into the polynomial.
 template <class T>
 struct GradientExp : math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>> {
+  static constexpr bool kTilted = false;
   using Scaled = math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>>;
   struct Scale : Scaled::Scale {
     TORCHCE_SIMD Scale() {}
     TORCHCE_SIMD Scale(const Scale& of_lanes, int lane) : Scaled::Scale(of_lanes, lane) {}
     TORCHCE_SIMD explicit Scale(Lanes<Accumulate<T>> scale) : Scaled::Scale(scale) {}
     template <class A, int W>
-    TORCHCE_SIMD static Scale of(const Factors<A, W>& factors, int w) {
+    TORCHCE_SIMD static Scale of(const Factors<A, W, kTilted>& factors, int w) {
       return Scale(factors.scale.lanes(w));
     }
   };
@@ -313,9 +318,10 @@ struct GradientExp : math::ScaledExp<Lanes<Accumulate<T>>, kSixteenBits<T>> {
   TORCHCE_SIMD GradientExp() {}
 };
 
-// The same of rows that may have a tilt.
+// TiltedExp is GradientExp for rows that may have a tilt.
 template <class T>
 struct TiltedExp {
+  static constexpr bool kTilted = true;
   using V = Lanes<Accumulate<T>>;
   using Exp = math::ScaledExp<V, kSixteenBits<T>>;
   struct Scale {
@@ -326,7 +332,7 @@ struct TiltedExp {
     TORCHCE_SIMD Scale(const Scale& of_lanes, int lane)
         : scale(of_lanes.scale[lane] - V{}), tilt(of_lanes.tilt[lane] - V{}) {}
     template <class A, int W>
-    TORCHCE_SIMD static Scale of(const Factors<A, W>& factors, int w) {
+    TORCHCE_SIMD static Scale of(const Factors<A, W, kTilted>& factors, int w) {
       return {factors.scale.lanes(w), factors.tilt.lanes(w)};
     }
   };

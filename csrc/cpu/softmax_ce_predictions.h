@@ -8,7 +8,7 @@ namespace torchce::cpu::TORCHCE_LEVEL {
 
 // Whether the forward has left the rows' largest logits in its statistics: there may be values of logits instead, of
 // which several can be equal where the logits are not.
-inline bool knows_largest(const Rows& rows) { return !rows.transform(); }
+inline bool knows_largest(const Rows& rows) { return !rows.are_transformed(); }
 
 // The class torch.argmax gives of a row with a NaN or +inf, whose largest logit the forward has not kept: that of the
 // first NaN, else the first of the largest logit.

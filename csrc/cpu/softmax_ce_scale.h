@@ -15,7 +15,13 @@ TORCHCE_SIMD void scale_gradients_of_group(const Backward& call, int64_t row, in
   const Rows& rows = call.rows;
   const GroupGradients<T, Target, TiltedExp<T>> gradients(call, row, count, targets);
   const LogitOf<Target, T> logit(rows);
-  PerRow<A, kGroup> grad{};
+  PerRow<A, kGroup> hot_logits{}, of_target_values{}, grad{};
+  if (targets != nullptr) {
+    for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
+      hot_logits[l] = load_one<A>(x.x + targets->index[l]);
+    });
+    of_target_values = gradients.of_target_values(hot_logits, vectors_of<A>(count));
+  }
   for_each_row<T, Target>(rows, row, count, [&](int l, RowPosition at, RowLogits<T, Target> x) TORCHCE_HD_LAMBDA {
     if (gradients.is_zero(l)) return;
     gradients.with_row(l, at, [&](const auto& of_values) TORCHCE_HD_LAMBDA {
@@ -24,12 +30,13 @@ TORCHCE_SIMD void scale_gradients_of_group(const Backward& call, int64_t row, in
         const VectorPair<T> values = x.at(k);
         VectorPair<T> terms = of_values.at(k, values);
         for (int i = 0; i < terms.kVectors; ++i) terms.v[i] *= logit.slope_by_scale(stored.v[i], values.v[i]);
-        return terms;
+        // The target class's is added last, with its own part in it: where it is certain nothing must stay of them.
+        const int64_t place = targets == nullptr ? -1 : targets->index[l] - k;
+        return uint64_t(place) < uint64_t(VectorPair<T>::kSize) ? terms.without(place) : terms;
       });
     });
     if (targets == nullptr) return;
-    const A hot_logit = load_one<A>(x.x + targets->index[l]);
-    grad[l] -= gradients.factors.hot[l] * logit.slope_by_scale(hot_logit, logit.value(hot_logit));
+    grad[l] += of_target_values[l] * logit.slope_by_scale(hot_logits[l], logit.value(hot_logits[l]));
   });
   grad.write(static_cast<A*>(call.grad) + row, count);
 }
@@ -58,7 +65,7 @@ TORCHCE_SIMD void scale_gradients_of_strip(const Backward& call, int64_t row, in
   const StripLogits<T, Target, W> logits(rows, row, count);
   const auto& logit = logits.logit;
   math::CompensatedSum<V, true> totals[W]{};
-  const auto add_classes = [&](const Factors<A, W>& factors, auto subtract_hot) {
+  const auto add_classes = [&](const Factors<A, W, true>& factors, auto subtract_hot) {
     with_coefficients<Target, A, W>(rows, row, count, [&](auto& coefficients) {
       for_each_block(rows.classes, [&](int64_t k, int classes) {
         Block<A, W> slopes, block;  // at first logits as they lie in memory, and their values
@@ -82,11 +89,11 @@ TORCHCE_SIMD void scale_gradients_of_strip(const Backward& call, int64_t row, in
   };
   PerRow<A, W> grad;
   if constexpr (Target::kProbabilities) {
-    add_classes(Factors<A, W>(call, row, count, nullptr), [](int64_t, int, Block<A, W>&) {});
+    add_classes(Factors<A, W, true>(call, row, count, nullptr), [](int64_t, int, Block<A, W>&) {});
     for (int w = 0; w < W; ++w) grad.set(w, totals[w].sum);
   } else {
     const IndexedRows<A, W> targets(rows, row, count);
-    const Factors<A, W> factors(call, row, count, &targets);
+    const Factors<A, W, true> factors(call, row, count, &targets);
     add_classes(factors, [&](int64_t k, int classes, Block<A, W>& block) {
       for_each_hot(targets, k, classes, block, [&](int l, A& g) { g -= factors.hot[l]; });
     });

@@ -159,6 +159,16 @@ struct VectorPair {
   // The two vectors added to each other.
   TORCHCE_SIMD V sum() const { return v[0] + v[1]; }
 
+  // This pair with 0 in that place.
+  TORCHCE_SIMD VectorPair without(int64_t place) const {
+    VectorPair result;
+    for (int i = 0; i < kVectors; ++i) {
+      const V places = lane_numbers<A>() * A(kStep) + A(start(i));
+      result.v[i] = math::select(places == A(place), V{}, v[i]);
+    }
+    return result;
+  }
+
   // This pair with `v` in the places before `place`.
   TORCHCE_SIMD VectorPair from(int64_t place, A filler) const {
     VectorPair result;

@@ -36,7 +36,8 @@ __device__ __forceinline__ double exp_in_sum(double x) { return math::exp_of_neg
 //
 // In the short form results below 2^-126 must not become 0, because a large scale may lift them into what 16 bits can
 // hold. So 2^64 e^x is computed, and the scale takes that excess out again. A scale below 2^-24 would lose digits by
-// it, but its products with such results are 0 in 16 bits anyway, so there is no excess then.
+// it, but its products with such results are 0 in 16 bits anyway, so there is no excess then. Beside a tilt the error
+// is relative to the larger of both.
 template <class A, bool kShort>
 class ScaledExp {
   A scale_, tilt_;

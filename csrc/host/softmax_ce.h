@@ -73,7 +73,7 @@ struct Inputs {
   static constexpr std::tuple kFields{&Inputs::logits, &Inputs::target, &Inputs::weight};
 };
 
-// The same with a scale of the logits, which a plain loss has not.
+// ScaledInputs have a scale of the logits too, which a plain loss has not.
 struct ScaledInputs : Inputs {
   std::optional<Tensor> scale = std::nullopt;
 

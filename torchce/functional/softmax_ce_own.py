@@ -19,7 +19,7 @@ from torchce.composites import sum_of_rows, times
 from torchce.functional._common import FLOATS, REDUCTION_NAMES, has_shape, is_integer, is_number
 from torchce.softmax_ce import Options, Wanted, row_weights, softmax_ce, softmax_ce_outputs
 from torchce.softmax_ce_formulas import are_plain, plain_options
-from torchce.transforms import all_true
+from torchce.transforms import known_least
 
 _NONE, _MEAN, _SUM = range(3)
 _NO_CLASS = -(2**63)
@@ -96,11 +96,14 @@ class Own(NamedTuple):
             check_positive("softcap", self.softcap, acc)
             check_positive("1 / softcap", 1 / self.softcap, acc)
         if isinstance(self.logit_scale, Tensor):
-            check_scale("logit_scale", self.logit_scale, input)
-        elif self.logit_scale is not None:
-            check_positive("logit_scale", self.logit_scale, acc)
+            check_scalar("logit_scale", self.logit_scale, input)
+            scale = known_least(self.logit_scale)
+        else:
+            scale = self.logit_scale
+        if scale is not None:
+            check_positive("logit_scale", scale, acc)
             if self.softcap is not None:
-                check_positive("logit_scale / softcap", self.logit_scale / self.softcap, acc)
+                check_positive("logit_scale / softcap", scale / self.softcap, acc)
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype in FLOATS):
             raise ValueError(f"dtype: expected a floating point dtype of 16 bits or more, got {self.dtype!r}")
         if self.sample_weight is not None:
@@ -142,13 +145,6 @@ def check_scalar(name: str, value: Tensor, input: Tensor, may_be_integer: bool =
         raise ValueError(f"{name}: expected {expected}, got {value.dtype} {list(value.shape)}")
     if not (value.is_cpu or value.device == input.device):
         raise ValueError(f"{name}: expected a tensor on {input.device} or the CPU, got one on {value.device}")
-
-
-def check_scale(name: str, value: Tensor, input: Tensor) -> None:
-    """Raises ValueError unless the tensor ``value`` is a number beside ``input``, and positive if that can be seen."""
-    check_scalar(name, value, input)
-    if all_true(value <= 0):
-        raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def _check_sample_weight(weight: Any, input: Tensor) -> None:
@@ -224,7 +220,10 @@ def own_cross_entropy(
     options = options._replace(z_loss=float(own.z_loss), softcap=float(own.softcap or 0.0))
     scale = None
     if isinstance(own.logit_scale, Tensor):
-        scale = own.logit_scale.to(input.device, acc)
+        scale = own.logit_scale
+        if scale.device != input.device:  # as a kernel's argument: a copy would be waited for
+            scale = input.new_ones((), dtype=acc) * scale
+        scale = scale.to(acc)
     elif own.logit_scale is not None:
         options = options._replace(logit_scale=float(own.logit_scale))
     wanted = Wanted(own.return_lse or own.return_z_loss, own.return_predictions, own.return_entropy)

@@ -11,7 +11,8 @@ from torch.utils import _pytree
 from torchce import ops
 from torchce.functional._common import refuse_scripting
 from torchce.functional.softmax_ce import cross_entropy
-from torchce.functional.softmax_ce_own import check_positive, check_scale
+from torchce.functional.softmax_ce_own import check_positive, check_scalar
+from torchce.transforms import known_least
 
 
 class TokenLogprobsOutput(NamedTuple):
@@ -101,10 +102,16 @@ def token_logprobs(
     """
     acc = ops.accumulation_dtype(input.dtype)
     if isinstance(temperature, Tensor):
-        check_scale("temperature", temperature, input)
+        check_scalar("temperature", temperature, input)
+        number = known_least(temperature)
+    else:
+        number = temperature
+    if number is not None:
+        check_positive("temperature", number, acc)
+        check_positive("1 / temperature", 1 / number, acc)
+    if isinstance(temperature, Tensor):
         logit_scale: float | Tensor = temperature.to(acc).reciprocal()
     else:
-        check_positive("temperature", temperature, acc)
         logit_scale = 1 / temperature
     if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError(f"target: expected class indices, got {target.dtype}")
