@@ -245,18 +245,22 @@ def test_func_as_eager_at_the_ends(row: list[float], output: str) -> None:
     """Masked classes with and without a part in the loss, large values, rows without a softmax."""
     x, y, scale = torch.tensor([row, [0.0, 1, 2]]), torch.tensor([0, 1]), torch.tensor(0.25)
 
-    def number(x: Tensor, scale: Tensor) -> Tensor:
+    def number(x: Tensor, scale: Tensor | None = None) -> Tensor:
         out = ours.cross_entropy(x, y, logit_scale=scale, reduction="sum", return_lse=True, return_entropy=True)
         return 2 * getattr(out, output).sum()
 
     leaves = x.clone().requires_grad_(), scale.clone().requires_grad_()
     expected = torch.autograd.grad(number(*leaves), leaves)
-    torch.testing.assert_close(grad(number, (0, 1))(x, scale), expected, equal_nan=True)
-    first = torch.autograd.grad(number(*leaves), leaves, create_graph=True)
-    torch.testing.assert_close(first, expected, equal_nan=True)
-    if LEAST in row:
-        second = torch.autograd.grad(sum(t.sin().sum() for t in first), leaves)
-        assert all(t.isfinite().all() for t in second)
+    for results in (
+        grad(number, (0, 1))(x, scale),
+        torch.autograd.grad(number(*leaves), leaves, create_graph=True),
+    ):
+        torch.testing.assert_close(results[0], expected[0], equal_nan=True)
+        if 1e8 not in row:  # torch adds up the scale's over all rows, and loses the second one's beside that
+            torch.testing.assert_close(results[1], expected[1], equal_nan=True)
+    if LEAST in row:  # without a scale, whose derivative overflows
+        (first,) = torch.autograd.grad(number(leaves[0]), leaves[0], create_graph=True)
+        assert torch.autograd.grad(first.sin().sum(), leaves[0])[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
