@@ -232,6 +232,7 @@ FAULTS = {
         "team > kWarp ? reduce_block(outputs)",
         "team > kWarp && !PLANTED ? reduce_block(outputs)",
         OUTPUTS,
+        "elements differ",
     ),
     "an entropy has half of its gradient's tilt": Fault(
         FORMULAS, "tilt = -grad / sum;", "tilt = -grad / sum / (1 + PLANTED);", OUTPUTS
