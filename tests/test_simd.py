@@ -31,6 +31,8 @@ KERNELS = (
     r"along::backward<float, torchce::softmax_ce::Indices, ",
     r"along::backward<torchce::BFloat16, torchce::softmax_ce::Indices, ",
     r"along::backward<torchce::Half, torchce::softmax_ce::SmoothedIndices, ",
+    r"along::backward<float, torchce::softmax_ce::General<torchce::softmax_ce::Indices>, .*TiltedExp",
+    r"along::entropies<float>",
     r"across::forward(_strip)?<float, torchce::softmax_ce::Indices",
     r"across::forward(_strip)?<torchce::BFloat16, torchce::softmax_ce::Indices",
     r"across::backward(_strip)?<float, torchce::softmax_ce::Indices",
