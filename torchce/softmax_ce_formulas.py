@@ -166,14 +166,13 @@ def composite_outputs(
     lse = entropy = logits.new_empty(0, dtype=acc)
     if returns_lse or returns_entropy:
         x = logits.to(acc)
-        values = _values(x.detach(), Options(*options))
-        lse_of_all = _lse(values, class_dim)
+        lse_of_all = _lse(_values(x.detach(), Options(*options)), class_dim)
         is_read = _reads_outputs(lse_of_all, target, Options(*options).ignore_index)
         read = _values(torch.where(is_read.unsqueeze(class_dim), x, 0), Options(*options))
         if returns_lse:
             lse = torch.where(is_read, _lse(read, class_dim), lse_of_all)
         if returns_entropy:
-            entropy = torch.where(is_read, _entropy(read, class_dim), _entropy(values, class_dim))
+            entropy = torch.where(is_read, _entropy(read, class_dim), torch.nan)
     return loss, lse, predictions, entropy
 
 

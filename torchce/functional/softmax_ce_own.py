@@ -95,12 +95,7 @@ class Own(NamedTuple):
         if self.softcap is not None:
             check_positive("softcap", self.softcap, acc)
             check_positive("1 / softcap", 1 / self.softcap, acc)
-        if isinstance(self.logit_scale, Tensor):
-            check_scalar("logit_scale", self.logit_scale, input)
-            scale = known_least(self.logit_scale)
-        else:
-            scale = self.logit_scale
-        if scale is not None:
+        if self.logit_scale is not None and (scale := seen("logit_scale", self.logit_scale, input)) is not None:
             check_positive("logit_scale", scale, acc)
             if self.softcap is not None:
                 check_positive("logit_scale / softcap", scale / self.softcap, acc)
@@ -145,6 +140,14 @@ def check_scalar(name: str, value: Tensor, input: Tensor, may_be_integer: bool =
         raise ValueError(f"{name}: expected {expected}, got {value.dtype} {list(value.shape)}")
     if not (value.is_cpu or value.device == input.device):
         raise ValueError(f"{name}: expected a tensor on {input.device} or the CPU, got one on {value.device}")
+
+
+def seen(name: str, value: Any, input: Tensor) -> Any:
+    """The number in ``value`` if it is a tensor that can be one, or None where it cannot be seen; else ``value``."""
+    if not isinstance(value, Tensor):
+        return value
+    check_scalar(name, value, input)
+    return known_least(value)
 
 
 def _check_sample_weight(weight: Any, input: Tensor) -> None:

@@ -11,8 +11,7 @@ from torch.utils import _pytree
 from torchce import ops
 from torchce.functional._common import refuse_scripting
 from torchce.functional.softmax_ce import cross_entropy
-from torchce.functional.softmax_ce_own import check_positive, check_scalar
-from torchce.transforms import known_least
+from torchce.functional.softmax_ce_own import check_positive, seen
 
 
 class TokenLogprobsOutput(NamedTuple):
@@ -101,18 +100,10 @@ def token_logprobs(
                 [-1.3863, -1.3863, -1.3863]])
     """
     acc = ops.accumulation_dtype(input.dtype)
-    if isinstance(temperature, Tensor):
-        check_scalar("temperature", temperature, input)
-        number = known_least(temperature)
-    else:
-        number = temperature
-    if number is not None:
+    if (number := seen("temperature", temperature, input)) is not None:
         check_positive("temperature", number, acc)
         check_positive("1 / temperature", 1 / number, acc)
-    if isinstance(temperature, Tensor):
-        logit_scale: float | Tensor = temperature.to(acc).reciprocal()
-    else:
-        logit_scale = 1 / temperature
+    logit_scale = 1 / (temperature.to(acc) if isinstance(temperature, Tensor) else temperature)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError(f"target: expected class indices, got {target.dtype}")
     result = cross_entropy(
