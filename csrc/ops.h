@@ -49,7 +49,7 @@ struct SoftmaxCE {
   }
 
   static Tensor backward_target(Tensor grad_output, ScaledInputs inputs, Saved saved, Options options) {
-    const bool is_general = options.softcap != 0 || options.logit_scale != 1 || inputs.scale;
+    const bool is_general = options.transforms() || inputs.scale;
     return backward_of(GradientOf::target, /*in_place=*/false, {grad_output}, inputs, saved, options, is_general);
   }
 

@@ -37,7 +37,8 @@ struct Options {
   static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing,
                                       &Options::z_loss,    &Options::softcap,      &Options::logit_scale};
 
-  constexpr bool are_plain() const { return z_loss == 0 && softcap == 0 && logit_scale == 1; }
+  constexpr bool transforms() const { return softcap != 0 || logit_scale != 1; }
+  constexpr bool are_plain() const { return z_loss == 0 && !transforms(); }
 };
 
 // Torch's own options, which are all that an op for plain losses takes: each further one would cost a call 0.2 us.
@@ -64,9 +65,7 @@ struct Rows {
   bool every_row;   // whether an ignored row is read as well: more than its loss is wanted
 
   // Whether the loss is of something else than the logits (softmax_ce_logit.h).
-  constexpr bool are_transformed() const {
-    return options.softcap != 0 || options.logit_scale != 1 || scale != nullptr;
-  }
+  constexpr bool are_transformed() const { return options.transforms() || scale != nullptr; }
 };
 
 // Row statistics are [2, N * S] = (max, sum exp(x - max)), and with probabilities a row more, U = sum_k u_k

@@ -294,4 +294,24 @@ TORCHCE_SIMD auto sums_of_short_row(const RowLogits<T, Target>& x, int64_t class
   return sums + sums_of_pair<Target, true>(exp, x.at(classes - P), u, classes - P, from, k).value();
 }
 
+// The sum of term(k), the terms of the pair of vectors that begins at class k, over the classes of a row.
+template <class T, class Term>
+TORCHCE_SIMD Accumulate<T> sum_over_pairs(int64_t classes, const Term& term) {
+  using A = Accumulate<T>;
+  using V = Lanes<A>;
+  constexpr int64_t P = VectorPair<T>::kSize;
+  constexpr int kPairs = 16;  // of a block
+  math::CompensatedSum<V, true> total{};
+  int64_t k = 0;
+  for (; k + P <= classes; k += kPairs * P) {
+    const int64_t left = (classes - k) / P;
+    math::StridedSum<2, V> of_block;
+    of_block.add(int(left < kPairs ? left : kPairs), [&](int i) TORCHCE_HD_LAMBDA { return term(k + i * P).sum(); });
+    total.add(of_block.value());
+  }
+  const int64_t done = classes / P * P;
+  if (done < classes) total.add(term(classes - P).from(done - (classes - P), A(0)).sum());
+  return sum_of<A>(total.sum);
+}
+
 }  // namespace torchce::cpu::TORCHCE_LEVEL::along

@@ -126,15 +126,14 @@ void predict(const Forward& call, int64_t row_begin, int64_t row_end) {
 }  // namespace across
 
 inline void softmax_ce_predict(const Forward& call, int64_t row_begin, int64_t row_end) {
-  const auto with_logits = [&](auto logits) {
+  with_float_type(call.rows.dtype, [&](auto logits) {
     using T = decltype(logits);
     if (lanes_run_along<T, Indices>(call.rows)) {
       along::predict<T>(call, row_begin, row_end);
     } else {
       across::predict<T>(call, row_begin, row_end);
     }
-  };
-  with_float_type(call.rows.dtype, with_logits);
+  });
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

@@ -2,7 +2,7 @@
 // of a value times the value's derivative by the scale.
 #pragma once
 
-#include "softmax_ce_entropy.h"
+#include "softmax_ce_kernels.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 

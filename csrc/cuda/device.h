@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../host/tensor.h"
+#include "launch_shape.h"
 #include "properties.h"
 
 namespace torchce::cuda {
@@ -87,6 +88,14 @@ void launch(const DeviceScope& device, void (*kernel)(Parameters...), const Grid
   set_cluster(config, attribute, shape.cluster);
   if (shape.shared_memory > 0) device.lift_limits(reinterpret_cast<const void*>(kernel));
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
+}
+
+// Launches a kernel that takes its call and `team`, on rows that belong to teams of so many threads of a block each.
+template <class Call>
+void launch_teams(const DeviceScope& device, void (*kernel)(Call, int), const Call& call, int64_t rows, int team) {
+  if (rows == 0) return;
+  const int64_t teams = kThreads / team, slots = device.resident_blocks(kernel, {kThreads});
+  launch(device, kernel, Grid{std::min(slots, (rows + teams - 1) / teams), {kThreads}}, call, team);
 }
 
 }  // namespace torchce::cuda

@@ -43,19 +43,13 @@ void launch_across(const DeviceScope& device, Backward args) {
   launch_across_packs<T, Target, of, 1>(device, args);
 }
 
-template <class T, class Target>
-void launch_scale(const DeviceScope& device, const Backward& args) {
-  const Rows& rows = args.rows;
-  const int team = classes_are_adjacent(rows, Target::kProbabilities) ? team_of_row(rows.classes, kPack<T>) : 1;
-  const int64_t slots = device.resident_blocks(backward_scale<T, Target>, {kThreads});
-  const int64_t blocks = ceil_div(rows.outer * rows.inner, kThreads / team);
-  launch(device, backward_scale<T, Target>, Grid{std::min(slots, blocks), {kThreads}}, args, team);
-}
-
 void run_scale_kernel(const DeviceScope& device, const BackwardCall& call) {
-  if (call.problem.count() == 0) return;
-  with_general_types(call.args.rows, [&](auto logits_type, auto target_type) {
-    launch_scale<decltype(logits_type), decltype(target_type)>(device, call.args);
+  const Rows& rows = call.args.rows;
+  with_general_types(rows, [&](auto logits_type, auto target_type) {
+    using T = decltype(logits_type);
+    using Target = decltype(target_type);
+    const int team = classes_are_adjacent(rows, Target::kProbabilities) ? team_of_row(rows.classes, kPack<T>) : 1;
+    launch_teams(device, backward_scale<T, Target>, call.args, call.problem.count(), team);
   });
 }
 

@@ -62,21 +62,14 @@ void launch_across(const DeviceScope& device, const ForwardCall& call) {
   launch_across_packs<T, Target, 1>(device, call, args);
 }
 
-template <class T, bool kAdjacent>
-void launch_row_outputs(const DeviceScope& device, const Forward& args, int team) {
-  const int64_t slots = device.resident_blocks(row_outputs<T, kAdjacent>, {kThreads});
-  const int64_t blocks = ceil_div(args.rows.outer * args.rows.inner, kThreads / team);
-  launch(device, row_outputs<T, kAdjacent>, Grid{std::min(slots, blocks), {kThreads}}, args, team);
-}
-
 void launch_row_outputs(const DeviceScope& device, const Forward& args) {
-  if (args.rows.outer * args.rows.inner == 0) return;
+  const int64_t count = args.rows.outer * args.rows.inner;
   with_float_type(args.rows.dtype, [&](auto logits_type) {
     using T = decltype(logits_type);
     if (args.rows.logits_strides.classes == 1) {
-      launch_row_outputs<T, true>(device, args, team_of_row(args.rows.classes, kPack<T>));
+      launch_teams(device, row_outputs<T, true>, args, count, team_of_row(args.rows.classes, kPack<T>));
     } else {
-      launch_row_outputs<T, false>(device, args, 1);
+      launch_teams(device, row_outputs<T, false>, args, count, 1);
     }
   });
 }
