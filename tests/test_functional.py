@@ -111,7 +111,7 @@ def test_a_plain_loss_is_not_questioned(
     def fail(*_: object) -> None:
         raise AssertionError("was questioned")
 
-    monkeypatch.setattr("torchce.functional.softmax_ce._problem", fail)
+    monkeypatch.setattr("torchce.functional.softmax_ce.problem_of", fail)
     weight = cases.uniform([5], torch.float32, device) if weighted else None
     target = cases.softmax_target(kind, (6, 5), torch.float32, device)
     check_softmax_ce(cases.normal((6, 5), torch.float32, device), target, weight=weight, label_smoothing=0.1)

@@ -65,18 +65,20 @@ def differentiate(
     composite: Callable[..., Any],
     set_up: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
+    prepared: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] = lambda _, arguments: arguments,
 ) -> None:
     """Tells autograd how the op ``name`` is differentiated where no Function of ours surrounds it: in traced graphs.
 
     ``set_up`` and ``backward`` are what :func:`torch.library.register_autograd` takes. That has no forward mode,
-    whose tangents it would drop, and is refused inside :mod:`torch.func`: there ``composite`` computes the op.
+    whose tangents it would drop, and is refused inside :mod:`torch.func`: there ``composite`` computes the op. Where it
+    is to be differentiated, the op is called with the arguments that ``prepared`` makes of those that came.
     """
     op = below_autograd(getattr(torch.ops.torchce, name).default)
 
     class Differentiated(Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = op(*arguments)
+            output = op(*prepared(ctx, arguments))
             set_up(ctx, arguments, output)
             return output
 

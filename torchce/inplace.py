@@ -37,8 +37,13 @@ def _applies(logits: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or isinstance(logits, (FakeTensor, FunctionalTensor))
-        or _saved_tensors_hooks(False) is not None
+        or has_saved_tensors_hooks()
     )
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether hooks take what is saved for backward, as in a checkpoint."""
+    return _saved_tensors_hooks(False) is not None
 
 
 def _refusal(logits: Tensor, rows: bool) -> str | None:

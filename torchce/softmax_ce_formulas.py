@@ -235,6 +235,15 @@ def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int, class
     return row_weights(target, weight, ignore_index, classes, dtype).sum().to(dtype)
 
 
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        value = int(target.flatten()[row])
+        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")
+
+
 def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype) -> Tensor:
     """What each row's loss counts in a mean: the weight of its class index, where there are none whether it counts,
     as a bool. Ignored rows and bad indices do not. Shaped as ``target``."""

@@ -15,10 +15,12 @@ raises: TorchScript cannot compile these functions.
 """
 
 from torchce.functional._common import NO_TORCHSCRIPT
+from torchce.functional.linear_softmax_ce import linear_cross_entropy
 from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
-from torchce.functional.softmax_ce import check_targets, cross_entropy
+from torchce.functional.softmax_ce import cross_entropy
 from torchce.functional.softmax_ce_own import CrossEntropyOutput
 from torchce.functional.token_logprobs import TokenLogprobsOutput, token_logprobs
+from torchce.softmax_ce_formulas import check_targets
 
 __all__ = [
     "NO_TORCHSCRIPT",
@@ -27,5 +29,6 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_targets",
     "cross_entropy",
+    "linear_cross_entropy",
     "token_logprobs",
 ]

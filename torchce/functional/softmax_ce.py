@@ -42,7 +42,7 @@ from torchce.functional.softmax_ce_own import (
 )
 from torchce.sizes import are_numbers, known
 from torchce.softmax_ce import Options, eager_softmax_ce, softmax_ce
-from torchce.softmax_ce_formulas import plain_options
+from torchce.softmax_ce_formulas import check_targets, plain_options
 from torchce.transforms import may_be_transformed
 
 _torch_cross_entropy = F.cross_entropy  # bound now, so that torchce.patch_torch cannot lead back here
@@ -206,7 +206,7 @@ def cross_entropy(
         target, ignore_index = one_ignore_index(target, ignore_index)
     if not is_torchs:
         input, target, weight = map(overrides.plain, (input, target, weight))
-    problem = _problem(input, target, weight, ignore_index, label_smoothing)
+    problem = problem_of(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
         arguments = (input, target, weight, None, ignore_index, None, REDUCTION_NAMES[number], label_smoothing)
         loss = explain(problem, _torch_cross_entropy, *arguments)
@@ -217,7 +217,7 @@ def cross_entropy(
     if not is_torchs:
         of_own.check(input, ops.softmax_ce_accumulation(input, target, weight), number)
     inplace_backward = inplace_backward and inplace.will_overwrite(input, rows=True)
-    input, target, weight, dtype = _promote(input, target, weight)
+    input, target, weight, dtype = promote(input, target, weight)
     label_smoothing = max(float(label_smoothing), 0.0)  # torch takes a negative one for none
     options = Options(number, int(ignore_index), label_smoothing)
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
@@ -232,7 +232,7 @@ def _plain_loss(
 ) -> Tensor | None:
     """The loss where nothing can be wrong that the op does not find out itself, else None.
 
-    It is tried first, because a small loss takes less time than all the questions of :func:`_problem`.
+    It is tried first, because a small loss takes less time than all the questions of :func:`problem_of`.
     """
     is_plain = (
         not torch.compiler.is_compiling()
@@ -256,7 +256,7 @@ def _plain_loss(
     try:
         return eager_softmax_ce(input, target, weight, None, (reduction, ignore_index, label_smoothing), False)
     except RuntimeError:
-        problem = _problem(input, target, weight, ignore_index, label_smoothing)
+        problem = problem_of(input, target, weight, ignore_index, label_smoothing)
         if problem is None:  # a saved tensor's hook raised it, say
             raise
         return None
@@ -282,7 +282,7 @@ def _value(number: Any) -> Any:
     return number.item() if isinstance(number, Tensor) else number
 
 
-def _problem(
+def problem_of(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -330,7 +330,7 @@ def _problem(
     return None
 
 
-def _promote(
+def promote(
     input: Tensor, target: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     """The tensors in dtypes that go together in the op, and the loss's dtype, or None for the logits'."""
@@ -350,12 +350,3 @@ def _promote(
     if weight is not None:
         weight = weight.to(accumulation).contiguous()
     return input, target, weight, dtype
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises the CPU kernels' IndexError for the first class index that is no class; waits for the device to know."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        value = int(target.flatten()[row])
-        raise IndexError(f"Target {value} is out of bounds. (row {row} of {target.numel()}, {classes} classes)")

@@ -120,6 +120,26 @@ class Own(NamedTuple):
                 raise ValueError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
 
+    def terms(self, input: Tensor, acc: torch.dtype, options: Options) -> tuple[Tensor | None, Options]:
+        """A tensor that scales the logits, and ``options`` with what else changes a row's loss."""
+        options = options._replace(z_loss=float(self.z_loss), softcap=float(self.softcap or 0.0))
+        if isinstance(self.logit_scale, Tensor):
+            return scalar_beside(self.logit_scale, input, acc), options
+        if self.logit_scale is not None:
+            options = options._replace(logit_scale=float(self.logit_scale))
+        return None, options
+
+    def wanted(self) -> Wanted:
+        return Wanted(self.return_lse or self.return_z_loss, self.return_predictions, self.return_entropy)
+
+
+def scalar_beside(scalar: Tensor, input: Tensor, acc: torch.dtype) -> Tensor:
+    """``scalar`` on the device of ``input``, as a kernel's argument: a copy would be waited for."""
+    if scalar.device != input.device:
+        scalar = input.new_ones((), dtype=acc) * scalar
+    return scalar.to(acc)
+
+
 def _is_number(value: object) -> bool:
     """A number that no device has to be waited for."""
     return is_number(value) and not isinstance(value, (Tensor, bool))
@@ -220,22 +240,13 @@ def own_cross_entropy(
     """The loss of checked inputs; ``dtype`` is the one it has unless ``own`` names another."""
     acc = ops.softmax_ce_accumulation(input, target, weight)
     dtype = own.dtype or dtype
-    options = options._replace(z_loss=float(own.z_loss), softcap=float(own.softcap or 0.0))
-    scale = None
-    if isinstance(own.logit_scale, Tensor):
-        scale = own.logit_scale
-        if scale.device != input.device:  # as a kernel's argument: a copy would be waited for
-            scale = input.new_ones((), dtype=acc) * scale
-        scale = scale.to(acc)
-    elif own.logit_scale is not None:
-        options = options._replace(logit_scale=float(own.logit_scale))
-    wanted = Wanted(own.return_lse or own.return_z_loss, own.return_predictions, own.return_entropy)
-    has_outputs = wanted.lse or wanted.predictions or wanted.entropy
-    is_plain = are_plain(options) and scale is None and not has_outputs
+    scale, options = own.terms(input, acc, options)
+    wanted = own.wanted()
+    is_plain = are_plain(options) and scale is None and not any(wanted)
     if target.is_floating_point() and not is_plain:  # the op takes no other pairs of dtypes then
         target = target.to(acc)
         input = input.to(acc) if acc == torch.float64 else input
-    rows = _Rows(target, weight, input.shape[min(1, input.dim() - 1)], acc, options, own)
+    rows = Rows(target, weight, input.shape[min(1, input.dim() - 1)], acc, options, own)
     of_op = options
     if own.sample_weight is not None:
         of_op = options._replace(reduction=_NONE)
@@ -248,34 +259,17 @@ def own_cross_entropy(
         if whole:
             return loss
         loss = rows.mean(loss if own.sample_weight is None else rows.total(loss))
-        if own.empty_value is not None:
-            loss = torch.where(rows.are_nothing(), own.empty_value, loss)
-        return loss.to(dtype)
+        return rows.or_empty_value(loss).to(dtype)
 
     if is_plain:
         return finished(softmax_ce(input, target, weight, dtype_of_op, plain_options(of_op), inplace_backward))
-    loss, lse, predictions, entropy = softmax_ce_outputs(
+    loss, *outputs = softmax_ce_outputs(
         input, target, weight, scale, dtype_of_op, wanted, of_op, inplace_backward
     )
-    if not has_outputs:
-        return finished(loss)
-    z_loss = None
-    if own.return_z_loss:  # not under no_grad, which forward mode and some traced programs pass over
-        z_losses = options.z_loss * lse * lse if options.z_loss != 0 else torch.zeros_like(lse)
-        z_loss = rows.mean(rows.total(rows.kept(z_losses)))
-        if own.empty_value is not None:
-            z_loss = torch.where(rows.are_nothing(), 0, z_loss)
-        z_loss = z_loss.to(dtype).detach()
-    return CrossEntropyOutput(
-        finished(loss),
-        lse if own.return_lse else None,
-        predictions if own.return_predictions else None,
-        z_loss,
-        entropy if own.return_entropy else None,
-    )
+    return rows.output(finished(loss), *outputs)
 
 
-class _Rows:
+class Rows:
     """How the rows of a call make its loss: their weights, and what the sum of their losses is divided by."""
 
     def __init__(
@@ -311,11 +305,41 @@ class _Rows:
             losses = times(self.sample_weight, losses)
         return losses if self.options.reduction == _NONE else sum_of_rows(losses)
 
+    def divisor(self) -> float | Tensor | None:
+        """What a mean divides by; None where the reduction is none."""
+        if self.options.reduction != _MEAN:
+            return None
+        if self.own.divisor is not None:
+            return self.own.divisor if isinstance(self.own.divisor, Tensor) else float(self.own.divisor)
+        divisor = sum_of_rows(self.weights())
+        return divisor if self.own.empty_value is None else torch.where(self.are_nothing(), 1, divisor)
+
     def mean(self, total: Tensor) -> Tensor:
         """``total`` divided, where the reduction is a mean."""
-        if self.options.reduction != _MEAN:
-            return total
-        if self.own.divisor is not None:
-            return total / (self.own.divisor if isinstance(self.own.divisor, Tensor) else float(self.own.divisor))
-        divisor = sum_of_rows(self.weights())
-        return total / (divisor if self.own.empty_value is None else torch.where(self.are_nothing(), 1, divisor))
+        divisor = self.divisor()
+        return total if divisor is None else total / divisor
+
+    def or_empty_value(self, loss: Tensor, value: float | None = None) -> Tensor:
+        """``loss``, or where none counts and that has a value, this or another one."""
+        if self.own.empty_value is None:
+            return loss
+        return torch.where(self.are_nothing(), self.own.empty_value if value is None else value, loss)
+
+    def output(
+        self, loss: Tensor, lse: Tensor, predictions: Tensor, entropy: Tensor
+    ) -> Tensor | CrossEntropyOutput:
+        """The loss alone or with what was asked for."""
+        own = self.own
+        if not any(own.wanted()):
+            return loss
+        z_loss = None
+        if own.return_z_loss:  # not under no_grad, which forward mode and some traced programs pass over
+            z_losses = self.options.z_loss * lse * lse if self.options.z_loss != 0 else torch.zeros_like(lse)
+            z_loss = self.or_empty_value(self.mean(self.total(self.kept(z_losses))), 0).to(loss.dtype).detach()
+        return CrossEntropyOutput(
+            loss,
+            lse if own.return_lse else None,
+            predictions if own.return_predictions else None,
+            z_loss,
+            entropy if own.return_entropy else None,
+        )

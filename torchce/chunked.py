@@ -1,0 +1,191 @@
+"""A linear layer and what is made of its logits, in pieces of rows: the logits are never whole.
+
+A piece's logits are computed into a buffer that all pieces share, a function of the caller's turns them into their
+gradient there, and two matrix products lead it on to the layer's input and weight. Which loss it is, this file does not
+know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 64 << 20
+LOGITS_SHARE = 16
+# A piece of fewer rows wastes the matrix product: it reads the whole weight, and on the CPU brings it into another order
+# first. 32,000 classes of 128 float32 features took 46 ms in pieces of 128 rows, 29 of 256, 25 of 512.
+LEAST_ROWS_ON_CPU = 256
+# Rows that a tile of a matrix product has, on tensor cores at most; a piece of another number fills its last tile partly.
+_TILE = 128
+# The share of a piece's bytes in which products are put down before they are added to sums of another dtype.
+_PRODUCT_SHARE = 8
+
+
+class Linear(NamedTuple):
+    """The layer: ``input @ weight.T + bias``."""
+
+    input: Tensor  # [rows, features]
+    weight: Tensor  # [outputs, features]
+    bias: Tensor | None  # [outputs]
+
+
+class Gradients(NamedTuple):
+    """Those of the layer's tensors, of their shapes and dtypes; None of what needs none."""
+
+    input: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Chunks(NamedTuple):
+    """How the rows are cut, and what is spared."""
+
+    bytes: int
+    """Of a piece's logits, at most, or 0 for :func:`default_bytes`."""
+    rows: int
+    """Of a piece, at most, or 0 for as many as ``bytes`` allows."""
+    compact: bool
+    """Whether the weight's gradient is added up in its own dtype, not in float32."""
+
+
+def default_bytes(rows: int, row_bytes: int, device: torch.device) -> int:
+    """What the logits of a piece may take: a sixteenth of all, but at least 64 MiB and the rows a product needs.
+
+    On CUDA those are as many as there are multiprocessors: a long row is one block's work.
+    """
+    least_rows = LEAST_ROWS_ON_CPU
+    if device.type == "cuda":
+        least_rows = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(LEAST_BYTES, rows * row_bytes // LOGITS_SHARE, least_rows * row_bytes)
+
+
+def piece_rows(rows: int, row_bytes: int, chunks: Chunks, device: torch.device) -> int:
+    """How many rows the largest piece has: as many as may be, in whole tiles, of pieces that are about alike."""
+    most = chunks.rows or max(1, (chunks.bytes or default_bytes(rows, row_bytes, device)) // max(1, row_bytes))
+    if most >= rows:
+        return max(1, rows)
+    if most > _TILE:
+        most -= most % _TILE
+    pieces = -(-rows // most)
+    alike = -(-rows // pieces)
+    return min(most, -(-alike // _TILE) * _TILE)
+
+
+def run(
+    linear: Linear,
+    kept: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    chunks: Chunks,
+    turn: Callable[[Tensor, slice | Tensor], None],
+) -> Gradients:
+    """Goes through the rows, and returns the gradients of those of the layer's tensors that ``needs`` names.
+
+    Args:
+        linear: the layer, of tensors of one dtype on one device
+        kept: the numbers of the rows that count, the others' gradient is 0; None if all do
+        needs: whether input, weight and bias have a gradient
+        chunks: how the rows are cut
+        turn: called with the logits of a piece, ``[its rows, outputs]``, and which rows these are; if anything needs a
+            gradient, it overwrites the logits with theirs
+    """
+    needs_input, needs_weight, needs_bias = needs
+    input, weight, bias = linear
+    rows = len(input) if kept is None else len(kept)
+    outputs = len(weight)
+    size = piece_rows(rows, outputs * input.element_size(), chunks, input.device)
+    buffer = input.new_empty(min(size, rows), outputs)
+    grad_input = None
+    if needs_input:
+        grad_input = torch.empty_like(input) if kept is None else torch.zeros_like(input)
+    is_one_piece = size >= rows
+    of_weight = _Sum(weight, is_one_piece or chunks.compact, buffer.nbytes) if needs_weight else None
+    of_bias = torch.zeros(outputs, dtype=_wide(input.dtype), device=input.device) if needs_bias else None
+    for piece in _pieces(rows, size):
+        at: slice | Tensor = piece if kept is None else kept[piece]
+        x = input[at]
+        logits = buffer[: len(x)]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        turn(logits, at)
+        if of_weight is not None:
+            of_weight.add(logits, x)
+        if of_bias is not None:
+            of_bias += logits.sum(0, dtype=of_bias.dtype)
+        if grad_input is not None and kept is None:
+            torch.mm(logits, weight, out=grad_input[at])
+        elif grad_input is not None:
+            grad_input[at] = torch.mm(logits, weight)
+    del buffer  # before the weight's gradient is rounded
+    return Gradients(
+        grad_input,
+        None if of_weight is None else of_weight.result(),
+        None if of_bias is None else of_bias.to(input.dtype),
+    )
+
+
+class _Sum:
+    """The sum over pieces of ``grad_logits.T @ input``, in float32 for 16 bits unless it is compact."""
+
+    def __init__(self, weight: Tensor, compact: bool, piece_bytes: int) -> None:
+        self.dtype = weight.dtype
+        dtype = self.dtype if compact else _wide(self.dtype)
+        self.total = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self.is_empty = True
+        self.product: Tensor | None = None
+        if dtype != self.dtype:
+            on_cuda = weight.is_cuda  # where a product of 16 bits may be of float32
+            row_bytes = weight.shape[1] * (4 if on_cuda else 2)
+            step = min(len(weight), max(1, piece_bytes // _PRODUCT_SHARE // max(1, row_bytes)))
+            self.product = weight.new_empty(step, weight.shape[1], dtype=dtype if on_cuda else self.dtype)
+
+    def add(self, grad_logits: Tensor, input: Tensor) -> None:
+        left = grad_logits.t()
+        if self.product is not None:
+            for at in _pieces(len(left), len(self.product)):
+                self._add_part(self.total[at], left[at], input)
+        elif self.is_empty:
+            torch.mm(left, input, out=self.total)
+        else:
+            torch.addmm(self.total, left, input, out=self.total)
+        self.is_empty = False
+
+    def _add_part(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        assert self.product is not None
+        product = self.product[: len(total)]
+        if product.dtype == left.dtype:
+            torch.mm(left, right, out=product)
+        else:
+            torch.mm(left, right, out_dtype=product.dtype, out=product)
+        if self.is_empty:
+            total.copy_(product)
+        else:
+            total.add_(product)
+
+    def result(self) -> Tensor:
+        if self.is_empty:
+            return torch.zeros_like(self.total, dtype=self.dtype)
+        self.product = None
+        return self.total.to(self.dtype)
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient``, overwritten by its product with ``factor``, a scalar of the dtype that is computed in."""
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    parts = gradient.view(-1).split(LEAST_BYTES // _PRODUCT_SHARE // factor.element_size())
+    for part in parts:  # else float32 would be held for all of it, and a factor of 16 bits has few digits
+        part.copy_(part.to(factor.dtype).mul_(factor))
+    return gradient
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))

@@ -1,0 +1,471 @@
+"""Softmax cross entropy of a linear layer's logits, which are never whole: its ops, and how they are differentiated.
+
+Where the loss is a sum or a mean, its gradients are computed with it, in three matrix products: what comes in for them
+is one number, which they are multiplied with. They are computed in the backward, in four, where each row's loss or
+what else it has gets a gradient of its own; where an earlier backward has taken those of the forward; and where hooks
+take what is saved for backward, as inside a checkpoint, which keeps little and computes the forward again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchce import chunked, inplace, ops
+from torchce.composites import decompose_for_onnx, differentiate, sum_of_rows, times
+from torchce.softmax_ce_formulas import (
+    Gradients,
+    Options,
+    Wanted,
+    are_plain,
+    check_targets,
+    composite_outputs,
+    plain_options,
+)
+from torchce.transforms import differentiates_backward, is_batched, known_least
+
+_NONE, _SUM = 0, 2
+
+
+class Settings(NamedTuple):
+    """What does not change the loss, in the order of the ops' schemas."""
+
+    chunk_bytes: int
+    chunk_rows: int
+    compact_gradients: bool
+    compact_ignored: bool
+
+    def chunks(self) -> chunked.Chunks:
+        return chunked.Chunks(self.chunk_bytes, self.chunk_rows, self.compact_gradients)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, in the order of the ops' schemas.
+
+    Shape, with acc the accumulation dtype, as in ``csrc/schemas.h``:
+        - input: ``[N, H]``
+        - linear_weight: ``[C, d1, ..., dK, H]``
+        - linear_bias: ``[C, d1, ..., dK]``
+        - target: class indices ``[N, d1, ..., dK]``, or probabilities ``[N, C, d1, ..., dK]``
+        - weight: ``[C]``, acc
+        - sample_weight: ``[N, d1, ..., dK]``, acc; only for a sum
+        - scale, divisor: scalars, acc; the latter only for a sum, which it divides
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    scale: Tensor | None
+    divisor: Tensor | None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.input.shape[0], *self.linear_weight.shape[1:-1])
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        return (self.input.shape[0], *self.linear_weight.shape[:-1])
+
+    @property
+    def acc(self) -> torch.dtype:
+        return ops.softmax_ce_accumulation(self.input, self.target, self.weight)
+
+    def linear(self) -> chunked.Linear:
+        bias = self.linear_bias
+        return chunked.Linear(
+            self.input, self.linear_weight.flatten(0, -2), None if bias is None else bias.flatten().contiguous()
+        )
+
+
+N_INPUTS = len(Inputs._fields)
+_N_WANTED, _N_SETTINGS = len(Wanted._fields), len(Settings._fields)
+_TENSORS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight, "
+    "Tensor? scale, Tensor? divisor, "
+)
+_REST = (
+    "SymInt chunk_bytes, SymInt chunk_rows, bool compact_gradients, bool compact_ignored, int reduction, "
+    "int ignore_index, float label_smoothing, float z_loss=0.0, float softcap=0.0, float logit_scale=1.0"
+)
+_library = torch.library.Library("torchce", "FRAGMENT")
+# `needs` says of which tensors the gradients are computed too: input, linear_weight, linear_bias, scale.
+_library.define(
+    f"linear_softmax_ce_forward({_TENSORS}bool[] needs, bool returns_lse, bool returns_predictions, "
+    f"bool returns_entropy, {_REST}) -> (Tensor loss, Tensor lse, Tensor predictions, Tensor entropy, Tensor losses, "
+    "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_scale)"
+)
+_library.define(
+    f"linear_softmax_ce_backward(Tensor grad_output, Tensor? grad_lse, Tensor? grad_entropy, {_TENSORS}bool[] needs, "
+    f"{_REST}) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_scale)"
+)
+_NEEDS_NOTHING = (False,) * 4
+
+
+def linear_softmax_ce(
+    inputs: Inputs, wanted: Wanted, settings: Settings, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, predictions and entropy of checked inputs, all but the predictions differentiable, all of acc.
+
+    ``options.reduction`` is that of no reduction or of a sum, which ``inputs.divisor`` divides.
+    """
+    forward = torch.ops.torchce.linear_softmax_ce_forward
+    loss, lse, predictions, entropy, *_ = forward(*inputs, _NEEDS_NOTHING, *wanted, *settings, *options)
+    return loss, lse, predictions, entropy
+
+
+# --- the ops -----------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """What the rows of a call have, filled in piece by piece."""
+
+    def __init__(self, inputs: Inputs, wanted: Wanted, options: Options, needs_scale: bool) -> None:
+        self.inputs, self.wanted, self.needs_scale = inputs, wanted, needs_scale
+        self.options = options._replace(reduction=_NONE)
+        new = inputs.input.new_empty
+        shape = inputs.row_shape
+        self.losses = new(shape, dtype=inputs.acc)
+        self.lse = new(shape if wanted.lse else 0, dtype=inputs.acc)
+        self.predictions = new(shape if wanted.predictions else 0, dtype=torch.int64)
+        self.entropy = new(shape if wanted.entropy else 0, dtype=inputs.acc)
+        self.of_scale = new((), dtype=torch.float64).zero_() if needs_scale else new(0, dtype=torch.float64)
+        self.is_plain = are_plain(options) and inputs.scale is None and not any(wanted)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        return logits.view(-1, *self.inputs.linear_weight.shape[:-1])
+
+    def keep(self, logits: Tensor, at: slice | Tensor) -> None:
+        """What a forward gives of the rows ``at``."""
+        logits, target = self.logits(logits), self.inputs.target[at]
+        if self.is_plain:
+            arguments = (logits, target, self.inputs.weight, self.inputs.acc, *plain_options(self.options))
+            self.losses[at] = ops.eager_softmax_ce_forward(*arguments)[0]
+        else:
+            self._forward_outputs(logits, target, at)
+
+    def turn(self, grads: Gradients, logits: Tensor, at: slice | Tensor) -> None:
+        """The same, and the logits become their gradient, of the gradients that each row's losses and outputs get."""
+        logits, target = self.logits(logits), self.inputs.target[at]
+        of_piece = Gradients(*(None if grad is None else grad[at] for grad in grads))
+        assert of_piece.output is not None  # zeros where the loss has none
+        has_outputs = any(self.wanted) or of_piece.lse is not None or of_piece.entropy is not None
+        if self.inputs.scale is None and not has_outputs:
+            self.losses[at] = ops.softmax_ce_forward_backward_(
+                of_piece.output, logits, target, self.inputs.weight, self.inputs.acc, *self.options
+            )
+            return
+        saved = self._forward_outputs(logits, target, at)
+        if self.needs_scale:
+            self.of_scale += sum_of_rows(ops.eager_softmax_ce_backward_scale(*of_piece, *saved))
+        ops.softmax_ce_backward_outputs_(*of_piece, *saved)
+
+    def _forward_outputs(self, logits: Tensor, target: Tensor, at: slice | Tensor) -> tuple[Any, ...]:
+        """Keeps them, and returns what the ops of the backward take beside gradients."""
+        weight, scale, acc = self.inputs.weight, self.inputs.scale, self.inputs.acc
+        target = target.to(acc) if target.is_floating_point() else target
+        loss, lse, predictions, entropy, *saved = ops.eager_softmax_ce_forward_outputs(
+            logits, target, weight, scale, acc, *self.wanted, *self.options
+        )
+        self.losses[at] = loss
+        for rows, of_piece in ((self.lse, lse), (self.predictions, predictions), (self.entropy, entropy)):
+            if len(of_piece):
+                rows[at] = of_piece
+        return logits, target, weight, scale, *saved, *self.options
+
+
+def _without_autocast(inputs: Inputs) -> torch.amp.autocast:
+    """Autocast has had its say before; the products of a piece are written where they belong, in the dtypes there."""
+    return torch.amp.autocast("cuda" if inputs.input.is_cuda else "cpu", enabled=False)
+
+
+def _kept(inputs: Inputs, options: Options, settings: Settings) -> Tensor | None:
+    """The numbers of the rows that are not ignored; None of all of them, and where no product is to be spared."""
+    target = inputs.target
+    if target.is_floating_point() or not settings.compact_ignored:
+        return None
+    kept = target != options.ignore_index
+    if kept.dim() > 1:
+        kept = kept.flatten(1).any(1)
+    if not kept.is_cuda and bool(kept.all()):
+        return None
+    return kept.nonzero().squeeze(1)
+
+
+def _check(inputs: Inputs, options: Options) -> None:
+    """On the CPU the whole target first: a piece does not know the numbers of its rows."""
+    if inputs.input.is_cpu and not inputs.target.is_floating_point():
+        check_targets(inputs.target, inputs.linear_weight.shape[0], options.ignore_index)
+
+
+def _early_factor(inputs: Inputs) -> Tensor:
+    """What the gradient of each row's loss is divided by while its piece is there; the rest follows in the backward.
+
+    That is the divisor, so that in most trainings nothing is left to multiply with. But in float16, where gradients of
+    a mean are too small, it is a power of two that leaves as much room for sums over all rows as for single ones.
+    """
+    one = inputs.input.new_ones((), dtype=inputs.acc)
+    if inputs.input.dtype == torch.float16:
+        return one * 2.0 ** (inputs.input.shape[0].bit_length() // 2)
+    return one if inputs.divisor is None else inputs.divisor
+
+
+def _late_factor(inputs: Inputs, grad_loss: Tensor) -> Tensor:
+    if inputs.input.dtype == torch.float16:
+        grad_loss = grad_loss * 2.0 ** (inputs.input.shape[0].bit_length() // 2)
+        return grad_loss if inputs.divisor is None else grad_loss / inputs.divisor
+    return grad_loss
+
+
+def _rows_of_sum(inputs: Inputs, factor: Tensor) -> Tensor:
+    """Each row's gradient, of the gradient ``factor`` of the sum."""
+    if inputs.sample_weight is None:
+        return factor.expand(inputs.row_shape).contiguous()
+    return inputs.sample_weight * factor
+
+
+def _gradients_of_pieces(
+    rows: _Rows, kept: Tensor | None, needs: tuple[bool, ...], settings: Settings, grads: Gradients
+) -> tuple[Tensor, ...]:
+    def turn(logits: Tensor, at: slice | Tensor) -> None:
+        rows.turn(grads, logits, at)
+
+    linear = rows.inputs.linear()
+    found = chunked.run(linear, kept, (needs[0], needs[1], needs[2]), settings.chunks(), turn)
+    nothing = linear.input.new_empty(0)
+    grad_input, grad_weight, grad_bias = (nothing if grad is None else grad for grad in found)
+    if needs[1]:
+        grad_weight = grad_weight.view(rows.inputs.linear_weight.shape)
+    if needs[2]:
+        grad_bias = grad_bias.view(rows.inputs.linear_weight.shape[:-1])
+    return grad_input, grad_weight, grad_bias, rows.of_scale.to(rows.inputs.acc)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs, wanted, settings, options = _parsed(arguments)
+    _check(inputs, options)
+    rows = _Rows(inputs, wanted, options, needs[3])
+    kept = None if any(wanted) else _kept(inputs, options, settings)
+    if kept is not None:
+        rows.losses.zero_()
+    with _without_autocast(inputs):
+        if any(needs):
+            grads = Gradients(_rows_of_sum(inputs, 1 / _early_factor(inputs)))
+            gradients = _gradients_of_pieces(rows, kept, needs, settings, grads)
+        else:
+            gradients = (inputs.input.new_empty(0),) * 3 + (rows.of_scale.to(inputs.acc),)
+            chunked.run(inputs.linear(), kept, (False, False, False), settings.chunks(), rows.keep)
+    loss = rows.losses
+    if options.reduction == _SUM:
+        loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
+        loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
+    losses = rows.losses if inputs.sample_weight is not None else rows.losses.new_empty(0)
+    return loss, rows.lse, rows.predictions, rows.entropy, losses, *gradients
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grads, arguments = Gradients(*arguments[:3]), arguments[3:]
+    inputs, needs, _, settings, options = _parsed((*arguments[: N_INPUTS + 1], *Wanted(), *arguments[N_INPUTS + 1 :]))
+    grad_output = grads.output
+    assert grad_output is not None
+    if options.reduction == _SUM:
+        grad_output = _rows_of_sum(inputs, grad_output if inputs.divisor is None else grad_output / inputs.divisor)
+    wanted = Wanted(lse=grads.lse is not None, entropy=grads.entropy is not None)
+    rows = _Rows(inputs, wanted, options, needs[3])
+    kept = None if any(wanted) else _kept(inputs, options, settings)
+    with _without_autocast(inputs):
+        return _gradients_of_pieces(rows, kept, needs, settings, grads._replace(output=grad_output))
+
+
+def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[bool, ...], Wanted, Settings, Options]:
+    """The arguments of the forward op; of the options, graphs leave out those that are the defaults."""
+    inputs, (needs, *rest) = Inputs(*arguments[:N_INPUTS]), arguments[N_INPUTS:]
+    wanted, rest = Wanted(*rest[:_N_WANTED]), rest[_N_WANTED:]
+    settings, options = Settings(*rest[:_N_SETTINGS]), Options(*rest[_N_SETTINGS:])
+    return inputs, (*needs, *_NEEDS_NOTHING)[:4], wanted, settings, options
+
+
+def _fake_gradients(inputs: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    new = inputs.input.new_empty
+    shapes = (inputs.input.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:-1])
+    grads = [new(shape if needed else [0]) for shape, needed in zip(shapes, needs, strict=False)]
+    return *grads, new([] if needs[3] else [0], dtype=inputs.acc)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs, wanted, _settings, options = _parsed(arguments)
+    new, acc, shape = inputs.input.new_empty, inputs.acc, inputs.row_shape
+    return (
+        new([] if options.reduction == _SUM else shape, dtype=acc),
+        new(shape if wanted.lse else [0], dtype=acc),
+        new(shape if wanted.predictions else [0], dtype=torch.int64),
+        new(shape if wanted.entropy else [0], dtype=acc),
+        new([0] if inputs.sample_weight is None else shape, dtype=acc),
+        *_fake_gradients(inputs, needs),
+    )
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), (*arguments[3 + N_INPUTS], *_NEEDS_NOTHING)[:4])
+
+
+for _name, _function, _fake in (
+    ("linear_softmax_ce_forward", _forward, _fake_forward),
+    ("linear_softmax_ce_backward", _backward, _fake_backward),
+):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _device)
+    torch.library.register_fake(f"torchce::{_name}", _fake, lib=_library)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def unfused(inputs: Inputs, wanted: Wanted, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, predictions and entropy in torch's own operations, through the whole logits."""
+    logits = F.linear(*inputs.linear()).view(inputs.logits_shape)
+    rows = options._replace(reduction=_NONE)
+    loss, *outputs = composite_outputs(
+        logits, inputs.target, inputs.weight, inputs.scale, inputs.acc, *wanted, *rows
+    )
+    if options.reduction == _SUM:
+        loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
+        loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
+    lse, predictions, entropy = outputs
+    return loss, lse, predictions, entropy
+
+
+def _unfused_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """What the forward op gives of the same arguments; of gradients only those that it would compute."""
+    inputs, needs, wanted, settings, options = _parsed(arguments)
+    outputs = unfused(inputs, wanted, options)
+    losses = inputs.input.new_empty(0, dtype=inputs.acc)
+    if inputs.sample_weight is not None:
+        rows = inputs._replace(sample_weight=None, divisor=None)
+        losses = unfused(rows, Wanted(), options._replace(reduction=_NONE))[0]
+    return *outputs, losses, *_fake_gradients(inputs, _NEEDS_NOTHING)
+
+
+def _set_up(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    inputs, _, wanted, settings, options = _parsed(arguments)
+    loss, lse, predictions, entropy, losses, *gradients = output
+    ctx.save_for_backward(*inputs, loss, losses)
+    ctx.wanted, ctx.settings, ctx.options = wanted, settings, options
+    # Not with what is saved, since the first backward may take them for itself.
+    ctx.gradients = [gradient.detach() for gradient in gradients] if _computes_gradients(ctx, options) else None
+    without = [predictions, losses, *gradients, *([] if wanted.lse else [lse]), *([] if wanted.entropy else [entropy])]
+    ctx.mark_non_differentiable(*without)
+    ctx.set_materialize_grads(False)
+
+
+def _computes_gradients(ctx: Any, options: Options) -> bool:
+    return options.reduction == _SUM and any(_needs(ctx)) and not inplace.has_saved_tensors_hooks()
+
+
+def _needs(ctx: Any) -> tuple[bool, ...]:
+    input, linear_weight, linear_bias, _target, _weight, _sample_weight, scale, *_ = ctx.needs_input_grad
+    return input, linear_weight, linear_bias, scale
+
+
+def _with_gradients(ctx: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The op's arguments, asking for the gradients where the forward is to compute them."""
+    *_, options = _parsed(arguments)
+    needs = _needs(ctx) if _computes_gradients(ctx, options) else _NEEDS_NOTHING
+    return *arguments[:N_INPUTS], needs, *arguments[N_INPUTS + 1 :]
+
+
+def _op_backward(
+    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None, grad_entropy: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * len(ctx.needs_input_grad)
+    grads = Gradients(grad_loss, grad_lse, grad_entropy)
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return none
+    for name, needed in zip(Inputs._fields, ctx.needs_input_grad, strict=False):
+        if needed and name in ("target", "weight"):
+            raise RuntimeError(f"{name}: expected a tensor that does not require grad: no gradient leads to it here")
+    *tensors, loss, losses = ctx.saved_tensors
+    inputs, options = Inputs(*tensors), ctx.options
+    if differentiates_backward(*grads, *inputs) or any(is_batched(grad) for grad in given):
+        return *_differentiable(ctx, inputs, grads), *none[N_INPUTS:]
+    if grads.output is None:
+        shape = () if options.reduction == _SUM else inputs.row_shape
+        grads = grads._replace(output=inputs.input.new_zeros(shape, dtype=inputs.acc))
+    needs = _needs(ctx)
+    found: tuple[Tensor | None, ...] = (None,) * 4
+    if any(needs):
+        is_sum = options.reduction == _SUM and grads.lse is None and grads.entropy is None
+        computed = _of_sum(ctx, inputs, needs, grads.output) if is_sum else _of_rows(ctx, inputs, needs, grads)
+        found = tuple(gradient if needed else None for gradient, needed in zip(computed, needs, strict=True))
+    grad_input, grad_linear_weight, grad_linear_bias, grad_scale = found
+    grad_sample_weight = grad_divisor = None
+    if ctx.needs_input_grad[Inputs._fields.index("sample_weight")]:
+        per_row = grads.output if inputs.divisor is None else grads.output / inputs.divisor
+        grad_sample_weight = per_row * losses
+    if ctx.needs_input_grad[Inputs._fields.index("divisor")]:
+        grad_divisor = -grads.output * loss / inputs.divisor
+    of_layer = (grad_input, grad_linear_weight, grad_linear_bias)
+    return *of_layer, None, None, grad_sample_weight, grad_scale, grad_divisor, *none[N_INPUTS:]
+
+
+def _of_sum(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grad_loss: Tensor) -> list[Tensor]:
+    """Those of the forward, which the first backward takes, or the same computed again, times what is left of it."""
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        wanted, settings = Wanted(), ctx.settings
+        with torch.no_grad():  # which torch.compile has on while it traces a backward
+            output = torch.ops.torchce.linear_softmax_ce_forward(*inputs, needs, *wanted, *settings, *ctx.options)
+        gradients = output[-4:]
+    factor = _late_factor(inputs, grad_loss)
+    if torch.compiler.is_compiling():
+        return [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
+    if known_least(factor) == 1:
+        return list(gradients)
+    return [chunked.scaled(gradient, factor) for gradient in gradients]
+
+
+def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: Gradients) -> tuple[Tensor, ...]:
+    with torch.no_grad():  # as in _of_sum
+        found: tuple[Tensor, ...] = torch.ops.torchce.linear_softmax_ce_backward(
+            *grads, *inputs, needs, *ctx.settings, *ctx.options
+        )
+    return found
+
+
+def _differentiable(ctx: Any, inputs: Inputs, grads: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, from operations that torch can transform and differentiate again."""
+    create_graph = torch.is_grad_enabled()
+    needs_grad = ctx.needs_input_grad[:N_INPUTS]
+    with torch.enable_grad():
+        # Views, at which a gradient stops: one input may be computed from another, or be the same tensor.
+        views = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs_grad, strict=True)]
+        loss, lse, _, entropy = unfused(Inputs(*views), ctx.wanted, ctx.options)
+        pairs = [
+            (output, grad) for output, grad in zip((loss, lse, entropy), grads, strict=True) if grad is not None
+        ]
+        outputs, of_outputs = zip(*pairs, strict=True)
+        sought = [view for view, needed in zip(views, needs_grad, strict=True) if needed]
+        found = iter(torch.autograd.grad(outputs, sought, of_outputs, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs_grad)
+
+
+def _backward_without_derivative(*arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise RuntimeError(
+            "linear_softmax_ce_backward: expected tensors that do not require grad: in a graph that holds the backward "
+            "of linear_cross_entropy that has no derivative; differentiate the loss itself twice, outside a graph"
+        )
+    found: tuple[Tensor, ...] = _backward_below_autograd(*arguments)
+    return found
+
+
+_backward_below_autograd = ops.below_autograd(torch.ops.torchce.linear_softmax_ce_backward.default)
+_library.impl("linear_softmax_ce_backward", _backward_without_derivative, "Autograd")
+differentiate("linear_softmax_ce_forward", _unfused_forward, _set_up, _op_backward, _with_gradients)
+decompose_for_onnx("linear_softmax_ce_forward", _unfused_forward)
