@@ -1,4 +1,7 @@
-"""Fused softmax cross entropy and sigmoid binary cross entropy for PyTorch, drop-in for torch's own losses."""
+"""Fused softmax and sigmoid binary cross entropy for PyTorch, drop-in for torch's own losses.
+
+Softmax cross entropy is there with the linear layer before it, too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if _util.find_spec("torchce._C") is None:
 from torchce import functional
 from torchce._build_info import build_info
 from torchce.functional import CrossEntropyOutput, TokenLogprobsOutput
-from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss
+from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from torchce.patch import patch_torch
 
 __version__ = "0.1.0"
@@ -21,6 +24,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "LinearCrossEntropyLoss",
     "TokenLogprobsOutput",
     "build_info",
     "functional",

@@ -35,9 +35,7 @@ def _applies(logits: Tensor) -> bool:
     checkpoint: of what they give back autograd asks no version, and who shares it would read the gradient unnoticed.
     """
     return not (
-        torch.compiler.is_compiling()
-        or isinstance(logits, (FakeTensor, FunctionalTensor))
-        or has_saved_tensors_hooks()
+        torch.compiler.is_compiling() or isinstance(logits, (FakeTensor, FunctionalTensor)) or has_saved_tensors_hooks()
     )
 
 

@@ -119,7 +119,7 @@ def linear_softmax_ce(
     return loss, lse, predictions, entropy
 
 
-# --- the ops -----------------------------------------------------------------------------------------------------------
+# --- the ops -------------------------------------------------------------------------------------------------------
 
 
 class _Rows:
@@ -163,7 +163,7 @@ class _Rows:
         saved = self._forward_outputs(logits, target, at)
         if self.needs_scale:
             self.of_scale += sum_of_rows(ops.eager_softmax_ce_backward_scale(*of_piece, *saved))
-        ops.softmax_ce_backward_outputs_(*of_piece, *saved)
+        ops.softmax_ce_backward_outputs_(of_piece.output, of_piece.lse, of_piece.entropy, *saved)
 
     def _forward_outputs(self, logits: Tensor, target: Tensor, at: slice | Tensor) -> tuple[Any, ...]:
         """Keeps them, and returns what the ops of the backward take beside gradients."""
@@ -323,16 +323,14 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"torchce::{_name}", _fake, lib=_library)
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------------
+# --- autograd ------------------------------------------------------------------------------------------------------
 
 
 def unfused(inputs: Inputs, wanted: Wanted, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, predictions and entropy in torch's own operations, through the whole logits."""
     logits = F.linear(*inputs.linear()).view(inputs.logits_shape)
     rows = options._replace(reduction=_NONE)
-    loss, *outputs = composite_outputs(
-        logits, inputs.target, inputs.weight, inputs.scale, inputs.acc, *wanted, *rows
-    )
+    loss, *outputs = composite_outputs(logits, inputs.target, inputs.weight, inputs.scale, inputs.acc, *wanted, *rows)
     if options.reduction == _SUM:
         loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
         loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
@@ -342,7 +340,7 @@ def unfused(inputs: Inputs, wanted: Wanted, options: Options) -> tuple[Tensor, T
 
 def _unfused_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """What the forward op gives of the same arguments; of gradients only those that it would compute."""
-    inputs, needs, wanted, settings, options = _parsed(arguments)
+    inputs, _, wanted, _, options = _parsed(arguments)
     outputs = unfused(inputs, wanted, options)
     losses = inputs.input.new_empty(0, dtype=inputs.acc)
     if inputs.sample_weight is not None:
@@ -394,22 +392,25 @@ def _op_backward(
     inputs, options = Inputs(*tensors), ctx.options
     if differentiates_backward(*grads, *inputs) or any(is_batched(grad) for grad in given):
         return *_differentiable(ctx, inputs, grads), *none[N_INPUTS:]
-    if grads.output is None:
-        shape = () if options.reduction == _SUM else inputs.row_shape
-        grads = grads._replace(output=inputs.input.new_zeros(shape, dtype=inputs.acc))
+    grad_output = grads.output
+    if grad_output is None:
+        grad_output = inputs.input.new_zeros(() if options.reduction == _SUM else inputs.row_shape, dtype=inputs.acc)
     needs = _needs(ctx)
     found: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs):
         is_sum = options.reduction == _SUM and grads.lse is None and grads.entropy is None
-        computed = _of_sum(ctx, inputs, needs, grads.output) if is_sum else _of_rows(ctx, inputs, needs, grads)
+        computed = (
+            _of_sum(ctx, inputs, needs, grad_output)
+            if is_sum
+            else _of_rows(ctx, inputs, needs, (grad_output, grads.lse, grads.entropy))
+        )
         found = tuple(gradient if needed else None for gradient, needed in zip(computed, needs, strict=True))
     grad_input, grad_linear_weight, grad_linear_bias, grad_scale = found
     grad_sample_weight = grad_divisor = None
-    if ctx.needs_input_grad[Inputs._fields.index("sample_weight")]:
-        per_row = grads.output if inputs.divisor is None else grads.output / inputs.divisor
-        grad_sample_weight = per_row * losses
-    if ctx.needs_input_grad[Inputs._fields.index("divisor")]:
-        grad_divisor = -grads.output * loss / inputs.divisor
+    if inputs.sample_weight is not None and inputs.sample_weight.requires_grad:
+        grad_sample_weight = losses * (grad_output if inputs.divisor is None else grad_output / inputs.divisor)
+    if inputs.divisor is not None and inputs.divisor.requires_grad:
+        grad_divisor = -grad_output * loss / inputs.divisor
     of_layer = (grad_input, grad_linear_weight, grad_linear_bias)
     return *of_layer, None, None, grad_sample_weight, grad_scale, grad_divisor, *none[N_INPUTS:]
 
@@ -430,7 +431,7 @@ def _of_sum(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grad_loss: Tensor
     return [chunked.scaled(gradient, factor) for gradient in gradients]
 
 
-def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: Gradients) -> tuple[Tensor, ...]:
+def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     with torch.no_grad():  # as in _of_sum
         found: tuple[Tensor, ...] = torch.ops.torchce.linear_softmax_ce_backward(
             *grads, *inputs, needs, *ctx.settings, *ctx.options
@@ -444,11 +445,9 @@ def _differentiable(ctx: Any, inputs: Inputs, grads: Gradients) -> tuple[Tensor 
     needs_grad = ctx.needs_input_grad[:N_INPUTS]
     with torch.enable_grad():
         # Views, at which a gradient stops: one input may be computed from another, or be the same tensor.
-        views = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs_grad, strict=True)]
+        views: list[Any] = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs_grad, strict=True)]  # type: ignore[union-attr, arg-type]
         loss, lse, _, entropy = unfused(Inputs(*views), ctx.wanted, ctx.options)
-        pairs = [
-            (output, grad) for output, grad in zip((loss, lse, entropy), grads, strict=True) if grad is not None
-        ]
+        pairs = [(output, grad) for output, grad in zip((loss, lse, entropy), grads, strict=True) if grad is not None]
         outputs, of_outputs = zip(*pairs, strict=True)
         sought = [view for view, needed in zip(views, needs_grad, strict=True) if needed]
         found = iter(torch.autograd.grad(outputs, sought, of_outputs, create_graph=create_graph, allow_unused=True))

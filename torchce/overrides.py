@@ -100,7 +100,12 @@ def ask_handlers(
     if used:
         index = _get_overridable_functions()[1]  # where torch.overrides.resolve_name looks
         index.setdefault(ours, f"torchce.functional.{ours.__name__}")
-    if used or torchs not in STANDS_FOR or torch.compiler.is_compiling() or any(isinstance(argument, Proxy) for argument in relevant):
+    if (
+        used
+        or torchs not in STANDS_FOR
+        or torch.compiler.is_compiling()
+        or any(isinstance(argument, Proxy) for argument in relevant)
+    ):
         return handle_torch_function(ours, relevant, *args, **kwargs, **used)
     top = _get_current_function_mode()
     # Our mode lies below a handler that has called torchce's function itself; torch's for the default device looks

@@ -99,9 +99,10 @@ def _release() -> None:
 class patch_torch:
     """Makes ``torch.nn.functional.cross_entropy`` and ``binary_cross_entropy_with_logits`` lead to torchce's.
 
-    Torch's modules look these functions up when they are called: ``nn.CrossEntropyLoss`` and ``nn.BCEWithLogitsLoss``
-    stay torch's own classes, and their objects, made before or after, use torchce. So do subclasses, and models that
-    are loaded from a file.
+    So does ``linear_cross_entropy``, which torch has from 2.13 on. Torch's modules look these functions up when they
+    are called: ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss`` and ``nn.LinearCrossEntropyLoss`` stay torch's own
+    classes, and their objects, made before or after, use torchce. So do subclasses, and models that are loaded from a
+    file.
 
     Call it once for good, or use it as a context manager. Patching is counted: torch's functions come back when every
     ``with`` block has been left, in whatever order, unless a plain call keeps torch patched. A function that another

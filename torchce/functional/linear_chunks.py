@@ -1,4 +1,4 @@
-"""How :func:`torchce.functional.linear_cross_entropy` is told into which pieces it cuts the rows, and what it spares."""
+"""How :func:`torchce.functional.linear_cross_entropy` is told into which pieces to cut the rows, and what to spare."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchce.functional._common import is_integer
 from torchce.linear_softmax_ce import Settings
 
 if TYPE_CHECKING:
-    from torch.nn import LinearCrossEntropyOptions
-else:
-    LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+_TORCHS_OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # there from torch 2.13 on
 
 _POLICIES = ("auto", "accurate", "compact")
 
@@ -42,7 +42,7 @@ def settings_of(
     if chunk_bytes is not None and chunk_rows is not None:
         raise ValueError(f"chunk_rows: expected none beside chunk_bytes, got {chunk_rows} and {chunk_bytes}")
     if options is not None:
-        if LinearCrossEntropyOptions is None or not isinstance(options, LinearCrossEntropyOptions):
+        if _TORCHS_OPTIONS is None or not isinstance(options, _TORCHS_OPTIONS):
             raise TypeError(f"options: expected a torch.nn.LinearCrossEntropyOptions or None, got {options!r}")
         if chunk_bytes is not None or chunk_rows is not None or acc_policy != "auto":
             raise ValueError("options: expected None beside chunk_bytes, chunk_rows or acc_policy, which say the same")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
-from torchce.functional.linear_chunks import LinearCrossEntropyOptions, settings_of
+from torchce.functional.linear_chunks import settings_of
 from torchce.functional.softmax_ce import cross_entropy, problem_of, promote
 from torchce.functional.softmax_ce_own import (
     CrossEntropyOutput,
@@ -42,6 +42,9 @@ from torchce.linear_softmax_ce import Inputs, linear_softmax_ce
 from torchce.sizes import known
 from torchce.softmax_ce_formulas import Options, check_targets
 from torchce.transforms import transformed
+
+if TYPE_CHECKING:
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 _NONE, _SUM = 0, 2
 _OF_CHUNKS = ("chunk_bytes", "chunk_rows", "acc_policy", "compact_ignored")
@@ -192,7 +195,7 @@ def linear_cross_entropy(
         >>> hidden = torch.zeros(2, 8, requires_grad=True)
         >>> head = torch.nn.Linear(8, 4, bias=False)
         >>> torchce.functional.linear_cross_entropy(hidden, head.weight, torch.tensor([0, 3]))
-        tensor(1.3863, grad_fn=<...>)
+        tensor(1.3863, grad_fn=<DifferentiatedBackward>)
     """
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         of_chunks = (chunk_bytes, chunk_rows, acc_policy, compact_ignored)
@@ -309,7 +312,8 @@ def _stand_in(input: Tensor, linear_weight: Tensor) -> Tensor:
 def _without_batch(result: Tensor | CrossEntropyOutput) -> Tensor | CrossEntropyOutput:
     if isinstance(result, Tensor):
         return result if result.dim() == 0 else result.squeeze(0)
-    return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.squeeze(0) for t in result))
+    fields = {name: t if t is None or t.dim() == 0 else t.squeeze(0) for name, t in result._asdict().items()}
+    return CrossEntropyOutput(**fields)
 
 
 def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:

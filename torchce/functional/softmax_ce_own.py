@@ -119,7 +119,6 @@ class Own(NamedTuple):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
-
     def terms(self, input: Tensor, acc: torch.dtype, options: Options) -> tuple[Tensor | None, Options]:
         """A tensor that scales the logits, and ``options`` with what else changes a row's loss."""
         options = options._replace(z_loss=float(self.z_loss), softcap=float(self.softcap or 0.0))
@@ -263,9 +262,7 @@ def own_cross_entropy(
 
     if is_plain:
         return finished(softmax_ce(input, target, weight, dtype_of_op, plain_options(of_op), inplace_backward))
-    loss, *outputs = softmax_ce_outputs(
-        input, target, weight, scale, dtype_of_op, wanted, of_op, inplace_backward
-    )
+    loss, *outputs = softmax_ce_outputs(input, target, weight, scale, dtype_of_op, wanted, of_op, inplace_backward)
     return rows.output(finished(loss), *outputs)
 
 
@@ -325,9 +322,7 @@ class Rows:
             return loss
         return torch.where(self.are_nothing(), self.own.empty_value if value is None else value, loss)
 
-    def output(
-        self, loss: Tensor, lse: Tensor, predictions: Tensor, entropy: Tensor
-    ) -> Tensor | CrossEntropyOutput:
+    def output(self, loss: Tensor, lse: Tensor, predictions: Tensor, entropy: Tensor) -> Tensor | CrossEntropyOutput:
         """The loss alone or with what was asked for."""
         own = self.own
         if not any(own.wanted()):
