@@ -102,7 +102,7 @@ def run(
         grad_input = torch.empty_like(input) if kept is None else torch.zeros_like(input)
     is_one_piece = size >= rows
     of_weight = _Sum(weight, is_one_piece or chunks.compact, buffer.nbytes) if needs_weight else None
-    of_bias = torch.zeros(outputs, dtype=_wide(input.dtype), device=input.device) if needs_bias else None
+    of_bias = torch.zeros(outputs, dtype=torch.float64, device=input.device) if needs_bias else None
     for piece in _pieces(rows, size):
         at: slice | Tensor = piece if kept is None else kept[piece]
         x = input[at]
@@ -115,7 +115,7 @@ def run(
         if of_weight is not None:
             of_weight.add(logits, x)
         if of_bias is not None:
-            of_bias += logits.sum(0, dtype=of_bias.dtype)
+            of_bias += logits.sum(0)  # of 16 bits in float32; with a dtype, torch would copy the piece
         if grad_input is not None and kept is None:
             torch.mm(logits, weight, out=grad_input[at])
         elif grad_input is not None:

@@ -140,9 +140,14 @@ class _Rows:
     def logits(self, logits: Tensor) -> Tensor:
         return logits.view(-1, *self.inputs.linear_weight.shape[:-1])
 
+    def _target(self, at: slice | Tensor) -> Tensor:
+        """Of a piece; only plain losses take probabilities of 16 bits."""
+        target = self.inputs.target[at]
+        return target.to(self.inputs.acc) if target.is_floating_point() and not self.is_plain else target
+
     def keep(self, logits: Tensor, at: slice | Tensor) -> None:
         """What a forward gives of the rows ``at``."""
-        logits, target = self.logits(logits), self.inputs.target[at]
+        logits, target = self.logits(logits), self._target(at)
         if self.is_plain:
             arguments = (logits, target, self.inputs.weight, self.inputs.acc, *plain_options(self.options))
             self.losses[at] = ops.eager_softmax_ce_forward(*arguments)[0]
@@ -151,7 +156,7 @@ class _Rows:
 
     def turn(self, grads: Gradients, logits: Tensor, at: slice | Tensor) -> None:
         """The same, and the logits become their gradient, of the gradients that each row's losses and outputs get."""
-        logits, target = self.logits(logits), self.inputs.target[at]
+        logits, target = self.logits(logits), self._target(at)
         of_piece = Gradients(*(None if grad is None else grad[at] for grad in grads))
         assert of_piece.output is not None  # zeros where the loss has none
         has_outputs = any(self.wanted) or of_piece.lse is not None or of_piece.entropy is not None
@@ -168,7 +173,6 @@ class _Rows:
     def _forward_outputs(self, logits: Tensor, target: Tensor, at: slice | Tensor) -> tuple[Any, ...]:
         """Keeps them, and returns what the ops of the backward take beside gradients."""
         weight, scale, acc = self.inputs.weight, self.inputs.scale, self.inputs.acc
-        target = target.to(acc) if target.is_floating_point() else target
         loss, lse, predictions, entropy, *saved = ops.eager_softmax_ce_forward_outputs(
             logits, target, weight, scale, acc, *self.wanted, *self.options
         )

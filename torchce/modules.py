@@ -273,6 +273,11 @@ class LinearCrossEntropyLoss(_KeepsKeywords, _LinearCrossEntropyLoss):
         tensor(1.3863, grad_fn=<DifferentiatedBackward>)
     """
 
+    chunk_bytes: int | None = None  # as inplace_backward in CrossEntropyLoss
+    chunk_rows: int | None = None
+    acc_policy: str = "auto"
+    compact_ignored: bool | None = None
+
     def __init__(
         self,
         in_features: int,
