@@ -241,8 +241,8 @@ def _gradients_of_pieces(
 
     linear = rows.inputs.linear()
     found = chunked.run(linear, kept, (needs[0], needs[1], needs[2]), settings.chunks(), turn)
-    nothing = linear.input.new_empty(0)
-    grad_input, grad_weight, grad_bias = (nothing if grad is None else grad for grad in found)
+    # Of what is not needed each a tensor of its own: an op's outputs may not be the same.
+    grad_input, grad_weight, grad_bias = (linear.input.new_empty(0) if grad is None else grad for grad in found)
     if needs[1]:
         grad_weight = grad_weight.view(rows.inputs.linear_weight.shape)
     if needs[2]:
@@ -262,13 +262,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             grads = Gradients(_rows_of_sum(inputs, 1 / _early_factor(inputs)))
             gradients = _gradients_of_pieces(rows, kept, needs, settings, grads)
         else:
-            gradients = (inputs.input.new_empty(0),) * 3 + (rows.of_scale.to(inputs.acc),)
+            gradients = _empty_gradients(inputs, needs)  # which are empty
             chunked.run(inputs.linear(), kept, (False, False, False), settings.chunks(), rows.keep)
     loss = rows.losses
     if options.reduction == _SUM:
         loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
         loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
-    losses = rows.losses if inputs.sample_weight is not None else rows.losses.new_empty(0)
+    losses = rows.losses.new_empty(0) if inputs.sample_weight is None else rows.losses
     return loss, rows.lse, rows.predictions, rows.entropy, losses, *gradients
 
 
@@ -294,7 +294,7 @@ def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[bool, ...], Wante
     return inputs, (*needs, *_NEEDS_NOTHING)[:4], wanted, settings, options
 
 
-def _fake_gradients(inputs: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def _empty_gradients(inputs: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
     new = inputs.input.new_empty
     shapes = (inputs.input.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:-1])
     grads = [new(shape if needed else [0]) for shape, needed in zip(shapes, needs, strict=False)]
@@ -310,12 +310,12 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
         new(shape if wanted.predictions else [0], dtype=torch.int64),
         new(shape if wanted.entropy else [0], dtype=acc),
         new([0] if inputs.sample_weight is None else shape, dtype=acc),
-        *_fake_gradients(inputs, needs),
+        *_empty_gradients(inputs, needs),
     )
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), (*arguments[3 + N_INPUTS], *_NEEDS_NOTHING)[:4])
+    return _empty_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), (*arguments[3 + N_INPUTS], *_NEEDS_NOTHING)[:4])
 
 
 for _name, _function, _fake in (
@@ -350,7 +350,7 @@ def _unfused_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if inputs.sample_weight is not None:
         rows = inputs._replace(sample_weight=None, divisor=None)
         losses = unfused(rows, Wanted(), options._replace(reduction=_NONE))[0]
-    return *outputs, losses, *_fake_gradients(inputs, _NEEDS_NOTHING)
+    return *outputs, losses, *_empty_gradients(inputs, _NEEDS_NOTHING)
 
 
 def _set_up(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -394,7 +394,8 @@ def _op_backward(
             raise RuntimeError(f"{name}: expected a tensor that does not require grad: no gradient leads to it here")
     *tensors, loss, losses = ctx.saved_tensors
     inputs, options = Inputs(*tensors), ctx.options
-    if differentiates_backward(*grads, *inputs) or any(is_batched(grad) for grad in given):
+    batched = not torch.compiler.is_compiling() and any(is_batched(grad) for grad in given)
+    if batched or differentiates_backward(*grads, *inputs):
         return *_differentiable(ctx, inputs, grads), *none[N_INPUTS:]
     grad_output = grads.output
     if grad_output is None:
