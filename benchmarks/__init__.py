@@ -3,7 +3,7 @@
 One way through the files::
 
     problems.py    what is computed: sizes, each with its reason, and their data
-    contenders.py  who computes it: torchce, torch eager, torch.compile, Liger, QuACK, Apple CCE
+    contenders.py  who computes it: torchce, torch (eager, compiled, chunked), Liger, QuACK, Apple CCE
     timing.py      how a call is timed and its peak memory taken, on CPU and CUDA
     traffic.py     the bytes a call must move
     measure.py     a problem, all contenders, interleaved -> rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from benchmarks.contenders import COPY, PEERS
 from benchmarks.ledger import Row
-from benchmarks.problems import DTYPES, LABELS
+from benchmarks.problems import DTYPES, LABELS, LINEAR_CROSS_ENTROPY
 
 
 @dataclass
@@ -25,16 +25,26 @@ class Case:
         return f"{LABELS[self.op]} {self.size} {self.variant}".rstrip()
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def extents(self) -> tuple[int, ...]:
         return tuple(map(int, self.size.split("x")))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits."""
+        rows, *rest = self.extents
+        return (rows, rest[-1]) if self.op == LINEAR_CROSS_ENTROPY else self.extents
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def element_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def logits_bytes(self) -> int:
-        return self.elements * DTYPES[self.dtype].itemsize
+        return self.elements * self.element_bytes
 
     @property
     def device(self) -> str:

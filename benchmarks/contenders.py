@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from typing import Any
 
@@ -30,8 +31,12 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     module: str | None = None  # what must be importable
     distribution: str | None = None  # where it is to be had
-    overwrites: bool = False  # a training step destroys the logits, so each needs them afresh
+    overwrites: bool = False  # a training step destroys the logits
     phases: tuple[str, ...] = PHASES  # that it has
+
+    def consumes(self, problem: Problem) -> bool:
+        """Whether each training step needs its inputs afresh: those of a linear layer are no logits."""
+        return self.overwrites and problem.op != LINEAR_CROSS_ENTROPY
 
     def missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -64,9 +69,9 @@ def _torchce_with_entropy(logits: Tensor, target: Tensor, entropy_bonus: float, 
 
 
 def _torchce_in_place(problem: Problem) -> Loss:
-    _require(problem.op != LINEAR_CROSS_ENTROPY, "no logits to overwrite")
-    loss = _torchce(problem)
-    return lambda *arguments, **keywords: loss(*arguments, **keywords, inplace_backward=True)
+    if problem.op == LINEAR_CROSS_ENTROPY:
+        return _after_linear(partial(torchce.functional.cross_entropy, inplace_backward=True))
+    return partial(_torchce(problem), inplace_backward=True)
 
 
 class _ForwardBackward(torch.autograd.Function):
@@ -88,7 +93,7 @@ class _ForwardBackward(torch.autograd.Function):
 
 
 def _torchce_forward_backward(problem: Problem) -> Loss:
-    _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
+    _require(problem.op == CROSS_ENTROPY, f"has no {problem.op}")
     _require(problem.variant != SOFT64, "is measured with probabilities of the logits' dtype")
     _require(problem.variant not in (CAPPED, ENTROPY), "is measured without them")
 
@@ -99,8 +104,9 @@ def _torchce_forward_backward(problem: Problem) -> Loss:
     return loss
 
 
-def _linear_then_cross_entropy(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, linear_weight), target)
+def _after_linear(loss: Loss) -> Loss:
+    """The loss of a linear layer's whole logits."""
+    return lambda hidden, linear_weight, target: loss(F.linear(hidden, linear_weight), target)
 
 
 def _capped_cross_entropy(logits: Tensor, target: Tensor, z_loss: float, softcap: float) -> Tensor:
@@ -118,13 +124,20 @@ def eager(problem: Problem) -> Loss:
         return _capped_cross_entropy
     if problem.variant == ENTROPY:
         return _cross_entropy_with_entropy
-    return _linear_then_cross_entropy if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
+    # As torch's own linear_cross_entropy without options, which older versions lack.
+    return _after_linear(F.cross_entropy) if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
 
 
 def _compile(problem: Problem) -> Loss:
     # Static shapes are the best case for the compiler; the default mode is what a training loop uses.
     loss = eager(problem)
     return torch.compile(lambda *arguments, **keywords: loss(*arguments, **keywords), fullgraph=True, dynamic=False)
+
+
+def _torch_chunked(problem: Problem) -> Loss:
+    _require(problem.op == LINEAR_CROSS_ENTROPY, "takes no logits: it fuses the linear layer before them")
+    _require(hasattr(torch.nn, "LinearCrossEntropyOptions"), "torch has it from 2.13 on")
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _liger(problem: Problem) -> Loss:
@@ -143,9 +156,13 @@ def _liger(problem: Problem) -> Loss:
 
 
 def _quack(problem: Problem) -> Loss:
+    if problem.op == LINEAR_CROSS_ENTROPY:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy
     from quack import cross_entropy
 
-    _require(problem.op == CROSS_ENTROPY, f"has no {problem.op} on plain tensors")
+    _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
     _require(problem.variant not in ("smoothing", CAPPED, ENTROPY), f"has no {problem.variant}")
     return cross_entropy
@@ -163,6 +180,7 @@ IN_PLACE = "torchce in place"
 FORWARD_BACKWARD = "torchce forward_backward"
 EAGER = "eager"
 COMPILE = "compile"
+TORCH_CHUNKED = "torch chunked"
 LIGER = "Liger"
 QUACK = "QuACK"
 APPLE_CCE = "Apple CCE"
@@ -173,6 +191,7 @@ CONTENDERS = [
     Contender(FORWARD_BACKWARD, _torchce_forward_backward, overwrites=True, phases=("forward+backward",)),
     Contender(EAGER, eager),
     Contender(COMPILE, _compile),
+    Contender(TORCH_CHUNKED, _torch_chunked),
     Contender(
         # Its forward already computes the gradient, over the logits: there is no backward to time.
         *(LIGER, _liger, ("cuda",), "liger_kernel", "liger-kernel"),

@@ -81,8 +81,9 @@ class _Case:
     def timed(self, contender: Contender, loss: Loss, phase: str) -> Timed:
         if phase == "forward":
             return Timed(contender.name, [_forward(loss, inputs) for inputs in self.sets])
-        data = self.perishable if contender.overwrites else self._trainable
-        renew = self.renew if contender.overwrites else None
+        consumes = contender.consumes(self.problem)
+        data = self.perishable if consumes else self._trainable
+        renew = self.renew if consumes else None
         if phase == "forward+backward":
             return Timed(contender.name, [_forward_backward(loss, inputs) for inputs in data], renew)
 
@@ -182,6 +183,8 @@ def measure(
         yield from (row(phase, contender.name, note=_words(error)) for contender in contenders for phase in phases)
         return
     timer = clock(device)
+    if problem.op == LINEAR_CROSS_ENTROPY:  # most compute its gradients in the forward, and so have no backward to time
+        phases = [phase for phase in phases if phase != "backward"]
 
     bound: list[tuple[Contender, Loss]] = []
     for contender in contenders:

@@ -29,6 +29,7 @@ COLOURS = {
     FORWARD_BACKWARD: "#000000",
     "eager": "#D55E00",
     "compile": "#E69F00",
+    "torch chunked": "#F0E442",
     "Liger": "#009E73",
     "QuACK": "#CC79A7",
     "Apple CCE": "#8C6D31",

@@ -60,7 +60,9 @@ class Problem:
 
     @property
     def size(self) -> str:
-        return "x".join(map(str, self.shape))
+        """Such as ``512x32000``; with a linear layer rows x hidden x classes."""
+        rows, *rest = self.shape
+        return "x".join(map(str, (rows, *([self.hidden] if self.hidden else []), *rest)))
 
     @property
     def name(self) -> str:
@@ -137,6 +139,10 @@ def _bce(*shape: int, reason: str, **options: Any) -> Problem:
     return Problem(BCE, shape, reason, **options)
 
 
+def _linear_ce(rows: int, hidden: int, classes: int, reason: str, **options: Any) -> Problem:
+    return Problem(LINEAR_CROSS_ENTROPY, (rows, classes), reason, hidden=hidden, **options)
+
+
 CPU = [
     _ce(32, 10, reason="digits: the cost of a call, not of its arithmetic", launch_bound=True, quick=True, key=True),
     _ce(256, 1000, reason="an ImageNet batch: logits fit the L2 cache"),
@@ -184,6 +190,9 @@ CPU = [
     _bce(8, 1, 512, 512, reason="binary segmentation"),
     _bce(8, 19, 256, 256, reason="multi-label segmentation: one weight [C, 1, 1] a class", variant="pos_weight"),
     _bce(8, 19, 256, 256, reason="convolutions run channels_last, masks are contiguous", variant=CHANNELS_LAST),
+    # Llama 3's 128256 classes would take 4096 rows 10 to 100 s a call here, and tell nothing more.
+    _linear_ce(512, 128, 32000, reason="a small language model's head: all logits fit one piece", key=True),
+    _linear_ce(4096, 256, 32000, reason="its longer batch: several pieces, and whole logits fit no cache", key=True),
 ]
 
 _QUACK = "QuACK's published grid: "
@@ -220,11 +229,9 @@ CUDA = [
     _bce(4096, 4096, reason="2^24 elements: memory bound from here", quick=True, key=True),
     _bce(16384, 16384, reason="2^28 elements: long enough to hide every launch", key=True),
     _bce(8, 80, 256, 256, reason="detection maps: one weight [C, 1, 1] a class", variant="pos_weight"),
-    Problem(
-        LINEAR_CROSS_ENTROPY,
-        (8192, 128256),
-        "a language model's head: the peers' fused linear + CE",
-        hidden=4096,
+    _linear_ce(
+        *(8192, 4096, 128256),
+        reason="a language model's head: the peers' fused linear + CE",
         key=True,
         dtypes=("bfloat16",),
     ),

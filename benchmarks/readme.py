@@ -16,35 +16,45 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import Case, cases
-from benchmarks.contenders import COMPILE, EAGER, FORWARD_BACKWARD, IN_PLACE, LIGER, QUACK, TORCHCE
+from benchmarks.contenders import (
+    APPLE_CCE,
+    COMPILE,
+    EAGER,
+    FORWARD_BACKWARD,
+    IN_PLACE,
+    LIGER,
+    QUACK,
+    TORCH_CHUNKED,
+    TORCHCE,
+)
 from benchmarks.goals import BACKWARD, FORWARD, TRAINING
 from benchmarks.ledger import RESULTS, ROOT, Row, folder, latest
-from benchmarks.problems import GRIDS, LABELS, LINEAR_CROSS_ENTROPY, TRAINED
+from benchmarks.problems import GRIDS, LINEAR_CROSS_ENTROPY, TRAINED, Problem
 from benchmarks.report import describe, environments, ratio, seconds, size
 
 NOT_MEASURED = "not yet measured"
 
 # What a reader decides by: the size at which calls cost most, the common ones, and both losses.
-HEADLINES = {
-    device: [(p.op, p.size, p.variant) for p in grid if p.key and p.op != LINEAR_CROSS_ENTROPY]
-    for device, grid in GRIDS.items()
-}
+HEADLINES = {device: [p for p in grid if p.key and p.op != LINEAR_CROSS_ENTROPY] for device, grid in GRIDS.items()}
+HEADS = {device: [p for p in grid if p.key and p.op == LINEAR_CROSS_ENTROPY] for device, grid in GRIDS.items()}
 PEERS = {"cpu": (EAGER, COMPILE), "cuda": (EAGER, COMPILE, LIGER, QUACK)}
+PEERS_OF_HEADS = {
+    "cpu": (EAGER, COMPILE, TORCH_CHUNKED),
+    "cuda": (EAGER, COMPILE, TORCH_CHUNKED, LIGER, QUACK, APPLE_CCE),
+}
 TITLES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def _table(device: str, rows: Sequence[Row]) -> str:
+def _table(problems: Sequence[Problem], peers: Sequence[str], rows: Sequence[Row]) -> str:
     found = {(c.op, c.size, c.variant, c.dtype): c for c in cases(rows) if c.phase == TRAINING}
-    peers = PEERS[device]
     ours = ["torchce", "in place"]
     figures = ["speed-up", "speed-up in place", "memory", "memory in place"]
     header = ["problem", "dtype", *ours, *peers, *figures]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-    for op, extent, variant in HEADLINES[device]:
-        name = f"{LABELS[op]} {extent} {variant}".rstrip()
-        for dtype in TRAINED:
-            case = found.get((op, extent, variant, dtype))
-            lines.append([name, dtype, *_figures(case, peers)])
+    for problem in problems:
+        for dtype in (dtype for dtype in problem.dtypes if dtype in TRAINED):
+            case = found.get((problem.op, problem.size, problem.variant, dtype))
+            lines.append([problem.name, dtype, *_figures(case, peers)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -65,7 +75,8 @@ def section(results: Path = RESULTS) -> str:
     parts = [
         "Forward and backward together: medians, all interleaved in one process. *speed-up*: over the fastest of the "
         "others; *in place*: `inplace_backward=True`, the gradient overwriting the logits; *memory*: the most held at "
-        "once beyond the inputs.",
+        "once beyond the inputs. Linear CE is of rows x hidden x classes, and *in place* is there the linear layer, "
+        "whole, then the loss.",
     ]
     for device in ("cpu", "cuda"):
         rows = latest(device, results)
@@ -73,7 +84,11 @@ def section(results: Path = RESULTS) -> str:
         if rows:
             parts.append("\n".join(f"- {describe(each)}" for each in environments(rows)))
             where = folder(rows[0].environment).relative_to(ROOT).as_posix()
-            parts += [_table(device, rows), f"Every problem and pass, with plots: [{where}]({where}/results.md)."]
+            parts += [
+                _table(HEADLINES[device], PEERS[device], rows),
+                _table(HEADS[device], PEERS_OF_HEADS[device], rows),
+                f"Every problem and pass, with plots: [{where}]({where}/results.md).",
+            ]
         else:
             parts.append(f"{NOT_MEASURED.capitalize()}: `python -m benchmarks --device {device}` fills this in.")
     return "\n\n".join(parts)

@@ -81,7 +81,7 @@ def ratio(value: float | None) -> str:
 def results(rows: Iterable[Row]) -> Grid:
     """One line for each problem, pass and way of torchce's."""
     found = cases(rows)
-    peers = [peer for peer in PEERS if any(peer in case.rows for case in found)]
+    peers = [peer for peer in PEERS if any(case.time(peer) is not None for case in found)]
     header = (
         "problem",
         "dtype",
@@ -191,7 +191,8 @@ LEGEND = (
     "Times are medians, ± the interquartile range. *vs best*: times faster than the fastest peer. *GB/s*: by the "
     "traffic model (`benchmarks/traffic.py`); *of copy*: against a plain copy that moves as many bytes. *memory*: most "
     "held at once beyond the inputs; *best's*: the fastest peer's. *in place*: forward+backward, the gradient "
-    "overwriting the logits, against the peers' forward+backward. *goal*: those missed are listed with what was wanted."
+    "overwriting the logits, against the peers' forward+backward; of linear CE the logits are the linear layer's, and "
+    "whole. *goal*: those missed are listed with what was wanted."
 )
 
 

@@ -23,6 +23,8 @@ Call = Callable[[], object]
 
 CPU_SAMPLE_SECONDS = 1e-3  # perf_counter resolves 1e-7 of it; short enough for many samples
 MAX_CALLS = 1000
+# Calls that take seconds vary little: a pass ends after that many rounds once it has taken that long.
+LONG_PASS_SECONDS, LONG_PASS_ROUNDS = 30.0, 3
 # About 1 ms at 2 GHz: longer than Python takes to queue a forward and backward with a compiled wrapper around them.
 BUSY_CYCLES = 2_000_000
 
@@ -69,7 +71,9 @@ class CpuClock:
         return (time.perf_counter() - start) / calls
 
     def calls_per_sample(self, timed: Timed, launch_bound: bool) -> int:
-        once = min(self.sample(timed, 1) for _ in range(3))
+        once = self.sample(timed, 1)
+        if once < 100 * CPU_SAMPLE_SECONDS:  # no hiccup makes a short call that long
+            once = min(once, *(self.sample(timed, 1) for _ in range(2)))
         return max(1, min(timed.most_calls, math.ceil(CPU_SAMPLE_SECONDS / once)))
 
 
@@ -111,7 +115,10 @@ def interleave(
     min_rounds: int,
     launch_bound: bool = False,
 ) -> dict[str, Measurement]:
-    """Times all in turn, in rounds that each begin with another one, for ``seconds`` or ``min_rounds``, the longer."""
+    """Times all in turn, in rounds that each begin with another one, for ``seconds`` or ``min_rounds``, the longer.
+
+    Where calls are long, fewer rounds do.
+    """
     for each in timed:
         clock.sample(each, 1)
     calls = [clock.calls_per_sample(each, launch_bound) for each in timed]
@@ -120,13 +127,13 @@ def interleave(
     collects = gc.isenabled()
     gc.disable()  # as timeit does: a collection would be charged to whoever is running
     try:
-        end = time.perf_counter() + seconds
-        rounds = 0
-        while rounds < min_rounds or time.perf_counter() < end:
+        start = time.perf_counter()
+        rounds, passed = 0, 0.0
+        while passed < seconds or rounds < (min_rounds if passed < LONG_PASS_SECONDS else LONG_PASS_ROUNDS):
             for i in order:
                 samples[i].append(clock.sample(timed[i], calls[i]) * timed[i].scale)
             order.append(order.pop(0))
-            rounds += 1
+            rounds, passed = rounds + 1, time.perf_counter() - start
     finally:
         if collects:
             gc.enable()

@@ -6,11 +6,12 @@ from examples import digits, glyphs, tokens
 from examples.command import main
 
 DESCRIPTION = """\
-Trains three real models, each with torch's loss and with torchce's from the same seed, and compares the two trainings:
+Trains three real models, each with torch's loss and with torchce's from the same seed, and compares the trainings:
 
   digits  a classifier of handwritten digits, cross entropy over 10 classes
   glyphs  the words of characters' names from their pictures, binary cross entropy over some 350 labels
-  tokens  the next token of Python's standard library, cross entropy over 32,000 classes
+  tokens  the next token of Python's standard library, cross entropy over 32,000 classes; the last layer is measured
+          with it, and fused with it in a third training
 
 Each also runs alone: python -m examples.digits --help"""
 

@@ -14,10 +14,13 @@ from examples.picture import draw, readable_bytes, readable_milliseconds
 from examples.training import Result, Task, default_device, train
 
 MEASURED = """\
-Held out: the score on data that was not trained on. Largest difference: between the two loss curves, over all steps.
-Loss time: forward and backward of the loss alone, down to the gradient of the logits; the median over the steps.
+Held out: the score on data that was not trained on.
+Largest difference: of any loss curve from that of torch's loss, over all steps.
+Loss time: forward and backward of the loss alone, down to the gradient of the logits; of tokens, forward and backward
+of the last layer and the loss, down to the gradients of the layer's input, weight and bias. The median over the steps.
 Share: the part of a step's time that this takes.
-Loss memory: the most that the same work holds at any moment, beyond the logits and target it is given."""
+Loss memory: the most that the same work holds at any moment, its gradients included, beyond what it is given: logits
+and target; of tokens the layer's input, weight and bias, and the target."""
 
 
 def main(*tasks: Callable[[], Task], description: str, arguments: Sequence[str] | None = None) -> list[Result]:
@@ -37,31 +40,51 @@ def main(*tasks: Callable[[], Task], description: str, arguments: Sequence[str] 
 
 
 def _options(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = option_parser(description, output="demo.png")
+    parser.add_argument("--steps", type=positive, help="train for so many steps (default: each example's own number)")
+    return parser.parse_args(arguments)
+
+
+def option_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """With the options that every example has; ``output`` is where its picture goes by default."""
     parser = argparse.ArgumentParser(
         description=description.replace("``", ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", default="demo.png", help="where to write the picture (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="train for so many steps (default: each example's own number)")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and the batches (default: %(default)s)")
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="(default here: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps: expected at least 1, got {options.steps}")
-    if options.device.type != "cpu" and options.device.type != default_device().type:
-        parser.error(f"--device: torchce has no kernels for {options.device} here (see python -m torchce)")
-    return options
+    parser.add_argument("--output", default=output, help="where to write the picture (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)")
+    parser.add_argument("--device", type=_device, default=default_device(), help="(default here: %(default)s)")
+    return parser
 
 
-def _watch(task: Task, options: argparse.Namespace, console: Console) -> Result:
-    columns = (
+def positive(text: str) -> int:
+    """An option's value: an int of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type != "cpu" and device.type != default_device().type:
+        raise argparse.ArgumentTypeError(f"torchce has no kernels for {device} here (see python -m torchce)")
+    return device
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
         TextColumn("  {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=console,
     )
+
+
+def _watch(task: Task, options: argparse.Namespace, console: Console) -> Result:
     steps = options.steps or task.steps
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("training", total=steps)
         for result in train(task, options.device, steps, options.seed):
             losses = ", ".join(f"{name} {run.curve[-1]:.4f}" for name, run in result.runs.items())
@@ -72,7 +95,7 @@ def _watch(task: Task, options: argparse.Namespace, console: Console) -> Result:
 
 
 def _table(results: list[Result]) -> Table:
-    table = Table(title=f"Trained from one seed on {_device_name(results[0].device)}")
+    table = Table(title=f"Trained from one seed on {device_name(results[0].device)}")
     table.add_column("")
     table.add_column("loss of")
     for heading in ("held out", "largest\ndifference", "loss time\na step", "share", "loss\nmemory"):
@@ -93,7 +116,7 @@ def _table(results: list[Result]) -> Table:
     return table
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"the CPU, torch.get_num_threads() = {torch.get_num_threads()}"

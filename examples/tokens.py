@@ -2,8 +2,9 @@
 
 The text is the library of the running interpreter, its tests left out, tokenised with ``tokenize``; strings and
 comments are split further into words and marks, since whole they would hardly ever occur twice. The model is the window
-of Bengio et al. 2003 (A Neural Probabilistic Language Model, JMLR 3), with one embedding for input and output. Every
-tenth file is held out.
+of Bengio et al. 2003 (A Neural Probabilistic Language Model, JMLR 3), with one embedding for input and output. Its last
+layer is measured with the loss, so that torchce's loss of a linear layer stands beside the two libraries' losses of
+logits. Every tenth file is held out.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import torchce
 from examples.command import main
+from examples.heads import HEADS
 from examples.training import Task, accuracy
 
 VOCABULARY = 32_000
@@ -53,7 +54,10 @@ def tokens(path: Path) -> Iterator[str]:
 
 
 class Window(nn.Module):
-    """Logits of the next token from the last ``CONTEXT``: ``[N, CONTEXT]`` to ``[N, classes]``."""
+    """What gives the next token's logits, from the last ``CONTEXT`` tokens: the last layer's input, weight and bias.
+
+    ``[N, CONTEXT]`` to ``[N, WIDTH]``, ``[classes, WIDTH]`` and ``[classes]``.
+    """
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -64,9 +68,8 @@ class Window(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, window: Tensor) -> Tensor:
-        hidden = self.hidden(self.embedding(window).flatten(1))
-        return F.linear(hidden, self.embedding.weight, self.bias)
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden(self.embedding(window).flatten(1)), self.embedding.weight, self.bias
 
 
 def windows(texts: list[list[str]], number: dict[str, int]) -> Tensor:
@@ -87,7 +90,7 @@ def task() -> Task:
         name="tokens",
         summary=f"next token of the standard library, {len(vocabulary):,} classes",
         model=lambda: Window(len(vocabulary)),
-        losses={"torch": nn.CrossEntropyLoss(), "torchce": torchce.CrossEntropyLoss()},
+        losses=HEADS,
         train=(train[:, :-1], train[:, -1]),
         held_out=(held_out[:, :-1], held_out[:, -1]),
         constant=train[:, -1].bincount(minlength=len(vocabulary)),
@@ -96,6 +99,8 @@ def task() -> Task:
         learning_rate=3e-3,
         score_name="tokens right",
         tally=accuracy,
+        logits=F.linear,
+        measured="last layer + loss",
     )
 
 

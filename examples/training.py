@@ -1,8 +1,8 @@
-"""Trains a model with torch's loss and again with torchce's, and measures what the loss costs.
+"""Trains a model with torch's loss and again with each of torchce's, and measures what the loss costs.
 
-Both trainings start from the same seed and see the same batches, so any difference between their curves comes from the
-loss alone. They take turns, step by step and each leading half the time: whatever else the machine does then slows both
-alike, and neither has the warm caches to itself.
+All trainings start from the same seed and see the same batches, so any difference between their curves comes from the
+loss alone. They take turns, step by step and each leading equally often: whatever else the machine does then slows all
+alike, and none has the warm caches to itself.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes 
 class Task:
     """A model, its data and its loss, the latter from both libraries.
 
+    A loss is called with what the model returns and the target. That is the logits, or, where the model's last layer is
+    part of the loss and measured with it, a tuple of what the loss needs to compute them.
+
     Shape:
         - train, held_out: (inputs ``[n, ...]``, target ``[n]`` or ``[n, C]``)
         - constant: ``[C]``, the logits of a model that has seen the targets of ``train`` but ignores its input
@@ -47,6 +50,10 @@ class Task:
     score_name: str
     tally: Callable[[Tensor, Tensor], tuple[int, int]]
     """Logits and target to a numerator and a denominator; their sums over all batches divide to the score."""
+    logits: Callable[..., Tensor] = lambda logits: logits
+    """The logits from what the model returns."""
+    measured: str = "loss"
+    """What the losses compute, in a few words for the picture."""
 
 
 @dataclass
@@ -76,7 +83,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """A task after training, with one run for each library."""
+    """A task after training, with one run for each loss."""
 
     task: Task
     device: torch.device
@@ -85,9 +92,9 @@ class Result:
 
     @property
     def differences(self) -> list[float]:
-        """How far apart the two loss curves are at every step."""
-        ours, theirs = (run.curve for run in self.runs.values())
-        return [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        """How far the loss curve of any run is from the first run's, torch's, at every step."""
+        steps = zip(*(run.curve for run in self.runs.values()), strict=True)
+        return [max(abs(loss - first) for loss in others) for first, *others in steps]
 
 
 def default_device() -> torch.device:
@@ -108,7 +115,7 @@ def train(task: Task, device: torch.device, steps: int, seed: int) -> Iterator[R
         model = task.model().to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=task.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        runs[name] = Run(model, loss.to(device), optimizer, schedule)
+        runs[name] = Run(model, loss, optimizer, schedule)
     result = Result(task, device, runs, _constant_score(task))
 
     order = list(runs.values())
@@ -119,7 +126,7 @@ def train(task: Task, device: torch.device, steps: int, seed: int) -> Iterator[R
         batch = inputs[rows].to(device), target[rows].to(device)
         for run in order:
             _step(run, *batch)
-        order.reverse()
+        order.append(order.pop(0))
         if number + 1 == steps:
             for run in order:
                 run.loss_bytes = _loss_bytes(run, *batch)
@@ -127,37 +134,50 @@ def train(task: Task, device: torch.device, steps: int, seed: int) -> Iterator[R
         yield result
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """The time in seconds at which ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _loss_and_gradient(run: Run, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient for the logits; autograd stops there, so nothing of the model is in it."""
-    loss = run.loss(logits, target)
-    return loss, torch.autograd.grad(loss, logits)[0]
+def loss_and_gradients(
+    loss: nn.Module, outputs: tuple[Tensor, ...], target: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and its gradients for a model's outputs, without anything of the model.
+
+    Autograd sees the outputs detached, for one may lead to another: an embedding that is the last layer's weight as
+    well has a part in that layer's input.
+    """
+    detached = tuple(output.detach().requires_grad_() for output in outputs)
+    value = loss(*detached, target)
+    return value, torch.autograd.grad(value, detached)
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    outputs = model(inputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _step(run: Run, inputs: Tensor, target: Tensor) -> None:
-    started = _clock(inputs.device)
-    logits = run.model(inputs)
-    loss_started = _clock(inputs.device)
-    loss, gradient = _loss_and_gradient(run, logits, target)
-    loss_ended = _clock(inputs.device)
+    started = clock(inputs.device)
+    outputs = _outputs(run.model, inputs)
+    loss_started = clock(inputs.device)
+    loss, gradients = loss_and_gradients(run.loss, outputs, target)
+    loss_ended = clock(inputs.device)
     run.optimizer.zero_grad()
-    logits.backward(gradient)
+    torch.autograd.backward(outputs, gradients)
     run.optimizer.step()
     run.schedule.step()
-    ended = _clock(inputs.device)
+    ended = clock(inputs.device)
     run.curve.append(loss.item())
     run.loss_seconds.append(loss_ended - loss_started)
     run.step_seconds.append(ended - started)
 
 
 def _loss_bytes(run: Run, inputs: Tensor, target: Tensor) -> int:
-    logits = run.model(inputs)
-    return peak_bytes(lambda: _loss_and_gradient(run, logits, target), inputs.device)
+    outputs = _outputs(run.model, inputs)
+    return peak_bytes(lambda: loss_and_gradients(run.loss, outputs, target), inputs.device)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
@@ -190,7 +210,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 def _score(task: Task, model: nn.Module, device: torch.device) -> float:
     model.eval()
-    return _mean_score(task, lambda inputs: model(inputs.to(device)).cpu())
+    return _mean_score(task, lambda inputs: task.logits(*_outputs(model, inputs.to(device))).cpu())
 
 
 def _constant_score(task: Task) -> float:

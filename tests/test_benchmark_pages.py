@@ -16,6 +16,7 @@ from benchmark_rows import ENVIRONMENT, ROWS, row
 
 import torchce
 from benchmarks import ledger, readme, variants
+from benchmarks.problems import LINEAR_CROSS_ENTROPY
 
 
 def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
@@ -30,9 +31,14 @@ def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
     assert "| CE" not in empty
     assert not readme.update(page, results)
 
-    ledger.save(results / "some-cpu" / ledger.FILE, ROWS)
+    head = {"op": LINEAR_CROSS_ENTROPY, "size": "512x128x32000"}
+    times = {"torchce": 0.3, "torchce in place": 0.25, "eager": 0.9, "torch chunked": 0.6}
+    linear = [row(contender, median, **head) for contender, median in times.items()]
+    ledger.save(results / "some-cpu" / ledger.FILE, [*ROWS, *linear])
     assert readme.update(page, results)
     text = page.read_text()
+    expected = "| linear CE 512x128x32000 | float32 | 300 ms | 250 ms | 900 ms | - | 600 ms | 2.0x | 2.4x |"
+    assert expected in text
     assert "| CE 512x32000 | float32 | 20 ms | 10 ms | 80 ms | 50 ms | 2.5x | 5.0x | 62 MiB | 4 KiB |" in text
     assert f"| CE 512x32000 | bfloat16 | {readme.NOT_MEASURED} |" in text
     assert text.count(readme.NOT_MEASURED.capitalize()) == 1  # CUDA

@@ -134,6 +134,28 @@ def test_slower_than_torch_is_a_missed_goal(problem: dict[str, str], phase: str)
     assert not missed(0.019)
 
 
+@pytest.mark.parametrize(("dtype", "sums"), [("float32", 0), ("bfloat16", 256 * 32000 * 4)])
+def test_memory_of_a_linear_layers_loss_is_counted_in_pieces(dtype: str, sums: int) -> None:
+    """4096x256x32000: 64 MiB are more than a sixteenth of the logits."""
+    rest = (4096 + 32000) * 256 * problems.DTYPES[dtype].itemsize + sums + 4096 * 64 + (64 << 10)
+    for pieces, met in ((1.12, True), (1.13, False)):
+        peak = round(pieces * (64 << 20)) + rest
+        values = {"op": LINEAR_CROSS_ENTROPY, "size": "4096x256x32000", "dtype": dtype, "peak_bytes": peak}
+        (case,) = cases([row("torchce", 1.0, **values)])
+        (verdict,) = goals.verdicts(case)
+        assert verdict.value == pytest.approx(pieces)
+        assert verdict.met == met
+        assert str(verdict) == f"{pieces} pieces of logits + gradients (≤ 1.12)"
+
+
+def test_a_linear_layers_loss_is_judged_against_whole_logits_and_torchs_pieces() -> None:
+    values = {"op": LINEAR_CROSS_ENTROPY, "size": "512x128x32000", "peak_bytes": None}
+    times = {"torchce": 1.0, "torchce in place": 0.96, "eager": 1.29, "torch chunked": 2.0}
+    (case,) = cases([row(contender, time, **values) for contender, time in times.items()])
+    judged = {verdict.goal.peers: verdict.met for verdict in goals.verdicts(case)}
+    assert judged == {("torchce in place",): True, ("eager",): False, ("torch chunked",): True}
+
+
 def test_nothing_is_judged_that_was_not_measured() -> None:
     (case,) = cases([row("torchce", 0.02, peak_bytes=None), row("eager", None), row("compile", None)])
     assert goals.verdicts(case) == []
@@ -261,16 +283,20 @@ NO_COMPILE = [c for c in contenders.CONTENDERS if "cpu" in c.devices and c.name 
 def test_every_kind_of_problem_is_measured(problem: Problem, dtype: str) -> None:
     rows = list(measure.measure(problem, dtype, "cpu", NO_COMPILE, measure.Budget(0.0, 1), ALL_PHASES))
     found = {(r.phase, r.contender): r for r in rows}
-    for phase in ALL_PHASES:
-        assert found[phase, "eager"].median, found[phase, "eager"].note
-        if problem.op != LINEAR_CROSS_ENTROPY:
-            assert found[phase, "torchce"].median, found[phase, "torchce"].note
-            assert found[phase, "copy"].median
-    if problem.op != LINEAR_CROSS_ENTROPY:
-        ours, in_place = found["forward+backward", "torchce"], found["forward+backward", "torchce in place"]
-        assert in_place.median, in_place.note
-        element_bytes = problems.DTYPES[dtype].itemsize
-        assert (ours.peak_bytes or 0) >= problem.rows * problem.classes * element_bytes  # the gradient
+    is_linear = problem.op == LINEAR_CROSS_ENTROPY
+    for phase in ("forward", "forward+backward") if is_linear else ALL_PHASES:
+        for contender in ("eager", "torchce", *([] if is_linear else ["copy"])):
+            assert found[phase, contender].median, found[phase, contender].note
+    ours, in_place = found["forward+backward", "torchce"], found["forward+backward", "torchce in place"]
+    assert in_place.median, in_place.note
+    # One gradient at least: of the logits, or of the linear layer's weight.
+    gradient = problem.classes * (problem.hidden or problem.rows)
+    assert (ours.peak_bytes or 0) >= gradient * problems.DTYPES[dtype].itemsize
+    chunked = found["forward+backward", "torch chunked"]
+    if is_linear and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert chunked.median, chunked.note
+    else:
+        assert chunked.note
 
 
 def test_whoever_computes_something_else_is_not_timed() -> None:
@@ -288,6 +314,31 @@ def test_whoever_computes_something_else_is_not_timed() -> None:
     assert "float32 torch" in found["half"].note
     assert found["broken"].note == "failed: RuntimeError: out of order"
     assert found["torchce"].median
+
+
+def test_a_size_names_the_width_before_the_linear_layer() -> None:
+    problem = Problem(LINEAR_CROSS_ENTROPY, (4096, 32000), "", hidden=256)
+    assert problem.name == "linear CE 4096x256x32000"
+    assert problem.matches(["linear_cross_entropy"], ["4096x256x*"])
+    (case,) = cases([row("eager", 1.0, op=problem.op, size=problem.size, dtype="bfloat16")])
+    assert (case.name, case.shape) == (problem.name, problem.shape)
+    assert case.logits_bytes == 4096 * 32000 * 2
+
+
+def test_a_linear_layers_loss_overwrites_no_inputs() -> None:
+    in_place = next(c for c in contenders.CONTENDERS if c.name == contenders.IN_PLACE)
+    assert in_place.consumes(Problem(CROSS_ENTROPY, (8, 5), ""))
+    assert not in_place.consumes(Problem(LINEAR_CROSS_ENTROPY, (8, 5), "", hidden=4))
+
+
+def test_long_calls_need_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds() -> int:
+        timed = timing.Timed("x", [lambda: None])
+        return len(timing.interleave([timed], timing.clock("cpu"), 0.0, 7)["x"].times)
+
+    assert rounds() == 7
+    monkeypatch.setattr(timing, "LONG_PASS_SECONDS", 0.0)
+    assert rounds() == 3
 
 
 def test_the_command_measures_reports_draws_and_compares(

@@ -1,21 +1,26 @@
-"""The examples: real data as they say, two trainings that agree, and a measurement that sees what a loss allocates."""
+"""The examples: real data as they say, trainings that agree, and a measurement that sees what a loss allocates."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import torchce
-from examples import digits, glyphs, tokens
+from examples import digits, glyphs, tokens, vocabulary
 from examples.command import main
-from examples.training import default_device, peak_bytes, train
+from examples.heads import HEADS
+from examples.picture import bars
+from examples.training import Result, default_device, loss_and_gradients, peak_bytes, train
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +45,18 @@ def test_trains_alike(example: ModuleType, tmp_path: Path, capsys: pytest.Captur
     arguments = ["--steps", "4", "--device", "cpu", "--output", str(picture)]
     (result,) = main(example.task, description=example.__doc__, arguments=arguments)
 
-    theirs, ours = result.runs["torch"], result.runs["torchce"]
-    assert type(ours.loss).__module__.startswith("torchce")
-    assert type(theirs.loss).__module__.startswith("torch.nn")
-    assert len(ours.curve) == len(theirs.curve) == 4
-    assert ours.curve[-1] < ours.curve[0]
+    fused_too = ["torchce linear"] if example is tokens else []
+    assert list(result.runs) == ["torch", "torchce", *fused_too]
+    theirs, *all_ours = result.runs.values()
     assert max(result.differences) < 1e-5
-    assert ours.score == pytest.approx(theirs.score, abs=0.01)
-    assert 0 < ours.loss_bytes < theirs.loss_bytes
-    assert 0 < ours.loss_share < 1
+    for ours in all_ours:
+        assert len(ours.curve) == len(theirs.curve) == 4
+        assert ours.curve[-1] < ours.curve[0]
+        assert ours.score == pytest.approx(theirs.score, abs=0.01)
+        assert 0 < ours.loss_share < 1
+    memory = [run.loss_bytes for run in result.runs.values()]
+    assert memory == sorted(set(memory), reverse=True)  # each run takes less than the one before
+    assert memory[-1] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert result.task.summary in printed
@@ -63,6 +71,86 @@ def test_help(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert example.__doc__ is not None
     assert example.__doc__.splitlines()[0] in printed
     assert re.search(r"--output.*demo\.png", printed, re.DOTALL)
+
+
+def result_of(names: list[str]) -> Result:
+    task = replace(digits.task(), losses=dict.fromkeys(names, nn.CrossEntropyLoss()))
+    *_, result = train(task, torch.device("cpu"), steps=2, seed=0)
+    return result
+
+
+def test_differences_are_from_the_first_run() -> None:
+    curves = {"torch": [1.0, 2.0], "torchce": [1.5, 2.0], "torchce linear": [0.75, 2.25]}
+    result = result_of(list(curves))
+    for name, curve in curves.items():
+        result.runs[name].curve = curve
+    assert result.differences == [0.5, 0.25]
+
+
+def test_bars_of_tasks_with_and_without_a_run() -> None:
+    results = [result_of(["torch", "torchce"]), result_of(["torch", "torchce", "torchce linear"])]
+    axes = Figure().subplots()
+    bars(axes, results, lambda run: run.loss_milliseconds, str)
+    assert [len(of_run) for of_run in axes.containers] == [2, 2, 1]
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(right < left for (_, right), (left, _) in itertools.pairwise(edges))
+    for index, count in enumerate((2, 3)):
+        middles = [(left + right) / 2 for left, right in edges if abs((left + right) / 2 - index) < 0.5]
+        assert len(middles) == count
+        assert sum(middles) / count == pytest.approx(index)
+
+
+def test_heads_are_alike() -> None:
+    torch.manual_seed(0)
+    layer = torch.randn(64, 16), torch.randn(500, 16), torch.randn(500)  # features, weight, bias
+    target = torch.randint(500, (64,))
+    expected = loss_and_gradients(HEADS["torch"], layer, target)
+    for head in HEADS.values():
+        torch.testing.assert_close(loss_and_gradients(head, layer, target), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_that_is_the_head_too_gets_both_gradients() -> None:
+    embedding = torch.randn(50, 8, requires_grad=True)
+    target = torch.randint(50, (20,))
+    outputs = embedding[:20].tanh(), embedding, torch.zeros(50, requires_grad=True)
+    expected = torch.autograd.grad(HEADS["torch"](*outputs, target), embedding, retain_graph=True)[0]
+    _, gradients = loss_and_gradients(HEADS["torch"], outputs, target)
+    torch.autograd.backward(outputs, gradients)
+    torch.testing.assert_close(embedding.grad, expected)
+
+
+def test_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "picture.png"
+    sizes = ["--vocabularies", "1000", "24000", "--rows", "768", "--features", "4", "--repetitions", "1"]
+    costs = vocabulary.main([*sizes, "--device", "cpu", "--output", str(picture)])
+    assert list(costs) == [1000, 24000]
+    for classes, of_heads in costs.items():
+        assert list(of_heads) == list(HEADS)
+        assert all(cost.milliseconds > 0 for cost in of_heads.values())
+        logits_bytes = 768 * classes * 4
+        assert of_heads["torchce linear"].bytes < of_heads["torchce"].bytes < of_heads["torch"].bytes
+        assert logits_bytes < of_heads["torchce"].bytes
+    assert costs[24000]["torchce linear"].bytes < 0.6 * logits_bytes  # the logits come in two pieces
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "768 rows of 4 features, float32" in printed
+    assert "24,000" in printed
+
+
+def test_vocabulary_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vocabulary.main(["--help"])
+    assert re.search(r"--output.*vocabulary\.png", capsys.readouterr().out, re.DOTALL)
+
+
+VOCABULARY_OPTIONS = ["--vocabularies", "--rows", "--features", "--repetitions"]
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "int64"], *([option, "0"] for option in VOCABULARY_OPTIONS)])
+def test_vocabulary_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        vocabulary.main(arguments)
+    assert f"{arguments[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--device", "meta"]])

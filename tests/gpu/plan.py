@@ -39,13 +39,14 @@ KERNELS = [PYTHON, str(TESTS / "gpu" / "kernels.py")]  # by its path: PYTHONPATH
 FOUND_SOMETHING = "86"  # compute-sanitizer's exit status then
 
 COMPILE = "compile"
+HEAD = "8192x4096x128256"  # of linear cross entropy, which alone Apple CCE has
 # Tried each in a process of its own before it is measured beside others: a crash takes its whole process along, an
 # illegal access every later launch. torch.compile on all problems, so that its cache is warm; the others on small ones.
 TRIED = {
     COMPILE: [],
     "Liger": ["--size", "32768x1024", "--dtype", "bfloat16"],
-    "QuACK": ["--size", "32768x1024"],
-    "Apple CCE": ["--size", "8192x128256"],
+    "QuACK": ["--size", "32768x1024", "--size", HEAD],
+    "Apple CCE": ["--size", HEAD],
 }
 SECONDS = 0.25  # a pass, for all contenders
 
@@ -231,7 +232,7 @@ def checks(setting: Setting) -> Group:
 def peers(setting: Setting, outcomes: Sequence[Outcome]) -> Group:
     """Everyone on the key problems but those whose trial crashed."""
     crashed = {outcome.name for outcome in outcomes if outcome.result == FAILED}
-    names = ["torchce*", "eager", *(peer for peer in TRIED if trial(peer) not in crashed)]
+    names = ["torchce*", "eager", "torch chunked", *(peer for peer in TRIED if trial(peer) not in crashed)]
     chosen = [option for name in names for option in ("--contender", name)]
     return Group("peers", [_measure(setting, "benchmark: peers", 120, "--key", *chosen)], 120)
 
