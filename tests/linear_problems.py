@@ -125,11 +125,18 @@ def results(
     return {name: t.detach() for name, t in {**found, **named}.items() if t is not None}
 
 
-def assert_no_worse(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], truths: Mapping[str, Tensor]) -> None:
-    """Our errors' root mean square is at most one ulp above theirs, which are the unfused loss's.
+def assert_no_worse(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    truths: Mapping[str, Tensor],
+    ulps: float = 1,
+    term: float = 0.0,
+) -> None:
+    """Our errors' root mean square is at most one ulp (or some) above theirs, which are the unfused loss's.
 
     The ulp is that of a tensor's largest number: its elements are sums of terms of both signs. In a single element two
-    orders of adding them up may err apart by what comparison.py grants, times that number.
+    orders of adding them up may err apart by what comparison.py grants, times that number, or times the size of a
+    ``term``, where all may cancel.
     """
     assert ours.keys() == theirs.keys()
     for name, result in ours.items():
@@ -139,9 +146,9 @@ def assert_no_worse(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tr
             assert_bitwise_equal(result, other, name)
         elif result.numel():
             error, their_error = ((t.double() - expected).abs() for t in (result, other))
-            largest = expected.abs().max()
+            largest = expected.abs().max().clamp_min(term)
             assert error.isfinite().all(), name
-            one, slack = ulp(largest, result.dtype), RELATIVE[result.dtype] * largest
+            one, slack = ulps * ulp(largest, result.dtype), RELATIVE[result.dtype] * largest
             assert error.max() <= their_error.max() + one + slack, f"{name}: {error.max()}, unfused {their_error.max()}"
             if result.dtype != torch.float64:  # whose truth is no truer
                 rms, their_rms = (t.square().mean().sqrt() for t in (error, their_error))

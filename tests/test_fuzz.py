@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import cases
 import composed
+import linear_problems
 import pytest
 import torch
 from comparison import assert_bitwise_equal, check_sigmoid_bce, check_softmax_ce, run
@@ -205,6 +206,72 @@ def test_cross_entropy_with_own_options(problem: Softmax, device: str, counts: C
     values = composed.transformed(logits.double(), options["softcap"], options["logit_scale"])
     torch.testing.assert_close(out.lse.double(), torch.logsumexp(values, class_dim), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(out.entropy.double(), composed.entropy(values, class_dim), rtol=1e-4, atol=1e-5)
+    counts["fuzzed problems"] += 1
+
+
+class Linear(NamedTuple):
+    layer: linear_problems.Layer
+    target: Tensor
+    options: dict[str, Any]
+    chunks: dict[str, Any]
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Linear:
+    """Of ordinary numbers, in any memory, cut in any way."""
+    dtype = draw(st.sampled_from(cases.DTYPES))
+    rows, features, classes = draw(st.integers(0, 20)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    out_features = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
+    outputs = (classes, *out_features)
+
+    def tensor(shape: tuple[int, ...], scale: float, to: torch.dtype = dtype) -> Tensor:
+        seed = draw(seeds)
+        layout = draw(layouts(len(shape)))
+        return layout.arrange(lambda s: cases.normal(s, torch.float64, "cpu", seed=seed, scale=scale), shape).to(to)
+
+    layer = linear_problems.Layer(
+        tensor((rows, features), 1.0),
+        tensor((*outputs, features), draw(st.sampled_from([0.1, 1.0, 5.0]))),
+        tensor(outputs, 1.0) if draw(st.booleans()) else None,
+    )
+    kind = draw(st.sampled_from(["index", "probability"]))
+    target = linear_problems.target_for(layer, kind)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    options: dict[str, Any] = {
+        "reduction": draw(st.sampled_from(["none", "mean", "sum"] if rows else ["none", "sum"])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "z_loss": draw(st.sampled_from([0.0, 0.1])),
+        "softcap": draw(st.sampled_from([None, None, 5.0])),
+        "logit_scale": draw(st.sampled_from([None, 0.7, torch.tensor(0.7, dtype=acc)])),
+        **dict.fromkeys(draw(st.sampled_from([[], [], ["return_lse"], ["return_lse", "return_entropy"]])), True),
+    }
+    if draw(st.booleans()):
+        options["weight"] = cases.uniform([classes], dtype, "cpu", seed=draw(seeds)) + 0.1
+    if draw(st.booleans()):
+        options["sample_weight"] = tensor((rows, *out_features), 1.0, acc).abs() + 0.1
+    if options["reduction"] == "mean" and draw(st.booleans()):
+        options["divisor"] = draw(st.sampled_from([3.5, torch.tensor(3.5, dtype=acc)]))
+    chunks = {
+        "chunk_rows": draw(st.integers(1, 21)),
+        "acc_policy": draw(st.sampled_from(["auto", "compact"])),
+        "compact_ignored": draw(st.sampled_from([None, False])),
+    }
+    return Linear(layer, target, options, chunks)
+
+
+@given(problem=layers())
+def test_linear_cross_entropy(problem: Linear, counts: Counter[str]) -> None:
+    layer, target, options, chunks = problem
+    found = linear_problems.results(linear_problems.fused, layer, target, options | chunks)
+    theirs = linear_problems.results(linear_problems.unfused, layer, target, options)
+    truths = linear_problems.results(linear_problems.truth, layer, target, options, torch.float64)
+    if any(t.isnan().any() for t in truths.values()):  # a mean over ignored rows alone
+        torch.testing.assert_close(found, theirs, equal_nan=True)
+    else:
+        pieces = -(-len(layer.input) // chunks["chunk_rows"])  # each of which rounds a compact sum of 16 bits
+        ulps = pieces if chunks["acc_policy"] == "compact" else 1
+        term = max(float(t.abs().max()) for t in (*layer[:2], torch.ones(1)) if t.numel())
+        linear_problems.assert_no_worse(found, theirs, truths, ulps, term)
     counts["fuzzed problems"] += 1
 
 

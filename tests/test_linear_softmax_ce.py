@@ -115,11 +115,12 @@ def test_shapes(name: str, reduction: str, kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", ["transposed", "offset", "sliced"])
-def test_layouts(layout: str) -> None:
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
     """Of input, weight and target, whose memory no product wants so."""
-    input = cases.arranged(layout, (37, 12), torch.float32, "cpu")
-    weight = cases.arranged(layout, (29, 12), torch.float32, "cpu")
+    input = cases.arranged(layout, (37, 12), dtype, "cpu")
+    weight = cases.arranged(layout, (29, 12), dtype, "cpu")
     layer = Layer(input, weight, None)
     for kind in ("index", "probability"):
         target = problems.target_for(layer, kind)

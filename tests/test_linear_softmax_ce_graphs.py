@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import cases
 import linear_problems as problems
@@ -17,6 +17,7 @@ from comparison import assert_bitwise_equal
 from linear_problems import Layer, fused, unfused
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torchce
 import torchce.functional as ours
+from torchce import linear_softmax_ce, ops
+from torchce.linear_softmax_ce import Inputs, Settings
+from torchce.softmax_ce_formulas import Gradients, Options, Wanted
 
 KINDS = ["index", "probability"]
 ROWS = 9
@@ -104,6 +108,128 @@ def value_and_grads(function: Function, arguments: tuple[Tensor, ...]) -> list[T
 def test_eager(name: str, kind: str) -> None:
     results = [value_and_grads(NUMBERS[name](loss), problem(kind)) for loss in (in_pieces, unfused)]
     torch.testing.assert_close(*results)
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+def op_arguments(
+    name: str,
+    kind: str,
+    wanted: Wanted,
+    needs: tuple[bool, ...],
+    settings: Settings = Settings(0, 4, False, True),  # noqa: B008
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, ...]:
+    """Of the forward op, or of the backward's where its rows have gradients of lse and entropy."""
+    x, w, b, v, d, s, target = problem(kind)
+    x, w, b = (t.to(dtype) for t in (x, w, b))
+    inputs = Inputs(x, w, b, target, cases.uniform([5], torch.float32, "cpu") + 0.1, v, s, d)
+    rest = (*settings, *Options(2, -100, 0.1, 0.1, 5.0, 0.7))
+    if name == "linear_softmax_ce_forward":
+        return *inputs, needs, *wanted, *rest
+    grads = [cases.normal([ROWS], torch.float32, "cpu", seed=seed) for seed in (1, 2)]
+    of_outputs = [grad if has else None for grad, has in zip(grads, (wanted.lse, wanted.entropy), strict=True)]
+    return torch.tensor(1.5), *of_outputs, *inputs, needs, *rest
+
+
+OPS = ["linear_softmax_ce_forward", "linear_softmax_ce_backward"]
+ALL, NONE = (True,) * 4, (False,) * 4
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_schemas_have_the_fields_in_order(name: str) -> None:
+    schema = [argument.name for argument in getattr(torch.ops.torchce, name).default._schema.arguments]
+    wanted = [f"returns_{field}" for field in Wanted._fields]
+    grads = [f"grad_{field}" for field in Gradients._fields]
+    rest = [*Settings._fields, *Options._fields]
+    if name == "linear_softmax_ce_forward":
+        assert schema == [*Inputs._fields, "needs", *wanted, *rest]
+    else:
+        assert schema == [*grads, *Inputs._fields, "needs", *rest]
+
+
+@pytest.mark.parametrize("needs", [ALL, NONE, (True, False, False, True)], ids=str)
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, True, True)], ids=["", "outputs"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, kind: str, wanted: Wanted, needs: tuple[bool, ...]) -> None:
+    """Schema, autograd registration, fake against real, strides too, and AOT dispatch with dynamic shapes."""
+    op, arguments = getattr(torch.ops.torchce, name).default, op_arguments(name, kind, wanted, needs)
+    torch.library.opcheck(op, arguments)
+    transposed = [a.t().contiguous().t() if isinstance(a, Tensor) and a.dim() == 2 else a for a in arguments]
+    arguments = tuple(transposed)
+    with FakeTensorMode() as mode:
+        fakes = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    for real, fake in zip(op(*arguments), fakes, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+class Card(NamedTuple):
+    multi_processor_count: int = 132
+
+
+LOOPS = {
+    "linear_softmax_ce_forward": linear_softmax_ce._forward,
+    "linear_softmax_ce_backward": linear_softmax_ce._backward,
+}
+
+
+knows_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA tensors")
+
+
+@knows_cuda
+@pytest.mark.parametrize("policy", ["accurate", "compact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=cases.dtype_id)
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, True, True)], ids=["", "outputs"])
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_on_cuda_waits_for_the_device(
+    name: str, wanted: Wanted, dtype: torch.dtype, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop on tensors whose numbers cannot be read, with products of float32 where it wants them."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card())
+    out_dtypes: list[Any] = []
+    product = torch.mm
+
+    def mm(*args: Any, **kwargs: Any) -> Tensor:
+        out_dtypes.append(kwargs.get("out_dtype"))
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    arguments = op_arguments(name, "index", wanted, ALL, Settings(0, 4, policy == "compact", False), dtype)
+    with FakeTensorMode() as mode:
+
+        def on_cuda(argument: Any) -> Any:
+            is_tensor = isinstance(argument, Tensor)
+            return torch.empty_like(mode.from_tensor(argument), device="cuda") if is_tensor else argument
+
+        results = LOOPS[name](*map(on_cuda, arguments))
+        expected = getattr(torch.ops.torchce, name)(*map(on_cuda, arguments))
+    for result, fake in zip(results, expected, strict=True):
+        assert (result.shape, result.dtype, result.device) == (fake.shape, fake.dtype, fake.device)
+        assert result.device.type == "cuda"
+    assert (torch.float32 in out_dtypes) == (dtype != torch.float32 and policy == "accurate")
+
+
+@knows_cuda
+def test_compact_ignored_on_cuda_waits() -> None:
+    """For the number of rows that are left."""
+    arguments = op_arguments("linear_softmax_ce_forward", "index", Wanted(), ALL, Settings(0, 4, False, True))
+    with FakeTensorMode() as mode, pytest.raises(DynamicOutputShapeException):
+        linear_softmax_ce._forward(
+            *(torch.empty_like(mode.from_tensor(a), device="cuda") if isinstance(a, Tensor) else a for a in arguments)
+        )
+
+
+@knows_cuda
+def test_no_number_is_read_before_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CUDA tensors that have none."""
+    real = problem()
+    monkeypatch.setattr(ops, "has_cuda", lambda: True)
+    with FakeTensorMode() as mode:
+        tensors = [torch.empty_like(mode.from_tensor(t), device="cuda") for t in real]
+        for make in NUMBERS.values():
+            assert make(in_pieces)(*tensors).device.type == "cuda"
 
 
 # --- torch.compile and torch.export ---------------------------------------------------------------------------------

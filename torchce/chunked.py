@@ -36,7 +36,7 @@ class Linear(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Those of the layer's tensors, of their shapes and dtypes; None of what needs none."""
+    """Those of the layer's tensors, contiguous, of their shapes and dtypes; None of what needs none."""
 
     input: Tensor | None = None
     weight: Tensor | None = None
@@ -102,7 +102,7 @@ def run(
     buffer = input.new_empty(min(size, rows), outputs)
     grad_input = None
     if needs_input:
-        grad_input = torch.empty_like(input) if kept is None else torch.zeros_like(input)
+        grad_input = input.new_empty(input.shape) if kept is None else input.new_zeros(input.shape)
     is_one_piece = size >= rows
     of_weight = _Sum(weight, is_one_piece or chunks.compact, buffer.nbytes) if needs_weight else None
     of_bias = torch.zeros(outputs, dtype=torch.float64, device=input.device) if needs_bias else None
@@ -137,7 +137,7 @@ class _Sum:
     def __init__(self, weight: Tensor, compact: bool, piece_bytes: int) -> None:
         self.dtype = weight.dtype
         dtype = self.dtype if compact else _wide(self.dtype)
-        self.total = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self.total = weight.new_empty(weight.shape, dtype=dtype)
         self.is_empty = True
         self.product: Tensor | None = None
         if dtype != self.dtype:
