@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from torchce.functional import cross_entropy, token_logprobs
+from torchce.functional import cross_entropy, linear_cross_entropy, token_logprobs
 
 PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 ROW = re.compile(r"^\|.*\| `(?P<call>[^`]+)` \|[^|]*\| `(?P<name>\w+)` \|$", re.MULTILINE)
@@ -83,7 +83,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_row(name: str) -> None:
     function, ignored, dtype = FORMULAS[name]
     call = compile(ROWS[name], f"docs/migration.md, {name}", "eval")
-    tools = {"cross_entropy": cross_entropy, "token_logprobs": token_logprobs, "pad": pad, "torch": torch}
+    functions = (cross_entropy, linear_cross_entropy, token_logprobs, pad)
+    tools = {"torch": torch} | {function.__name__: function for function in functions}
     leaves = leaves_of(dtype)
     ours, our_gradients = run(lambda names: eval(call, {**tools, **names}), leaves, ignored)
     theirs, their_gradients = run(lambda names: function(SimpleNamespace(**names)), leaves, ignored)
@@ -109,6 +110,11 @@ def nll(x: Tensor, y: Tensor) -> Tensor:
 
 def count(y: Tensor) -> Tensor:
     return (y != -100).sum()
+
+
+def linear(p: SimpleNamespace) -> Tensor:
+    """The logits of embeddings and classifier."""
+    return p.e @ p.c.T + p.b
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
@@ -194,6 +200,23 @@ def liger_token_scaling(p: SimpleNamespace) -> Tensor:
     return ((liger_rows(p, False) / count(p.y) + z_rows(p) / count(p.y)) * probability).sum()
 
 
+@formula()
+def liger_linear(p: SimpleNamespace) -> Tensor:
+    return liger_mean(with_logits(p, x=capped(linear(p), p.cap)))
+
+
+@formula()
+def liger_linear_z(p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    of = with_logits(p, x=linear(p))
+    z_loss = (z_rows(of) / count(of.y)).sum()
+    return nll(of.x, of.y).sum() / count(of.y) + z_loss, z_loss.detach()
+
+
+@formula()
+def liger_linear_accum(p: SimpleNamespace) -> Tensor:
+    return nll(p.e @ p.c.T, p.y).sum() / count(p.y)
+
+
 @formula(dtype=torch.bfloat16)
 def liger_dtype(p: SimpleNamespace) -> Tensor:
     return (nll(p.x.float(), p.y) / count(p.y)).to(p.x.dtype).sum()
@@ -275,6 +298,11 @@ def quack_none(p: SimpleNamespace) -> Tensor:
 
 
 @formula()
+def quack_linear(p: SimpleNamespace) -> Tensor:
+    return liger_linear_accum(p)
+
+
+@formula()
 def quack_lse(p: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return quack_none(p).detach(), p.x.logsumexp(1).detach()
 
@@ -292,33 +320,29 @@ def quack_inplace(p: SimpleNamespace) -> Tensor:
 # Apple CCE
 
 
-def cce_logits(p: SimpleNamespace) -> Tensor:
-    return p.e @ p.c.T + p.b
-
-
 @formula()
 def cce_mean(p: SimpleNamespace) -> Tensor:
-    return nll(cce_logits(p)[p.kept], p.y[p.kept]).mean()
+    return nll(linear(p)[p.kept], p.y[p.kept]).mean()
 
 
 @formula()
 def cce_sum(p: SimpleNamespace) -> Tensor:
-    return nll(cce_logits(p)[p.kept], p.y[p.kept]).sum()
+    return nll(linear(p)[p.kept], p.y[p.kept]).sum()
 
 
 @formula()
 def cce_none(p: SimpleNamespace) -> Tensor:
-    return nll(cce_logits(p), p.y)
+    return nll(linear(p), p.y)
 
 
 @formula()
 def cce_softcap(p: SimpleNamespace) -> Tensor:
-    return nll(capped(cce_logits(p)[p.kept], p.cap), p.y[p.kept]).mean()
+    return nll(capped(linear(p)[p.kept], p.cap), p.y[p.kept]).mean()
 
 
 @formula()
 def cce_lse(p: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    return cce_mean(p), cce_logits(p).logsumexp(1).where(p.kept, 0)
+    return cce_mean(p), linear(p).logsumexp(1).where(p.kept, 0)
 
 
 @formula()
@@ -335,7 +359,7 @@ def cce_z_all(p: SimpleNamespace) -> Tensor:
 
 @formula()
 def cce_shift(p: SimpleNamespace) -> Tensor:
-    rows = [(p.h[i, j], p.t[i, j + 1]) for i in range(2) for j in range(3) if p.t[i, j + 1] != -100]
+    rows = [(x, y) for x, y in zip(linear(p)[:-1], p.y[1:], strict=True) if y != -100]
     return sum(x.logsumexp(0) - x[y] for x, y in rows) / len(rows)
 
 
@@ -427,6 +451,11 @@ def hf_smoother(p: SimpleNamespace) -> Tensor:
 def torchtune_mean(p: SimpleNamespace) -> Tensor:
     chunks = zip(p.h.tensor_split(3, 1), p.t.tensor_split(3, 1), strict=True)
     return sum(of_sequences(h, t) for h, t in chunks) / count(p.t)
+
+
+@formula(ignored="all")
+def torchtune_linear(p: SimpleNamespace) -> Tensor:
+    return nll(p.e @ p.c.T, p.y).sum()
 
 
 @formula(ignored="all")
