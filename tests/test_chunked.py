@@ -108,11 +108,11 @@ def test_sums_of_16_bits_are_of_float32(compact: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_scaled(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_in_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a factor that has more digits than 16 bits, rounded once, in parts."""
     monkeypatch.setattr(chunked, "LEAST_BYTES", 256)
     gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     factor = torch.tensor(1 / 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     expected = (gradient.to(factor.dtype) * factor).to(dtype)
-    assert chunked.scaled(gradient, factor) is gradient
+    chunked.scale_(gradient, factor)
     assert torch.equal(gradient, expected)

@@ -178,14 +178,14 @@ class _Sum:
         return self.total.to(self.dtype)
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient``, overwritten by its product with ``factor``, a scalar of the dtype that is computed in."""
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiplies a dense ``gradient`` with ``factor``, a scalar of the dtype that is computed in."""
     if gradient.dtype == factor.dtype:
-        return gradient.mul_(factor)
+        gradient.mul_(factor)
+        return
     parts = gradient.view(-1).split(LEAST_BYTES // _PRODUCT_SHARE // factor.element_size())
     for part in parts:  # else float32 would be held for all of it, and a factor of 16 bits has few digits
         part.copy_(part.to(factor.dtype).mul_(factor))
-    return gradient
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

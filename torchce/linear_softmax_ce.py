@@ -358,8 +358,8 @@ def _set_up(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     loss, lse, predictions, entropy, losses, *gradients = output
     ctx.save_for_backward(*inputs, loss, losses)
     ctx.wanted, ctx.settings, ctx.options = wanted, settings, options
-    # Not with what is saved, since the first backward may take them for itself.
-    ctx.gradients = [gradient.detach() for gradient in gradients] if _computes_gradients(ctx, options) else None
+    # Not with what is saved, for the first backward takes them for itself; popped from a list, in one step for threads.
+    ctx.gradients = [[gradient.detach() for gradient in gradients]] if _computes_gradients(ctx, options) else []
     without = [predictions, losses, *gradients, *([] if wanted.lse else [lse]), *([] if wanted.entropy else [entropy])]
     ctx.mark_non_differentiable(*without)
     ctx.set_materialize_grads(False)
@@ -422,18 +422,20 @@ def _op_backward(
 
 def _of_sum(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grad_loss: Tensor) -> list[Tensor]:
     """Those of the forward, which the first backward takes, or the same computed again, times what is left of it."""
-    gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:
-        wanted, settings = Wanted(), ctx.settings
-        with torch.no_grad():  # which torch.compile has on while it traces a backward
-            output = torch.ops.torchce.linear_softmax_ce_forward(*inputs, needs, *wanted, *settings, *ctx.options)
-        gradients = output[-4:]
+    try:
+        gradients = ctx.gradients.pop()
+    except IndexError:
+        arguments = (*inputs, needs, *Wanted(), *ctx.settings, *ctx.options)
+        with torch.no_grad():  # while torch.compile traces a backward, gradients are enabled
+            gradients = torch.ops.torchce.linear_softmax_ce_forward(*arguments)[-4:]
     factor = _late_factor(inputs, grad_loss)
     if torch.compiler.is_compiling():
         return [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
-    if known_least(factor) == 1:
-        return list(gradients)
-    return [chunked.scaled(gradient, factor) for gradient in gradients]
+    if known_least(factor) != 1:
+        for gradient, needed in zip(gradients, needs, strict=True):
+            if needed:
+                chunked.scale_(gradient, factor)
+    return list(gradients)
 
 
 def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
