@@ -11,7 +11,7 @@ from torchce.chunked import Chunks, Linear, default_bytes, piece_rows, run
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
-BY_RULE = Chunks(0, 0, compact=False)
+BY_RULE = Chunks()
 
 
 @pytest.mark.parametrize(
@@ -39,26 +39,34 @@ def test_default_bytes(rows: int, row_bytes: int, expected: int) -> None:
         (4096, 2 * 128256, BY_RULE, 256),  # 261 fit
         (1100, 4 * 128256, BY_RULE, 256),  # of 256 rows that fit, five pieces: 220 rows in two tiles
         (2000, 4 * 32000, BY_RULE, 512),  # four pieces of 500, the last one the smallest
-        (100, 1, Chunks(0, 7, compact=False), 7),  # 15 pieces
-        (100, 1, Chunks(0, 60, compact=False), 60),  # what was asked for is no tile
-        (1000, 10, Chunks(10, 0, compact=False), 1),
-        (1000, 10, Chunks(9, 0, compact=False), 1),  # never none
-        (1000, 10, Chunks(3000, 0, compact=False), 256),  # 300 fit, two tiles
+        (100, 1, Chunks(chunk_rows=7), 7),  # 15 pieces
+        (100, 1, Chunks(chunk_rows=60), 60),  # what was asked for is no tile
+        (1000, 10, Chunks(10), 1),
+        (1000, 10, Chunks(9), 1),  # never none
+        (1000, 10, Chunks(3000), 256),  # 300 fit, two tiles
         (10**6, 0, BY_RULE, 10**6),  # no class: nothing to hold
     ],
 )
 def test_rows_of_a_piece(rows: int, row_bytes: int, chunks: Chunks, expected: int) -> None:
-    size = piece_rows(rows, row_bytes, chunks, CPU)
+    size = piece_rows(rows, row_bytes, 0, chunks, CPU)
     assert size == expected
-    if chunks.bytes > row_bytes or chunks == BY_RULE:
-        assert size * row_bytes <= (chunks.bytes or default_bytes(rows, row_bytes, CPU))
+    if chunks.chunk_bytes > row_bytes or chunks == BY_RULE:
+        assert size * row_bytes <= (chunks.chunk_bytes or default_bytes(rows, row_bytes, CPU))
+
+
+def test_one_piece_where_sums_would_take_what_pieces_spare() -> None:
+    """Of 4096 rows of 16 bits and 32,000 classes pieces of 64 MiB spare 186 MiB, 1437 features in float32."""
+    row_bytes = 2 * 32000
+    for features, expected in ((256, 1024), (1500, 1024), (1530, 4096), (4096, 4096)):
+        assert piece_rows(4096, row_bytes, 4 * 32000 * features, BY_RULE, CPU) == expected
+    assert piece_rows(4096, row_bytes, 4 * 32000 * 4096, Chunks(chunk_rows=128), CPU) == 128  # as was asked for
 
 
 def test_as_few_pieces_as_may_be() -> None:
     """There are no more pieces than of as many rows as fit."""
     for rows in range(1, 3000, 7):
-        chunks = Chunks(512 * 100, 0, compact=False)
-        size = piece_rows(rows, 100, chunks, CPU)
+        chunks = Chunks(512 * 100)
+        size = piece_rows(rows, 100, 0, chunks, CPU)
         assert -(-rows // size) == -(-rows // 512), rows
 
 
@@ -80,7 +88,7 @@ def test_any_function_of_the_logits(kept: list[int] | None, rows: int, needs: tu
         torch.testing.assert_close(piece, logits[at])
         seen.append(torch.arange(rows)[at])
 
-    found = run(Linear(*(t.detach() for t in leaves)), which, needs, Chunks(0, 4, compact=False), turn)
+    found = run(Linear(*(t.detach() for t in leaves)), which, needs, Chunks(chunk_rows=4), turn)
     assert torch.equal(
         torch.cat([torch.empty(0, dtype=torch.int64), *seen]), torch.arange(rows) if which is None else which
     )
@@ -99,7 +107,7 @@ def test_sums_of_16_bits_are_of_float32(compact: bool) -> None:
     def turn(piece: Tensor, at: slice | Tensor) -> None:
         piece.fill_(0.125)
 
-    gradient = run(layer, None, (False, True, True), Chunks(0, 1, compact), turn)
+    gradient = run(layer, None, (False, True, True), Chunks(chunk_rows=1, compact_gradients=compact), turn)
     assert gradient.weight is not None
     assert gradient.bias is not None
     assert (gradient.weight == (32 if compact else 125)).all()
@@ -116,3 +124,22 @@ def test_scale_in_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     expected = (gradient.to(factor.dtype) * factor).to(dtype)
     chunked.scale_(gradient, factor)
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ignored", "outputs", "compacts"),
+    [
+        (100, 0, 5000, False),
+        (100, 1, 5000, True),
+        (100, 50, 40, True),
+        (100, 50, 39, False),  # gathering 50 rows takes as long as 39 outputs of the others
+        (100, 100, 20, True),
+    ],
+)
+def test_rows_are_left_out_where_that_pays(rows: int, ignored: int, outputs: int, compacts: bool) -> None:
+    counts = torch.arange(rows) >= ignored
+    kept = chunked.kept_rows(counts, outputs, Chunks(compact_ignored=True))
+    assert (kept is not None) == compacts
+    if kept is not None:
+        assert torch.equal(kept, torch.arange(ignored, rows))
+    assert chunked.kept_rows(counts, outputs, Chunks()) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import math
@@ -129,6 +130,34 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         assert_no_worse(found, results(unfused, layer, target, {}), results(truth, layer, target, {}, torch.float64))
 
 
+def test_every_option_without_a_batch() -> None:
+    layer = problems.layer(rows=None)
+    options = {**OPTIONS["all"], "weight": torch.arange(29.0), "sample_weight": torch.tensor(0.7)}
+    found = results(fused, layer, torch.tensor(3), {**options, "chunk_rows": 1})
+    for name, result in results(unfused, layer, torch.tensor(3), options).items():
+        torch.testing.assert_close(found[name], result)
+        assert found[name].shape == result.shape
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_probabilities_of_another_dtype(dtype: torch.dtype, target_dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Are made alike in pieces: beside the logits of a piece their copy counts."""
+    layer = problems.layer(1000, 16, 500, dtype=dtype, bias=False)
+    target = problems.target_for(layer, "probability").to(target_dtype)
+    found, theirs = (
+        results(fused, layer, target, {**options, "chunk_rows": 100}),
+        results(unfused, layer, target, options),
+    )
+    assert_no_worse(found, theirs, results(truth, layer, target, options, torch.float64))
+    leaves = [t.requires_grad_() for t in (layer.input, layer.linear_weight)]
+    budget = 200_000
+    peak = beyond_gradients(lambda: fused(layer, target, **options, chunk_bytes=budget, acc_policy="compact"), leaves)
+    of_products = 128 << 10  # which torch's of 16 bits take themselves
+    assert peak <= budget + of_products + 1000 * 64 + SLACK
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=dtype_id)
 def test_narrow_indices(dtype: torch.dtype) -> None:
     layer = problems.layer()
@@ -160,7 +189,7 @@ def test_the_sum_of_many_16_bit_losses_keeps_its_digits() -> None:
     target = cases.indices([5000], 100, torch.int64, "cpu")
     rows = F.cross_entropy(problems.logits_of(layer).double(), target, reduction="none")
     for reduction, expected in (("mean", rows.mean()), ("sum", rows.sum())):
-        loss = fused(layer, target, reduction=reduction)
+        loss = fused(layer, target, reduction=reduction, chunk_rows=700)
         assert loss.dtype == torch.bfloat16
         assert (loss.double() - expected).abs() <= ulp(expected, torch.bfloat16)
 
@@ -185,8 +214,7 @@ def test_products(frozen: tuple[str, ...], in_forward: int, in_none_backward: in
     leaves = Layer(*(t.clone().requires_grad_(name not in frozen) for name, t in layer._asdict().items()))
     pieces = 4
     options: dict[str, Any] = {"chunk_rows": 10, "compact_ignored": False}
-    loss, *_ = out = [None]
-    del loss
+    out: list[Any] = [None]
 
     def forward(**more: Any) -> None:
         out[0] = fused(leaves, target, **options, **more)
@@ -203,8 +231,8 @@ def test_products(frozen: tuple[str, ...], in_forward: int, in_none_backward: in
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 def test_ignored_rows_cost_no_product(reduction: str) -> None:
     """21 of 37 rows are left: three pieces of ten instead of four."""
-    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
-    target = cases.indices([37], 29, torch.int64, "cpu")
+    layer = Layer(*(t.requires_grad_() for t in problems.layer(classes=100)))
+    target = cases.indices([37], 100, torch.int64, "cpu")
     target[5:21] = -100
 
     def step(**options: Any) -> tuple[Tensor, ...]:
@@ -267,7 +295,7 @@ def test_one_tensor_twice() -> None:
     """A weight that is the input as well."""
     both = cases.normal((7, 7), torch.float32, "cpu").requires_grad_()
     target = cases.indices([7], 7, torch.int64, "cpu")
-    (result,) = torch.autograd.grad(ours.linear_cross_entropy(both, both, target), both)
+    (result,) = torch.autograd.grad(ours.linear_cross_entropy(both, both, target, chunk_rows=3), both)
     (expected,) = torch.autograd.grad(ours.cross_entropy(F.linear(both, both), target), both)
     torch.testing.assert_close(result, expected)
 
@@ -289,25 +317,142 @@ def test_nothing_is_left_when_the_loss_is() -> None:
         gc.enable()
 
 
-def test_float16_keeps_its_range() -> None:
-    """A sum over 20,000 rows of one class is beyond float16's range, a mean of it is not; a small one is not lost."""
-    rows = 20000
-    input = torch.full((rows, 2), 8.0, dtype=torch.float16)
-    weight = torch.zeros(3, 2, dtype=torch.float16).requires_grad_()
-    target = torch.zeros(rows, dtype=torch.int64)
-    for chunk_rows, policy in ((None, "auto"), (5000, "accurate"), (5000, "compact")):
-        loss = ours.linear_cross_entropy(input, weight, target, chunk_rows=chunk_rows, acc_policy=policy)
-        (gradient,) = torch.autograd.grad(loss, weight)
-        expected = torch.tensor([-16 / 3, 8 / 3, 8 / 3], dtype=torch.float64)[:, None].expand(3, 2)
-        assert ((gradient.double() - expected).abs() <= 2 * ulp(expected, torch.float16)).all()
-    input = torch.full((rows, 2), 2.0**-12, dtype=torch.float16).requires_grad_()
-    weight = torch.tensor([[1.0, 0], [0, 1], [0, 0]], dtype=torch.float16)
-    loss = ours.linear_cross_entropy(input, weight, target)
-    scale = torch.tensor(2.0**14, dtype=torch.float16)  # as a GradScaler's
-    (gradient,) = torch.autograd.grad(loss, input, scale)
-    truths = results(truth, Layer(input.detach(), weight, None), target, {}, torch.float64)["gradient of input"]
-    expected = truths / 1.375 * 2.0**14
-    assert ((gradient.double() - expected).abs() <= 2e-3 * expected.abs().max()).all()
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("weights", [None, 1e-6, 1e5])
+def test_float16_keeps_its_range(weights: float | None, scale: float) -> None:
+    """Small gradients with a loss's scale, and sums beyond the range before they are divided: as the unfused loss."""
+    layer = problems.layer(2000, 8, 1000, dtype=torch.float16, bias=False, scale=1.0)
+    target = cases.indices([2000], 50, torch.int64, "cpu")  # the other classes' gradients are small
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if weights is not None:
+        options["sample_weight"] = torch.full([2000], weights)
+    errors = []
+    leaves = layer.to(torch.float64)._replace(linear_bias=None)
+    leaves = Layer(*(t if t is None else t.requires_grad_() for t in leaves))
+    wanted = torch.autograd.grad(truth(leaves, target, sample_weight=options.get("sample_weight")) * scale, leaves[:2])
+    for function in (functools.partial(fused, chunk_rows=700), unfused):
+        leaves = Layer(*(t if t is None else t.clone().requires_grad_() for t in layer))
+        found = torch.autograd.grad(function(leaves, target, **options) * scale, leaves[:2])
+        errors.append([(t.double() - w).square().mean().sqrt() for t, w in zip(found, wanted, strict=True)])
+    for error, unfused_error, expected in zip(*errors, wanted, strict=True):
+        assert error <= unfused_error + ulp(expected.abs().max(), torch.float16)
+    padding = torch.full([2000], -100)
+    leaves = Layer(*(t if t is None else t.clone().requires_grad_() for t in layer))
+    assert all((t == 0).all() for t in torch.autograd.grad(fused(leaves, padding), leaves[:2]))
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_the_loss_may_be_changed_in_place(reduction: str) -> None:
+    """Before it is differentiated, as torch's may."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
+    target = problems.target_for(layer)
+    divisor = torch.tensor(3.5, requires_grad=True)
+    options: dict[str, Any] = {"divisor": divisor} if reduction == "mean" else {}
+    leaves = [*layer, *options.values()]
+    results = []
+    for function in (functools.partial(fused, chunk_rows=10), unfused):
+        loss = function(layer, target, reduction=reduction, **options)
+        loss /= 4
+        loss += 1
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("upstream", [0.0, math.inf, math.nan])
+def test_upstream_gradients_at_the_ends(upstream: float) -> None:
+    """An ignored row's gradient is 0 whatever comes in, and a sample's weight's of an infinite loss that gets none."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
+    target = problems.target_for(layer)
+    with torch.no_grad():
+        layer.linear_bias[target[0]] = -math.inf
+    weight = torch.ones(37, requires_grad=True)
+    leaves = [layer.input, weight]
+    results = []
+    for function in (functools.partial(fused, chunk_rows=10), unfused):
+        loss = function(layer, target, sample_weight=weight, reduction="sum")
+        results.append(torch.autograd.grad(loss, leaves, torch.tensor(upstream)))
+    of_input, of_weight = results[0]
+    assert (of_input[target == -100] == 0).all()
+    torch.testing.assert_close(of_input, results[1][0], equal_nan=True)
+    if upstream == 0:
+        assert (of_weight == 0).all()
+
+
+def test_the_second_backward_of_outputs() -> None:
+    """To the same bits as the first, and the forward's gradients are not held beside those of all outputs."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer(300, 64, 1000, dtype=torch.bfloat16)))
+    target = problems.target_for(layer)
+    out = fused(layer, target, chunk_rows=100, **RETURNED)
+    first, second = (torch.autograd.grad(out.loss, layer, retain_graph=True) for _ in range(2))
+    for result, expected in zip(first, second, strict=True):
+        assert_bitwise_equal(result, expected)
+
+    def peak(reduction: str) -> int:
+        def step() -> tuple[Tensor, ...]:
+            out = fused(layer, target, chunk_rows=100, reduction=reduction, return_lse=True)
+            return torch.autograd.grad(out.loss.sum() + out.lse.sum(), layer)
+
+        return peak_bytes(step, "cpu")
+
+    assert peak("mean") <= peak("none") + 2000 * 16
+
+
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_of_some_inputs(needs_input: bool) -> None:
+    """One at a time, in any order."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
+    target = problems.target_for(layer)
+    expected = torch.autograd.grad(fused(layer, target, chunk_rows=10), layer)
+    loss = fused(layer, target, chunk_rows=10)
+    for place in (0, 1, 2) if needs_input else (2, 1, 0):
+        (gradient,) = torch.autograd.grad(loss, layer[place], retain_graph=True)
+        assert_bitwise_equal(gradient, expected[place])
+
+
+def test_sums_of_16_bits_by_default() -> None:
+    """Over 200 pieces, they are as true as the unfused loss's; a single piece is rounded once and takes no sums."""
+    layer = problems.layer(1000, 32, 50, dtype=torch.bfloat16)
+    target = cases.indices([1000], 50, torch.int64, "cpu")
+    theirs, truths = results(unfused, layer, target, {}), results(truth, layer, target, {}, torch.float64)
+    for policy in ("auto", "accurate"):
+        found = results(fused, layer, target, {"chunk_rows": 5, "acc_policy": policy})
+        assert_no_worse(found, theirs, truths)
+    compact = results(fused, layer, target, {"chunk_rows": 5, "acc_policy": "compact"})
+    with pytest.raises(AssertionError, match="gradient of linear_weight"):
+        assert_no_worse(compact, theirs, truths)
+    weight = cases.normal([4000, 64], torch.bfloat16, "cpu").requires_grad_()
+    input, target = cases.normal([100, 64], torch.bfloat16, "cpu"), cases.indices([100], 4000, torch.int64, "cpu")
+
+    def beyond(chunk_rows: int) -> int:
+        return beyond_gradients(
+            lambda: ours.linear_cross_entropy(input, weight, target, chunk_rows=chunk_rows), [weight]
+        )
+
+    assert beyond(50) - beyond(100) >= 4 * weight.numel() - 100 * 4000 * 2
+
+
+def test_small_logits_are_whole() -> None:
+    """Without an ignored row, in eager mode: the bits of the unfused loss, and no op of pieces."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
+    target = cases.indices([37], 29, torch.int64, "cpu")
+
+    def has_pieces(**options: Any) -> bool:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            fused(layer, target, **options)
+        return any("linear_softmax_ce" in event.name for event in profiler.events())
+
+    assert not has_pieces()
+    assert has_pieces(chunk_rows=37)
+    assert has_pieces(chunk_bytes=1 << 20)
+    assert has_pieces(compact_ignored=False)
+    for name, result in results(fused, layer, target, {}).items():
+        assert_bitwise_equal(result, results(unfused, layer, target, {})[name])
+    target[3] = -100
+    assert has_pieces()
+    large = problems.layer(1000, 4, 600)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        fused(large, cases.indices([1000], 600, torch.int64, "cpu"))
+    assert any("linear_softmax_ce" in event.name for event in profiler.events())
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -433,8 +578,8 @@ def test_wrong_inputs(name: str) -> None:
     ("options", "error", "words"),
     [
         ({"chunk_bytes": 19}, ValueError, "chunk_bytes: expected at least 20, .* got 19"),
-        ({"chunk_rows": 0}, ValueError, "chunk_rows: expected at least 1, .* got 0"),
-        ({"chunk_rows": -1}, ValueError, "chunk_rows: expected at least 1, .* got -1"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows: expected at least 1, got 0"),
+        ({"chunk_rows": -1}, ValueError, "chunk_rows: expected at least 1, got -1"),
         ({"chunk_rows": 2.0}, TypeError, "chunk_rows: expected an int or None, got 2.0"),
         ({"chunk_bytes": True}, TypeError, "chunk_bytes: expected an int or None, got True"),
         (
@@ -480,7 +625,7 @@ def test_probabilities_and_weights_that_the_pieces_do_not_take_go_through_whole_
     ):
         leaves = [t for t in (*layer, target, *options.values()) if t.requires_grad]
         outcomes = []
-        for function in (fused, unfused):
+        for function in (functools.partial(fused, chunk_rows=10), unfused):
             loss = function(layer, target, **options)
             outcomes.append([loss, *torch.autograd.grad(loss, leaves)])
         for result, expected in zip(*outcomes, strict=True):
@@ -507,6 +652,15 @@ def test_torchs_options() -> None:
             torch.testing.assert_close(torch.autograd.grad(loss, layer, retain_graph=True), expected)
     with pytest.raises(ValueError, match="options: expected None beside chunk_bytes"):
         fused(layer, target, options=nn.LinearCrossEntropyOptions(), chunk_rows=3)
+    for options, error in (
+        ({"batch_chunk_size": 1, "chunking_method": "aspect_ratio"}, ValueError),
+        ({"acc_dtype": torch.float16}, RuntimeError),
+    ):
+        of_torch = nn.LinearCrossEntropyOptions(**options)
+        with pytest.raises(error, match="options: expected"):
+            fused(layer, target, options=of_torch)
+        with pytest.raises(error):
+            F.linear_cross_entropy(layer.input, layer.linear_weight, target, options=of_torch)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 is the first that has it")
@@ -519,7 +673,8 @@ def test_as_torchs_own(name: str, kind: str, reduction: str) -> None:
     weight = cases.uniform([29], torch.float32, "cpu") + 0.1
     leaves = [t for t in layer if t is not None]
     outcomes = []
-    for function in (ours.linear_cross_entropy, F.linear_cross_entropy):
+    in_pieces = functools.partial(ours.linear_cross_entropy, chunk_rows=10)
+    for function in (in_pieces, F.linear_cross_entropy):
         loss = function(
             layer.input,
             layer.linear_weight,
@@ -603,7 +758,7 @@ def test_module_refuses_what_torchs_refuses(options: dict[str, Any]) -> None:
 def test_module_with_a_weight_of_two() -> None:
     """One that an embedding has, too, gets both gradients."""
     embedding = nn.Embedding(29, 12)
-    loss = module()
+    loss = module(chunk_rows=7)
     loss.linear.weight = embedding.weight
     tokens = cases.indices([20], 29, torch.int64, "cpu")
     target = cases.indices([20], 29, torch.int64, "cpu", seed=3)

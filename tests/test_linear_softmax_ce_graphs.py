@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from comparison import assert_bitwise_equal
 from linear_problems import Layer, fused, unfused
+from test_softmax_ce_own_graphs import through_a_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 import torchce
 import torchce.functional as ours
 from torchce import linear_softmax_ce, ops
-from torchce.linear_softmax_ce import Inputs, Settings
+from torchce.chunked import Chunks
+from torchce.linear_softmax_ce import Inputs
 from torchce.softmax_ce_formulas import Gradients, Options, Wanted
 
 KINDS = ["index", "probability"]
@@ -118,14 +119,14 @@ def op_arguments(
     kind: str,
     wanted: Wanted,
     needs: tuple[bool, ...],
-    settings: Settings = Settings(0, 4, False, True),  # noqa: B008
+    chunks: Chunks = Chunks(0, 4, False, True),  # noqa: B008
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
     """Of the forward op, or of the backward's where its rows have gradients of lse and entropy."""
     x, w, b, v, d, s, target = problem(kind)
     x, w, b = (t.to(dtype) for t in (x, w, b))
     inputs = Inputs(x, w, b, target, cases.uniform([5], torch.float32, "cpu") + 0.1, v, s, d)
-    rest = (*settings, *Options(2, -100, 0.1, 0.1, 5.0, 0.7))
+    rest = (*chunks, *Options(2, -100, 0.1, 0.1, 5.0, 0.7))
     if name == "linear_softmax_ce_forward":
         return *inputs, needs, *wanted, *rest
     grads = [cases.normal([ROWS], torch.float32, "cpu", seed=seed) for seed in (1, 2)]
@@ -142,7 +143,7 @@ def test_schemas_have_the_fields_in_order(name: str) -> None:
     schema = [argument.name for argument in getattr(torch.ops.torchce, name).default._schema.arguments]
     wanted = [f"returns_{field}" for field in Wanted._fields]
     grads = [f"grad_{field}" for field in Gradients._fields]
-    rest = [*Settings._fields, *Options._fields]
+    rest = [*Chunks._fields, *Options._fields]
     if name == "linear_softmax_ce_forward":
         assert schema == [*Inputs._fields, "needs", *wanted, *rest]
     else:
@@ -196,7 +197,7 @@ def test_nothing_on_cuda_waits_for_the_device(
         return product(*args, **kwargs)
 
     monkeypatch.setattr(torch, "mm", mm)
-    arguments = op_arguments(name, "index", wanted, ALL, Settings(0, 4, policy == "compact", False), dtype)
+    arguments = op_arguments(name, "index", wanted, ALL, Chunks(0, 4, policy == "compact", False), dtype)
     with FakeTensorMode() as mode:
 
         def on_cuda(argument: Any) -> Any:
@@ -214,7 +215,7 @@ def test_nothing_on_cuda_waits_for_the_device(
 @knows_cuda
 def test_compact_ignored_on_cuda_waits() -> None:
     """For the number of rows that are left."""
-    arguments = op_arguments("linear_softmax_ce_forward", "index", Wanted(), ALL, Settings(0, 4, False, True))
+    arguments = op_arguments("linear_softmax_ce_forward", "index", Wanted(), ALL, Chunks(0, 4, False, True))
     with FakeTensorMode() as mode, pytest.raises(DynamicOutputShapeException):
         linear_softmax_ce._forward(
             *(torch.empty_like(mode.from_tensor(a), device="cuda") if isinstance(a, Tensor) else a for a in arguments)
@@ -312,6 +313,50 @@ def test_compile_with_each_option(options: dict[str, Any]) -> None:
     torch.testing.assert_close(value_and_grads(compiled, problem()), value_and_grads(function, problem()))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_compile_16_bits(autocast: bool) -> None:
+    """With a transposed input, and a loss that is changed in place."""
+    x, w, b, *_, target = problem(dtype=torch.float32 if autocast else torch.bfloat16)
+
+    def step(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = in_pieces(Layer(x.t().contiguous().t(), w, b), target)
+        loss /= 4
+        return loss
+
+    results = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        loss = function(*leaves)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_rows_that_depend_on_data() -> None:
+    """Need no guard: the rows of a mask."""
+    x, w, *_, target = problem()
+
+    def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        kept = target != -100
+        return ours.linear_cross_entropy(x[kept], w, target[kept])
+
+    config = {"capture_dynamic_output_shape_ops": True}
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    with torch._dynamo.config.patch(config):
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves, target)
+    found = torch.autograd.grad(value, leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(*leaves, target), leaves))
+
+
+def test_draft_export() -> None:
+    model = Model(plain(in_pieces))
+    x, _, _, *rest = problem()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.draft_export(model, (x, *rest))
+    assert_bitwise_equal(program.module()(x, *rest), model(x, *rest))
+
+
 def test_compiled_autograd() -> None:
     """A backward that is compiled by itself gives eager's gradients, of other numbers too, and twice."""
     for name, make in NUMBERS.items():
@@ -336,13 +381,6 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         return self.function(self.net(x), self.head.weight, self.head.bias, *rest)
-
-
-def through_a_file(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
@@ -480,21 +518,26 @@ def test_batched_gradients(name: str) -> None:
             torch.testing.assert_close(of_one, [t for t in single if t is not None])
 
 
-def test_the_derivative_of_a_traced_backward_is_refused() -> None:
-    """A graph that holds the op of a backward has no second derivative to give: it raises, and gives no zero."""
-    *arguments, target = problem()
+def test_what_has_no_derivative_raises() -> None:
+    """The op of a backward in a graph, and a target or class weight that requires grad beside the op: never a zero."""
+    for name, words in (("linear_softmax_ce_backward", "has no derivative"), ("linear_softmax_ce_forward", "weight: ")):
+        arguments = list(op_arguments(name, "index", Wanted(), ALL))
+        place = 0 if name == "linear_softmax_ce_backward" else Inputs._fields.index("weight")
+        arguments[place] = arguments[place].requires_grad_()
+        with pytest.raises(RuntimeError, match=words):
+            getattr(torch.ops.torchce, name)(*arguments)[0].backward()
 
-    def gradient(x: Tensor, *rest: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(plain(in_pieces, reduction="none")(x, *rest, target), x)[0]
 
-    op = torch.ops.torchce.linear_softmax_ce_backward
-    inputs = (*arguments[:3], target, None, None, None, None)
-    rows = torch.ones(ROWS, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no derivative"):
-        op(rows, None, None, *inputs, [True, True, True, False], 0, 0, False, False, 0, -100, 0.0)
-    assert gradient(*arguments).shape == arguments[0].shape
+def test_a_weight_that_leads_to_the_input() -> None:
+    """Each input's gradient stops at that input."""
+    x, w, *_, target = problem(dtype=torch.float64)
+    results = []
+    for loss in (in_pieces, unfused):
+        weight = w.clone().requires_grad_()
+        value = loss(Layer(x @ weight[:4].T.sin(), weight, None), target)
+        (first,) = torch.autograd.grad(value, weight, create_graph=True)
+        results.append((first, torch.autograd.grad(first.sin().sum(), weight)[0]))
+    torch.testing.assert_close(*results)
 
 
 # --- what surrounds a backward --------------------------------------------------------------------------------------
@@ -556,6 +599,26 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = Layer(layer.input.bfloat16(), layer.linear_weight, layer.linear_bias)
         assert in_pieces(mixed, target, dtype=torch.float16).dtype == torch.float16
+
+
+def test_autocast_around_a_backward() -> None:
+    """Has no say in it: a forward of float32 has a backward of float32, of the rows that are not ignored."""
+    layer = Layer(*(t.requires_grad_() for t in problems.layer()))
+    target = problems.target_for(layer)
+    for reduction in cases.REDUCTIONS:
+        loss = in_pieces(layer, target, reduction=reduction, compact_ignored=True).sum()
+        expected = torch.autograd.grad(loss, layer, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(loss, layer)
+        torch.testing.assert_close(found, expected)
+
+
+def test_autocast_leaves_float64() -> None:
+    layer = problems.layer(dtype=torch.float64)
+    target = problems.target_for(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = in_pieces(layer, target)
+    assert_bitwise_equal(loss, in_pieces(layer, target))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

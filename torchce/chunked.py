@@ -24,6 +24,7 @@ _TILE = 128
 # CPU where two cores' L2 caches hold them: of 256 rows, 128,256 classes and 256 features they take 55 ms so, in parts
 # of 8 MiB 64, at once 92.
 _PRODUCT_SHARE = 8
+_LEAST_PRODUCT_BYTES = 256 << 10  # so that pieces of few rows are not made of a thousand products
 _PRODUCT_BYTES_ON_CPU = 2 << 20
 
 
@@ -35,7 +36,7 @@ class Linear(NamedTuple):
     bias: Tensor | None  # [outputs]
 
 
-class Gradients(NamedTuple):
+class LayerGradients(NamedTuple):
     """Those of the layer's tensors, contiguous, of their shapes and dtypes; None of what needs none."""
 
     input: Tensor | None = None
@@ -46,16 +47,32 @@ class Gradients(NamedTuple):
 class Chunks(NamedTuple):
     """How the rows are cut, and what is spared."""
 
-    bytes: int
-    """Of a piece's logits, at most, or 0 for :func:`default_bytes`."""
-    rows: int
-    """Of a piece, at most, or 0 for as many as ``bytes`` allows."""
-    compact: bool
+    chunk_bytes: int = 0
+    """Of a piece, at most, or 0 for :func:`default_bytes`."""
+    chunk_rows: int = 0
+    """Of a piece, at most, or 0 for as many as ``chunk_bytes`` allows."""
+    compact_gradients: bool = False
     """Whether the weight's gradient is added up in its own dtype, not in float32."""
+    compact_ignored: bool = False
+    """Whether rows that do not count are left out of the products."""
+
+
+def kept_rows(counts: Tensor, outputs: int, chunks: Chunks) -> Tensor | None:
+    """The numbers of the rows that count, ``counts`` in ``[rows]`` saying which; None to go through all of them.
+
+    To gather rows on the CPU takes as long as the products of some 20 outputs with them.
+    """
+    if not chunks.compact_ignored:
+        return None
+    kept = counts.nonzero().squeeze(1)  # on CUDA the host waits for their number
+    left_out = len(counts) - len(kept)
+    if counts.is_cpu and (left_out == 0 or (outputs < 1024 and left_out * outputs < 20 * len(counts))):
+        return None
+    return kept
 
 
 def default_bytes(rows: int, row_bytes: int, device: torch.device) -> int:
-    """What the logits of a piece may take: a sixteenth of all, but at least 64 MiB and the rows a product needs.
+    """What a piece may take: a sixteenth of all, but at least 64 MiB and the rows a product needs.
 
     On CUDA those are as many as there are multiprocessors: a long row is one block's work.
     """
@@ -65,10 +82,15 @@ def default_bytes(rows: int, row_bytes: int, device: torch.device) -> int:
     return max(LEAST_BYTES, rows * row_bytes // LOGITS_SHARE, least_rows * row_bytes)
 
 
-def piece_rows(rows: int, row_bytes: int, chunks: Chunks, device: torch.device) -> int:
-    """How many rows the largest piece has: as many as may be, in whole tiles, of pieces that are about alike."""
-    most = chunks.rows or max(1, (chunks.bytes or default_bytes(rows, row_bytes, device)) // max(1, row_bytes))
-    if most >= rows:
+def piece_rows(rows: int, row_bytes: int, sum_bytes: int, chunks: Chunks, device: torch.device) -> int:
+    """How many rows the largest piece has: as many as may be, in whole tiles, of pieces that are about alike.
+
+    By the rule all are one piece where sums over pieces, of ``sum_bytes``, would take what pieces spare.
+    """
+    by_rule = not (chunks.chunk_bytes or chunks.chunk_rows)
+    most_bytes = chunks.chunk_bytes or default_bytes(rows, row_bytes, device)
+    most = chunks.chunk_rows or max(1, most_bytes // max(1, row_bytes))
+    if most >= rows or (by_rule and sum_bytes >= (rows - most) * row_bytes):
         return max(1, rows)
     if most > _TILE:
         most -= most % _TILE
@@ -83,7 +105,8 @@ def run(
     needs: tuple[bool, bool, bool],
     chunks: Chunks,
     turn: Callable[[Tensor, slice | Tensor], None],
-) -> Gradients:
+    turn_bytes: int = 0,
+) -> LayerGradients:
     """Goes through the rows, and returns the gradients of those of the layer's tensors that ``needs`` names.
 
     Args:
@@ -93,18 +116,24 @@ def run(
         chunks: how the rows are cut
         turn: called with the logits of a piece, ``[its rows, outputs]``, and which rows these are; if anything needs a
             gradient, it overwrites the logits with theirs
+        turn_bytes: what that takes for itself, for each row
     """
     needs_input, needs_weight, needs_bias = needs
     input, weight, bias = linear
     rows = len(input) if kept is None else len(kept)
-    outputs = len(weight)
-    size = piece_rows(rows, outputs * input.element_size(), chunks, input.device)
+    outputs, features = weight.shape
+    gathered = 0 if kept is None else 2 * features  # of a piece's input, and of its gradient
+    sum_dtype = weight.dtype if chunks.compact_gradients else _wide(weight.dtype)
+    sum_bytes = weight.numel() * sum_dtype.itemsize if needs_weight and sum_dtype != weight.dtype else 0
+    row_bytes = (outputs + gathered) * input.element_size() + turn_bytes
+    size = piece_rows(rows, row_bytes, sum_bytes, chunks, input.device)
     buffer = input.new_empty(min(size, rows), outputs)
     grad_input = None
     if needs_input:
         grad_input = input.new_empty(input.shape) if kept is None else input.new_zeros(input.shape)
-    is_one_piece = size >= rows
-    of_weight = _Sum(weight, is_one_piece or chunks.compact, buffer.nbytes) if needs_weight else None
+    if size >= rows:  # then there is no sum over pieces
+        sum_dtype = weight.dtype
+    of_weight = _Sum(weight, sum_dtype, buffer.nbytes) if needs_weight else None
     of_bias = torch.zeros(outputs, dtype=torch.float64, device=input.device) if needs_bias else None
     for piece in _pieces(rows, size):
         at: slice | Tensor = piece if kept is None else kept[piece]
@@ -124,7 +153,7 @@ def run(
         elif grad_input is not None:
             grad_input[at] = torch.mm(logits, weight)
     del buffer  # before the weight's gradient is rounded
-    return Gradients(
+    return LayerGradients(
         grad_input,
         None if of_weight is None else of_weight.result(),
         None if of_bias is None else of_bias.to(input.dtype),
@@ -132,18 +161,17 @@ def run(
 
 
 class _Sum:
-    """The sum over pieces of ``grad_logits.T @ input``, in float32 for 16 bits unless it is compact."""
+    """The sum over pieces of ``grad_logits.T @ input``, of the weight's shape."""
 
-    def __init__(self, weight: Tensor, compact: bool, piece_bytes: int) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, piece_bytes: int) -> None:
         self.dtype = weight.dtype
-        dtype = self.dtype if compact else _wide(self.dtype)
         self.total = weight.new_empty(weight.shape, dtype=dtype)
         self.is_empty = True
         self.product: Tensor | None = None
         if dtype != self.dtype:
             on_cuda = weight.is_cuda  # where a product of 16 bits may be of float32
             of_product = dtype if on_cuda else self.dtype
-            most = piece_bytes // _PRODUCT_SHARE
+            most = max(_LEAST_PRODUCT_BYTES, piece_bytes // _PRODUCT_SHARE)
             most = most if on_cuda else min(most, _PRODUCT_BYTES_ON_CPU)
             step = min(len(weight), max(1, most // max(1, weight.shape[1] * of_product.itemsize)))
             self.product = weight.new_empty(step, weight.shape[1], dtype=of_product)

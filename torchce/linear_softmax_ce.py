@@ -2,12 +2,14 @@
 
 Where the loss is a sum or a mean, its gradients are computed with it, in three matrix products: what comes in for them
 is one number, which they are multiplied with. They are computed in the backward, in four, where each row's loss or
-what else it has gets a gradient of its own; where an earlier backward has taken those of the forward; and where hooks
-take what is saved for backward, as inside a checkpoint, which keeps little and computes the forward again.
+what else it has gets a gradient of its own; where an earlier backward has taken those of the forward; where hooks take
+what is saved for backward, as inside a checkpoint, which keeps little and computes the forward again; and of float16,
+whose small gradients are lost unless they are computed times the number that comes in, a loss's scale.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +30,6 @@ from torchce.softmax_ce_formulas import (
 from torchce.transforms import differentiates_backward, is_batched, known_least
 
 _NONE, _SUM = 0, 2
-
-
-class Settings(NamedTuple):
-    """What does not change the loss, in the order of the ops' schemas."""
-
-    chunk_bytes: int
-    chunk_rows: int
-    compact_gradients: bool
-    compact_ignored: bool
-
-    def chunks(self) -> chunked.Chunks:
-        return chunked.Chunks(self.chunk_bytes, self.chunk_rows, self.compact_gradients)
 
 
 class Inputs(NamedTuple):
@@ -64,27 +54,24 @@ class Inputs(NamedTuple):
     scale: Tensor | None
     divisor: Tensor | None
 
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        return (self.input.shape[0], *self.linear_weight.shape[1:-1])
 
-    @property
-    def logits_shape(self) -> tuple[int, ...]:
-        return (self.input.shape[0], *self.linear_weight.shape[:-1])
+# Functions, not members: the Dynamo of torch 2.10, in compiled autograd, evaluates none of a named tuple.
+def _row_shape(inputs: Inputs) -> tuple[int, ...]:
+    return (inputs.input.shape[0], *inputs.linear_weight.shape[1:-1])
 
-    @property
-    def acc(self) -> torch.dtype:
-        return ops.softmax_ce_accumulation(self.input, self.target, self.weight)
 
-    def linear(self) -> chunked.Linear:
-        bias = self.linear_bias
-        return chunked.Linear(
-            self.input, self.linear_weight.flatten(0, -2), None if bias is None else bias.flatten().contiguous()
-        )
+def _acc(inputs: Inputs) -> torch.dtype:
+    return ops.softmax_ce_accumulation(inputs.input, inputs.target, inputs.weight)
+
+
+def _linear(inputs: Inputs) -> chunked.Linear:
+    """The layer whose outputs are the logits, with C and d1...dK as one dimension."""
+    bias = None if inputs.linear_bias is None else inputs.linear_bias.flatten().contiguous()
+    return chunked.Linear(inputs.input, inputs.linear_weight.flatten(0, -2), bias)
 
 
 N_INPUTS = len(Inputs._fields)
-_N_WANTED, _N_SETTINGS = len(Wanted._fields), len(Settings._fields)
+_N_WANTED, _N_CHUNKS = len(Wanted._fields), len(chunked.Chunks._fields)
 _TENSORS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight, "
     "Tensor? scale, Tensor? divisor, "
@@ -108,48 +95,59 @@ _NEEDS_NOTHING = (False,) * 4
 
 
 def linear_softmax_ce(
-    inputs: Inputs, wanted: Wanted, settings: Settings, options: Options
+    inputs: Inputs, wanted: Wanted, chunks: chunked.Chunks, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, predictions and entropy of checked inputs, all but the predictions differentiable, all of acc.
 
     ``options.reduction`` is that of no reduction or of a sum, which ``inputs.divisor`` divides.
     """
     forward = torch.ops.torchce.linear_softmax_ce_forward
-    loss, lse, predictions, entropy, *_ = forward(*inputs, _NEEDS_NOTHING, *wanted, *settings, *options)
+    loss, lse, predictions, entropy, *_ = forward(*inputs, _NEEDS_NOTHING, *wanted, *chunks, *options)
     return loss, lse, predictions, entropy
 
 
 # --- the ops -------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
-    """What the rows of a call have, filled in piece by piece."""
+class _Results:
+    """What a call gives of its rows, filled in piece by piece."""
 
     def __init__(self, inputs: Inputs, wanted: Wanted, options: Options, needs_scale: bool) -> None:
         self.inputs, self.wanted, self.needs_scale = inputs, wanted, needs_scale
         self.options = options._replace(reduction=_NONE)
         new = inputs.input.new_empty
-        shape = inputs.row_shape
-        self.losses = new(shape, dtype=inputs.acc)
-        self.lse = new(shape if wanted.lse else 0, dtype=inputs.acc)
+        shape = _row_shape(inputs)
+        self.losses = new(shape, dtype=_acc(inputs))
+        self.lse = new(shape if wanted.lse else 0, dtype=_acc(inputs))
         self.predictions = new(shape if wanted.predictions else 0, dtype=torch.int64)
-        self.entropy = new(shape if wanted.entropy else 0, dtype=inputs.acc)
+        self.entropy = new(shape if wanted.entropy else 0, dtype=_acc(inputs))
         self.of_scale = new((), dtype=torch.float64).zero_() if needs_scale else new(0, dtype=torch.float64)
         self.is_plain = are_plain(options) and inputs.scale is None and not any(wanted)
 
     def logits(self, logits: Tensor) -> Tensor:
         return logits.view(-1, *self.inputs.linear_weight.shape[:-1])
 
+    def _target_dtype(self) -> torch.dtype:
+        """The one in which the compiled ops take a piece's target."""
+        dtype = self.inputs.target.dtype
+        as_they_are = self.inputs.input.dtype, torch.float32, torch.float64
+        if not dtype.is_floating_point or (self.is_plain and dtype in as_they_are):
+            return dtype
+        return _acc(self.inputs)
+
     def _target(self, at: slice | Tensor) -> Tensor:
-        """Of a piece; only plain losses take probabilities of 16 bits."""
-        target = self.inputs.target[at]
-        return target.to(self.inputs.acc) if target.is_floating_point() and not self.is_plain else target
+        return self.inputs.target[at].to(self._target_dtype())
+
+    def turn_bytes(self) -> int:
+        """What a row of a piece takes beside its logits."""
+        dtype = self._target_dtype()
+        return 0 if dtype == self.inputs.target.dtype else self.inputs.target[:1].numel() * dtype.itemsize
 
     def keep(self, logits: Tensor, at: slice | Tensor) -> None:
         """What a forward gives of the rows ``at``."""
         logits, target = self.logits(logits), self._target(at)
         if self.is_plain:
-            arguments = (logits, target, self.inputs.weight, self.inputs.acc, *plain_options(self.options))
+            arguments = (logits, target, self.inputs.weight, _acc(self.inputs), *plain_options(self.options))
             self.losses[at] = ops.eager_softmax_ce_forward(*arguments)[0]
         else:
             self._forward_outputs(logits, target, at)
@@ -162,7 +160,7 @@ class _Rows:
         has_outputs = any(self.wanted) or of_piece.lse is not None or of_piece.entropy is not None
         if self.inputs.scale is None and not has_outputs:
             self.losses[at] = ops.softmax_ce_forward_backward_(
-                of_piece.output, logits, target, self.inputs.weight, self.inputs.acc, *self.options
+                of_piece.output, logits, target, self.inputs.weight, _acc(self.inputs), *self.options
             )
             return
         saved = self._forward_outputs(logits, target, at)
@@ -172,7 +170,7 @@ class _Rows:
 
     def _forward_outputs(self, logits: Tensor, target: Tensor, at: slice | Tensor) -> tuple[Any, ...]:
         """Keeps them, and returns what the ops of the backward take beside gradients."""
-        weight, scale, acc = self.inputs.weight, self.inputs.scale, self.inputs.acc
+        weight, scale, acc = self.inputs.weight, self.inputs.scale, _acc(self.inputs)
         loss, lse, predictions, entropy, *saved = ops.eager_softmax_ce_forward_outputs(
             logits, target, weight, scale, acc, *self.wanted, *self.options
         )
@@ -185,20 +183,16 @@ class _Rows:
 
 def _without_autocast(inputs: Inputs) -> torch.amp.autocast:
     """Autocast has had its say before; the products of a piece are written where they belong, in the dtypes there."""
-    return torch.amp.autocast("cuda" if inputs.input.is_cuda else "cpu", enabled=False)
+    return torch.amp.autocast(inputs.input.device.type, enabled=False)
 
 
-def _kept(inputs: Inputs, options: Options, settings: Settings) -> Tensor | None:
-    """The numbers of the rows that are not ignored; None of all of them, and where no product is to be spared."""
-    target = inputs.target
-    if target.is_floating_point() or not settings.compact_ignored:
+def _kept(inputs: Inputs, options: Options, chunks: chunked.Chunks) -> Tensor | None:
+    """The numbers of the rows that are not ignored, or None to go through all of them."""
+    if inputs.target.is_floating_point():
         return None
-    kept = target != options.ignore_index
-    if kept.dim() > 1:
-        kept = kept.flatten(1).any(1)
-    if not kept.is_cuda and bool(kept.all()):
-        return None
-    return kept.nonzero().squeeze(1)
+    counts = inputs.target != options.ignore_index
+    counts = counts.flatten(1).any(1) if counts.dim() > 1 else counts
+    return chunked.kept_rows(counts, inputs.linear_weight.shape[:-1].numel(), chunks)
 
 
 def _check(inputs: Inputs, options: Options) -> None:
@@ -207,103 +201,93 @@ def _check(inputs: Inputs, options: Options) -> None:
         check_targets(inputs.target, inputs.linear_weight.shape[0], options.ignore_index)
 
 
-def _early_factor(inputs: Inputs) -> Tensor:
-    """What the gradient of each row's loss is divided by while its piece is there; the rest follows in the backward.
-
-    That is the divisor, so that in most trainings nothing is left to multiply with. But in float16, where gradients of
-    a mean are too small, it is a power of two that leaves as much room for sums over all rows as for single ones.
-    """
-    one = inputs.input.new_ones((), dtype=inputs.acc)
-    if inputs.input.dtype == torch.float16:
-        return one * 2.0 ** (inputs.input.shape[0].bit_length() // 2)
-    return one if inputs.divisor is None else inputs.divisor
-
-
-def _late_factor(inputs: Inputs, grad_loss: Tensor) -> Tensor:
-    if inputs.input.dtype == torch.float16:
-        grad_loss = grad_loss * 2.0 ** (inputs.input.shape[0].bit_length() // 2)
-        return grad_loss if inputs.divisor is None else grad_loss / inputs.divisor
-    return grad_loss
-
-
-def _rows_of_sum(inputs: Inputs, factor: Tensor) -> Tensor:
-    """Each row's gradient, of the gradient ``factor`` of the sum."""
-    if inputs.sample_weight is None:
-        return factor.expand(inputs.row_shape).contiguous()
-    return inputs.sample_weight * factor
+def _grads_of_rows(inputs: Inputs, grad_loss: Tensor | None = None) -> Tensor:
+    """What each row's loss gets where their sum, divided, gets ``grad_loss``, or 1."""
+    grad = inputs.input.new_ones((), dtype=_acc(inputs)) if grad_loss is None else grad_loss
+    if inputs.divisor is not None:
+        grad = grad / inputs.divisor
+    return grad.expand(_row_shape(inputs)).contiguous() if inputs.sample_weight is None else inputs.sample_weight * grad
 
 
 def _gradients_of_pieces(
-    rows: _Rows, kept: Tensor | None, needs: tuple[bool, ...], settings: Settings, grads: Gradients
+    rows: _Results, kept: Tensor | None, needs: tuple[bool, ...], chunks: chunked.Chunks, grads: Gradients
 ) -> tuple[Tensor, ...]:
     def turn(logits: Tensor, at: slice | Tensor) -> None:
         rows.turn(grads, logits, at)
 
-    linear = rows.inputs.linear()
-    found = chunked.run(linear, kept, (needs[0], needs[1], needs[2]), settings.chunks(), turn)
+    linear = _linear(rows.inputs)
+    found = chunked.run(linear, kept, (needs[0], needs[1], needs[2]), chunks, turn, rows.turn_bytes())
     # Of what is not needed each a tensor of its own: an op's outputs may not be the same.
     grad_input, grad_weight, grad_bias = (linear.input.new_empty(0) if grad is None else grad for grad in found)
     if needs[1]:
         grad_weight = grad_weight.view(rows.inputs.linear_weight.shape)
     if needs[2]:
         grad_bias = grad_bias.view(rows.inputs.linear_weight.shape[:-1])
-    return grad_input, grad_weight, grad_bias, rows.of_scale.to(rows.inputs.acc)
+    return grad_input, grad_weight, grad_bias, rows.of_scale.to(_acc(rows.inputs))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, needs, wanted, settings, options = _parsed(arguments)
+    inputs, needs, wanted, chunks, options = _parsed(arguments)
     _check(inputs, options)
-    rows = _Rows(inputs, wanted, options, needs[3])
-    kept = None if any(wanted) else _kept(inputs, options, settings)
+    rows = _Results(inputs, wanted, options, needs[3])
+    kept = None if any(wanted) else _kept(inputs, options, chunks)
     if kept is not None:
         rows.losses.zero_()
     with _without_autocast(inputs):
         if any(needs):
-            grads = Gradients(_rows_of_sum(inputs, 1 / _early_factor(inputs)))
-            gradients = _gradients_of_pieces(rows, kept, needs, settings, grads)
+            grads = Gradients(_grads_of_rows(inputs))
+            gradients = _gradients_of_pieces(rows, kept, needs, chunks, grads)
         else:
-            gradients = _empty_gradients(inputs, needs)  # which are empty
-            chunked.run(inputs.linear(), kept, (False, False, False), settings.chunks(), rows.keep)
-    loss = rows.losses
-    if options.reduction == _SUM:
-        loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
-        loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
-    losses = rows.losses.new_empty(0) if inputs.sample_weight is None else rows.losses
-    return loss, rows.lse, rows.predictions, rows.entropy, losses, *gradients
+            gradients = _empty_gradients(inputs, needs)
+            chunked.run(_linear(inputs), kept, (False, False, False), chunks, rows.keep, rows.turn_bytes())
+    loss = _reduced(inputs, options, rows.losses)
+    return loss, rows.lse, rows.predictions, rows.entropy, _kept_losses(inputs, rows.losses), *gradients
+
+
+def _reduced(inputs: Inputs, options: Options, losses: Tensor) -> Tensor:
+    if options.reduction == _NONE:
+        return losses
+    total = sum_of_rows(losses if inputs.sample_weight is None else times(inputs.sample_weight, losses))
+    return (total if inputs.divisor is None else total / inputs.divisor).to(_acc(inputs))
+
+
+def _kept_losses(inputs: Inputs, losses: Tensor) -> Tensor:
+    """For the gradient of their weights."""
+    return losses.new_empty(0) if inputs.sample_weight is None else losses
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     grads, arguments = Gradients(*arguments[:3]), arguments[3:]
-    inputs, needs, _, settings, options = _parsed((*arguments[: N_INPUTS + 1], *Wanted(), *arguments[N_INPUTS + 1 :]))
+    inputs, needs, _, chunks, options = _parsed((*arguments[: N_INPUTS + 1], *Wanted(), *arguments[N_INPUTS + 1 :]))
     grad_output = grads.output
     assert grad_output is not None
     if options.reduction == _SUM:
-        grad_output = _rows_of_sum(inputs, grad_output if inputs.divisor is None else grad_output / inputs.divisor)
+        grad_output = _grads_of_rows(inputs, grad_output)
     wanted = Wanted(lse=grads.lse is not None, entropy=grads.entropy is not None)
-    rows = _Rows(inputs, wanted, options, needs[3])
-    kept = None if any(wanted) else _kept(inputs, options, settings)
+    rows = _Results(inputs, wanted, options, needs[3])
+    kept = None if any(wanted) else _kept(inputs, options, chunks)
     with _without_autocast(inputs):
-        return _gradients_of_pieces(rows, kept, needs, settings, grads._replace(output=grad_output))
+        return _gradients_of_pieces(rows, kept, needs, chunks, grads._replace(output=grad_output))
 
 
-def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[bool, ...], Wanted, Settings, Options]:
+def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[bool, ...], Wanted, chunked.Chunks, Options]:
     """The arguments of the forward op; of the options, graphs leave out those that are the defaults."""
     inputs, (needs, *rest) = Inputs(*arguments[:N_INPUTS]), arguments[N_INPUTS:]
     wanted, rest = Wanted(*rest[:_N_WANTED]), rest[_N_WANTED:]
-    settings, options = Settings(*rest[:_N_SETTINGS]), Options(*rest[_N_SETTINGS:])
-    return inputs, (*needs, *_NEEDS_NOTHING)[:4], wanted, settings, options
+    chunks, options = chunked.Chunks(*rest[:_N_CHUNKS]), Options(*rest[_N_CHUNKS:])
+    return inputs, tuple(needs), wanted, chunks, options
 
 
 def _empty_gradients(inputs: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
     new = inputs.input.new_empty
     shapes = (inputs.input.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:-1])
     grads = [new(shape if needed else [0]) for shape, needed in zip(shapes, needs, strict=False)]
-    return *grads, new([] if needs[3] else [0], dtype=inputs.acc)
+    return *grads, new([] if needs[3] else [0], dtype=_acc(inputs))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, needs, wanted, _settings, options = _parsed(arguments)
-    new, acc, shape = inputs.input.new_empty, inputs.acc, inputs.row_shape
+    inputs, needs, wanted, _, options = _parsed(arguments)
+    new, acc, shape = inputs.input.new_empty, _acc(inputs), _row_shape(inputs)
     return (
         new([] if options.reduction == _SUM else shape, dtype=acc),
         new(shape if wanted.lse else [0], dtype=acc),
@@ -315,7 +299,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _empty_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), (*arguments[3 + N_INPUTS], *_NEEDS_NOTHING)[:4])
+    return _empty_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), tuple(arguments[3 + N_INPUTS]))
 
 
 for _name, _function, _fake in (
@@ -330,43 +314,46 @@ for _name, _function, _fake in (
 # --- autograd ------------------------------------------------------------------------------------------------------
 
 
-def unfused(inputs: Inputs, wanted: Wanted, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, lse, predictions and entropy in torch's own operations, through the whole logits."""
-    logits = F.linear(*inputs.linear()).view(inputs.logits_shape)
-    rows = options._replace(reduction=_NONE)
-    loss, *outputs = composite_outputs(logits, inputs.target, inputs.weight, inputs.scale, inputs.acc, *wanted, *rows)
-    if options.reduction == _SUM:
-        loss = sum_of_rows(loss if inputs.sample_weight is None else times(inputs.sample_weight, loss))
-        loss = (loss if inputs.divisor is None else loss / inputs.divisor).to(inputs.acc)
+def _unfused(inputs: Inputs, wanted: Wanted, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, predictions, entropy and the rows' losses in torch's own operations, through the whole logits."""
+    logits = F.linear(*_linear(inputs)).view(inputs.input.shape[0], *inputs.linear_weight.shape[:-1])
+    of_rows = options._replace(reduction=_NONE)
+    losses, *outputs = composite_outputs(
+        logits, inputs.target, inputs.weight, inputs.scale, _acc(inputs), *wanted, *of_rows
+    )
     lse, predictions, entropy = outputs
-    return loss, lse, predictions, entropy
+    return _reduced(inputs, options, losses), lse, predictions, entropy, losses
 
 
 def _unfused_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """What the forward op gives of the same arguments; of gradients only those that it would compute."""
-    inputs, _, wanted, _, options = _parsed(arguments)
-    outputs = unfused(inputs, wanted, options)
-    losses = inputs.input.new_empty(0, dtype=inputs.acc)
-    if inputs.sample_weight is not None:
-        rows = inputs._replace(sample_weight=None, divisor=None)
-        losses = unfused(rows, Wanted(), options._replace(reduction=_NONE))[0]
-    return *outputs, losses, *_empty_gradients(inputs, _NEEDS_NOTHING)
+    """What the forward op gives of the same arguments, but for its gradients, which here are those of autograd."""
+    inputs, needs, wanted, _, options = _parsed(arguments)
+    *outputs, losses = _unfused(inputs, wanted, options)
+    return *outputs, _kept_losses(inputs, losses), *map(torch.zeros_like, _empty_gradients(inputs, needs))
 
 
 def _set_up(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    inputs, _, wanted, settings, options = _parsed(arguments)
+    inputs, _, wanted, chunks, options = _parsed(arguments)
     loss, lse, predictions, entropy, losses, *gradients = output
-    ctx.save_for_backward(*inputs, loss, losses)
-    ctx.wanted, ctx.settings, ctx.options = wanted, settings, options
+    # The loss itself may be changed in place before it is differentiated.
+    of_divisor = loss.clone() if ctx.needs_input_grad[Inputs._fields.index("divisor")] else None
+    ctx.save_for_backward(*inputs, of_divisor, losses)
+    ctx.wanted, ctx.chunks, ctx.options = wanted, chunks, options
     # Not with what is saved, for the first backward takes them for itself; popped from a list, in one step for threads.
-    ctx.gradients = [[gradient.detach() for gradient in gradients]] if _computes_gradients(ctx, options) else []
+    ctx.gradients = [[gradient.detach() for gradient in gradients]] if _computes_gradients(ctx, inputs, options) else []
     without = [predictions, losses, *gradients, *([] if wanted.lse else [lse]), *([] if wanted.entropy else [entropy])]
     ctx.mark_non_differentiable(*without)
     ctx.set_materialize_grads(False)
 
 
-def _computes_gradients(ctx: Any, options: Options) -> bool:
-    return options.reduction == _SUM and any(_needs(ctx)) and not inplace.has_saved_tensors_hooks()
+def _computes_gradients(ctx: Any, inputs: Inputs, options: Options) -> bool:
+    """Whether the forward does."""
+    return (
+        options.reduction == _SUM
+        and inputs.input.dtype != torch.float16  # as in _scales
+        and any(_needs(ctx))
+        and not inplace.has_saved_tensors_hooks()
+    )
 
 
 def _needs(ctx: Any) -> tuple[bool, ...]:
@@ -376,8 +363,8 @@ def _needs(ctx: Any) -> tuple[bool, ...]:
 
 def _with_gradients(ctx: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The op's arguments, asking for the gradients where the forward is to compute them."""
-    *_, options = _parsed(arguments)
-    needs = _needs(ctx) if _computes_gradients(ctx, options) else _NEEDS_NOTHING
+    inputs, *_, options = _parsed(arguments)
+    needs = _needs(ctx) if _computes_gradients(ctx, inputs, options) else _NEEDS_NOTHING
     return *arguments[:N_INPUTS], needs, *arguments[N_INPUTS + 1 :]
 
 
@@ -396,14 +383,17 @@ def _op_backward(
     inputs, options = Inputs(*tensors), ctx.options
     batched = not torch.compiler.is_compiling() and any(is_batched(grad) for grad in given)
     if batched or differentiates_backward(*grads, *inputs):
+        ctx.gradients.clear()
         return *_differentiable(ctx, inputs, grads), *none[N_INPUTS:]
     grad_output = grads.output
     if grad_output is None:
-        grad_output = inputs.input.new_zeros(() if options.reduction == _SUM else inputs.row_shape, dtype=inputs.acc)
+        grad_output = inputs.input.new_zeros(
+            () if options.reduction == _SUM else _row_shape(inputs), dtype=_acc(inputs)
+        )
     needs = _needs(ctx)
     found: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs):
-        is_sum = options.reduction == _SUM and grads.lse is None and grads.entropy is None
+        is_sum = grads.lse is None and grads.entropy is None and _scales(inputs, options, grad_output)
         computed = (
             _of_sum(ctx, inputs, needs, grad_output)
             if is_sum
@@ -413,11 +403,23 @@ def _op_backward(
     grad_input, grad_linear_weight, grad_linear_bias, grad_scale = found
     grad_sample_weight = grad_divisor = None
     if inputs.sample_weight is not None and inputs.sample_weight.requires_grad:
-        grad_sample_weight = losses * (grad_output if inputs.divisor is None else grad_output / inputs.divisor)
+        grad_sample_weight = times(_grads_of_rows(inputs._replace(sample_weight=None), grad_output), losses)
     if inputs.divisor is not None and inputs.divisor.requires_grad:
-        grad_divisor = -grad_output * loss / inputs.divisor
+        grad_divisor = -grad_output * loss / inputs.divisor  # loss: a copy of it
     of_layer = (grad_input, grad_linear_weight, grad_linear_bias)
     return *of_layer, None, None, grad_sample_weight, grad_scale, grad_divisor, *none[N_INPUTS:]
+
+
+def _scales(inputs: Inputs, options: Options, grad_output: Tensor) -> bool:
+    """Whether the gradients are those of a loss with gradient 1, times what comes in.
+
+    Not in float16, whose small gradients would be lost, and not where it is infinite or 0, as far as that can be seen:
+    an ignored row's gradient is 0 nevertheless, and so is that of an infinite weight.
+    """
+    if options.reduction != _SUM or inputs.input.dtype == torch.float16:
+        return False
+    factor = known_least(grad_output)
+    return factor is None or (math.isfinite(factor) and factor != 0)
 
 
 def _of_sum(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grad_loss: Tensor) -> list[Tensor]:
@@ -425,23 +427,23 @@ def _of_sum(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grad_loss: Tensor
     try:
         gradients = ctx.gradients.pop()
     except IndexError:
-        arguments = (*inputs, needs, *Wanted(), *ctx.settings, *ctx.options)
+        arguments = (*inputs, needs, *ctx.wanted, *ctx.chunks, *ctx.options)  # of outputs too: by the same ops
         with torch.no_grad():  # while torch.compile traces a backward, gradients are enabled
             gradients = torch.ops.torchce.linear_softmax_ce_forward(*arguments)[-4:]
-    factor = _late_factor(inputs, grad_loss)
-    if torch.compiler.is_compiling():
-        return [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
-    if known_least(factor) != 1:
+    if torch.compiler.is_compiling() or type(gradients[0]) is not Tensor:  # which a trace plans the memory of
+        return [(gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype) for gradient in gradients]
+    if known_least(grad_loss) != 1:
         for gradient, needed in zip(gradients, needs, strict=True):
             if needed:
-                chunked.scale_(gradient, factor)
+                chunked.scale_(gradient, grad_loss)
     return list(gradients)
 
 
 def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    ctx.gradients.clear()  # the forward's are not those of all outputs, and would be held beside them
     with torch.no_grad():  # as in _of_sum
         found: tuple[Tensor, ...] = torch.ops.torchce.linear_softmax_ce_backward(
-            *grads, *inputs, needs, *ctx.settings, *ctx.options
+            *grads, *inputs, needs, *ctx.chunks, *ctx.options
         )
     return found
 
@@ -450,10 +452,10 @@ def _differentiable(ctx: Any, inputs: Inputs, grads: Gradients) -> tuple[Tensor 
     """The gradients of all inputs, from operations that torch can transform and differentiate again."""
     create_graph = torch.is_grad_enabled()
     needs_grad = ctx.needs_input_grad[:N_INPUTS]
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_autocast(inputs):
         # Views, at which a gradient stops: one input may be computed from another, or be the same tensor.
         views: list[Any] = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs_grad, strict=True)]  # type: ignore[union-attr, arg-type]
-        loss, lse, _, entropy = unfused(Inputs(*views), ctx.wanted, ctx.options)
+        loss, lse, _, entropy, _ = _unfused(Inputs(*views), ctx.wanted, ctx.options)
         pairs = [(output, grad) for output, grad in zip((loss, lse, entropy), grads, strict=True) if grad is not None]
         outputs, of_outputs = zip(*pairs, strict=True)
         sought = [view for view, needed in zip(views, needs_grad, strict=True) if needed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from torchce.functional._common import (
     refuse_scripting,
     requires_grad,
 )
-from torchce.functional.linear_chunks import settings_of
-from torchce.functional.softmax_ce import cross_entropy, problem_of, promote
+from torchce.functional.linear_chunks import chunks_of
+from torchce.functional.softmax_ce import cross_entropy, loss_dtype, of_known_dtype, problem_of
 from torchce.functional.softmax_ce_own import (
     CrossEntropyOutput,
     LossArguments,
@@ -67,10 +67,14 @@ def _composed(
     return F.cross_entropy(logits, target, ignore_index=-100 if ignore_index is None else ignore_index, **keywords)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _torch_linear_cross_entropy: Callable[..., Tensor] = getattr(F, "linear_cross_entropy", _composed)
-_stands_for_torchs = (
-    refuse_scripting if _torch_linear_cross_entropy is _composed else overrides.stands_for(_torch_linear_cross_entropy)
-)
+
+
+def _stands_for_torchs(function: _Function) -> _Function:
+    if _torch_linear_cross_entropy is _composed:
+        return function
+    return overrides.stands_for(_torch_linear_cross_entropy)(function)
 
 
 @overload
@@ -136,7 +140,8 @@ def linear_cross_entropy(
     all its keyword arguments. The logits are computed, and turned into their gradient, in pieces of rows. For a mean or
     a sum the gradients are computed in the forward (three matrix products, as without pieces); where each row has an
     upstream gradient of its own, as of ``reduction='none'`` or lse, and in a second backward, they are computed in the
-    backward (four). Both give the same.
+    backward (four). Both give the same. Those of float16 are always computed in the backward: times the scale of the
+    loss that comes in there, without which small ones are lost.
 
     Args:
         input (Tensor): the layer's input, float64, float32, bfloat16 or float16.
@@ -154,16 +159,16 @@ def linear_cross_entropy(
             its ``batch_chunk_size`` is ``chunk_rows``, its ``aspect_ratio`` a number of ``chunk_bytes``, its
             ``acc_policy`` and ``acc_dtype`` the ``acc_policy``. ``allow_retain_graph`` is always so. Default: ``None``
         chunk_bytes (int, optional): what the logits of a piece may take. Default: ``None``, a sixteenth of all logits,
-            but at least 64 MiB and 256 rows (on CUDA as many rows as it has multiprocessors). What a forward and
-            backward hold beyond inputs and gradients is that, an eighth more where sums are of float32, and what
-            ``acc_policy`` says
+            but at least 64 MiB and 256 rows (on CUDA as many rows as it has multiprocessors), or all of them where the
+            sums of ``acc_policy`` would take what pieces spare. What a forward and backward hold beyond inputs and
+            gradients is that, an eighth more where sums are of float32, and what ``acc_policy`` says
         chunk_rows (int, optional): the rows of a piece instead. Default: ``None``
         acc_policy (str): in which dtype the weight's gradient is added up over pieces, for inputs of 16 bits:
             ``'accurate'``, float32, which takes 4 bytes for each number of the weight until it is rounded,
             ``'compact'``, the weight's own, which takes none, ``'auto'``, accurate. Default: ``'auto'``
         compact_ignored (bool, optional): whether rows that are ignored are left out of the matrix products, unless
-            something is returned of them. On CUDA the host then waits for the device, once. Default: ``None``, on the
-            CPU only
+            something is returned of them. On CUDA the host then waits for the device, once each way. Default:
+            ``None``, on the CPU, where that takes less time
         z_loss, softcap, logit_scale, sample_weight, divisor, dtype, empty_value, return_lse, return_predictions,
             return_z_loss, return_entropy: as in :func:`torchce.functional.cross_entropy`
 
@@ -251,7 +256,7 @@ def linear_cross_entropy(
         if not own_arguments:
             return loss
         raise ValueError(f"{problem}: torch's loss answers there, which has no keyword arguments of torchce's own")
-    settings = settings_of(options, chunk_bytes, chunk_rows, acc_policy, compact_ignored, input, linear_weight)
+    chunks = chunks_of(options, chunk_bytes, chunk_rows, acc_policy, compact_ignored, input, linear_weight)
     by_rule = options is None and (chunk_bytes, chunk_rows, compact_ignored) == (None, None, None)
     of_own = Own(**own_arguments)
     acc = ops.softmax_ce_accumulation(logits, target, weight)
@@ -276,7 +281,9 @@ def linear_cross_entropy(
         )
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, linear_weight.shape[0], int(ignored))
-    _, target, weight, dtype = promote(logits, target, weight)
+    target = of_known_dtype(target)  # pairs of dtypes that the kernels do not take are made alike in pieces
+    dtype = loss_dtype(logits, target, weight)
+    weight = None if weight is None else weight.to(acc).contiguous()
     row_options = Options(number, int(ignored), max(float(label_smoothing), 0.0))
     is_batch = input.dim() == 2
     if not is_batch:
@@ -293,9 +300,7 @@ def linear_cross_entropy(
         divisor = input.new_full((), divisor, dtype=acc)
     weights = None if number == _NONE else rows.sample_weight
     inputs = Inputs(input, linear_weight, linear_bias, target, weight, weights, scale, divisor)
-    loss, *outputs = linear_softmax_ce(
-        inputs, of_own.wanted(), settings, row_options._replace(reduction=reduction_of_op)
-    )
+    loss, *outputs = linear_softmax_ce(inputs, of_own.wanted(), chunks, row_options._replace(reduction=reduction_of_op))
     loss = rows.or_empty_value(loss if number != _NONE else rows.total(loss))
     result = rows.output(loss.to(of_own.dtype or dtype or input.dtype), *outputs)
     return result if is_batch else _without_batch(result)

@@ -334,19 +334,27 @@ def promote(
     input: Tensor, target: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     """The tensors in dtypes that go together in the op, and the loss's dtype, or None for the logits'."""
-    dtype = None
-    if target.dtype not in FLOATS and target.is_floating_point():  # autocast: torch casts what it can
-        target = target.to(torch.float32)
+    target = of_known_dtype(target)
+    dtype = loss_dtype(input, target, weight)
     accumulation = ops.softmax_ce_accumulation(input, target, weight)
     if target.is_floating_point():
-        dtype = promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
         # The op takes all pairs but those of 16 bits beside another 16 or beside float64.
         if accumulation == torch.float64 and input.dtype in SIXTEEN_BITS:
             input = input.to(torch.float32)
         if target.dtype != input.dtype and target.dtype in SIXTEEN_BITS:
             target = target.to(torch.float32)
-    if accumulation != torch.float64 and autocasts(input):
-        dtype = torch.float32
-    if weight is not None:
-        weight = weight.to(accumulation).contiguous()
-    return input, target, weight, dtype
+    return input, target, None if weight is None else weight.to(accumulation).contiguous(), dtype
+
+
+def of_known_dtype(target: Tensor) -> Tensor:
+    """Probabilities in a dtype that kernels read: autocast takes others, and torch casts what it can."""
+    return target.to(torch.float32) if target.dtype not in FLOATS and target.is_floating_point() else target
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
+    """The loss's, or None for the logits'."""
+    if ops.softmax_ce_accumulation(input, target, weight) != torch.float64 and autocasts(input):
+        return torch.float32
+    if not target.is_floating_point():
+        return None
+    return promoted(input.dtype, target.dtype, input.dtype if weight is None else weight.dtype)
