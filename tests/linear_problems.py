@@ -136,7 +136,7 @@ def assert_no_worse(
 
     The ulp is that of a tensor's largest number: its elements are sums of terms of both signs. In a single element two
     orders of adding them up may err apart by what comparison.py grants, times that number, or times the size of a
-    ``term``, where all may cancel.
+    ``term``, where all may cancel, and so in the mean of a few drawn ones.
     """
     assert ours.keys() == theirs.keys()
     for name, result in ours.items():
@@ -150,6 +150,7 @@ def assert_no_worse(
             assert error.isfinite().all(), name
             one, slack = ulps * ulp(largest, result.dtype), RELATIVE[result.dtype] * largest
             assert error.max() <= their_error.max() + one + slack, f"{name}: {error.max()}, unfused {their_error.max()}"
-            if result.dtype != torch.float64:  # whose truth is no truer
+            are_many = result.numel() >= 64 or term == 0  # of a few drawn numbers a mean is one of them
+            if result.dtype != torch.float64 and are_many:  # whose truth is no truer
                 rms, their_rms = (t.square().mean().sqrt() for t in (error, their_error))
                 assert rms <= their_rms + one, f"{name}: {rms}, unfused {their_rms}, ulp {one}"
