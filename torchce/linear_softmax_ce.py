@@ -157,8 +157,7 @@ class _Results:
         logits, target = self.logits(logits), self._target(at)
         of_piece = Gradients(*(None if grad is None else grad[at] for grad in grads))
         assert of_piece.output is not None  # zeros where the loss has none
-        has_outputs = any(self.wanted) or of_piece.lse is not None or of_piece.entropy is not None
-        if self.inputs.scale is None and not has_outputs:
+        if self.inputs.scale is None and not any(self.wanted):
             self.losses[at] = ops.softmax_ce_forward_backward_(
                 of_piece.output, logits, target, self.inputs.weight, _acc(self.inputs), *self.options
             )

@@ -13,6 +13,7 @@ from torch.overrides import has_torch_function_variadic
 from typing_extensions import Unpack
 
 from torchce import ops, overrides
+from torchce.chunked import Chunks
 from torchce.functional._common import (
     CHECKS_TARGETS,
     REDUCTION_NAMES,
@@ -282,28 +283,43 @@ def linear_cross_entropy(
     if CHECKS_TARGETS and input.is_cuda and not target.is_floating_point() and not torch.compiler.is_compiling():
         check_targets(target, linear_weight.shape[0], int(ignored))
     target = of_known_dtype(target)  # pairs of dtypes that the kernels do not take are made alike in pieces
-    dtype = loss_dtype(logits, target, weight)
+    of_own = of_own._replace(dtype=of_own.dtype or loss_dtype(logits, target, weight) or input.dtype)
     weight = None if weight is None else weight.to(acc).contiguous()
     row_options = Options(number, int(ignored), max(float(label_smoothing), 0.0))
-    is_batch = input.dim() == 2
-    if not is_batch:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-        if of_own.sample_weight is not None:
-            of_own = of_own._replace(sample_weight=of_own.sample_weight.unsqueeze(0))
-    scale, row_options = of_own.terms(input, acc, row_options)
-    rows = Rows(target, weight, linear_weight.shape[0], acc, row_options, of_own)
-    reduction_of_op = _NONE if number == _NONE else _SUM
+    if input.dim() == 2:
+        return _in_pieces(input, linear_weight, linear_bias, target, weight, acc, chunks, row_options, of_own)
+    if of_own.sample_weight is not None:
+        of_own = of_own._replace(sample_weight=of_own.sample_weight.unsqueeze(0))
+    batch = (input.unsqueeze(0), linear_weight, linear_bias, target.unsqueeze(0), weight)
+    return _without_batch(_in_pieces(*batch, acc, chunks, row_options, of_own))
+
+
+def _in_pieces(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    acc: torch.dtype,
+    chunks: Chunks,
+    options: Options,
+    own: Own,
+) -> Tensor | CrossEntropyOutput:
+    """The loss of a checked batch, of the dtype that ``own`` names."""
+    scale, options = own.terms(input, acc, options)
+    rows = Rows(target, weight, linear_weight.shape[0], acc, options, own)
     divisor = rows.divisor()
     if isinstance(divisor, Tensor):
         divisor = scalar_beside(divisor, input, acc)
     elif divisor is not None:
         divisor = input.new_full((), divisor, dtype=acc)
-    weights = None if number == _NONE else rows.sample_weight
-    inputs = Inputs(input, linear_weight, linear_bias, target, weight, weights, scale, divisor)
-    loss, *outputs = linear_softmax_ce(inputs, of_own.wanted(), chunks, row_options._replace(reduction=reduction_of_op))
-    loss = rows.or_empty_value(loss if number != _NONE else rows.total(loss))
-    result = rows.output(loss.to(of_own.dtype or dtype or input.dtype), *outputs)
-    return result if is_batch else _without_batch(result)
+    is_unreduced = options.reduction == _NONE
+    sample_weight = None if is_unreduced else rows.sample_weight
+    inputs = Inputs(input, linear_weight, linear_bias, target, weight, sample_weight, scale, divisor)
+    of_op = options._replace(reduction=_NONE if is_unreduced else _SUM)
+    loss, *outputs = linear_softmax_ce(inputs, own.wanted(), chunks, of_op)
+    loss = rows.or_empty_value(rows.total(loss) if is_unreduced else loss)
+    return rows.output(loss.to(own.dtype), *outputs)
 
 
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
