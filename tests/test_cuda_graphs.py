@@ -127,6 +127,25 @@ def test_forward_backward(shape: tuple[int, ...]) -> None:
         assert_all_equal(results, expected, "replay")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.dtype_id)
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_linear_cross_entropy(reduction: str, dtype: torch.dtype) -> None:
+    """In three pieces, with sums of float32: nothing of the loop waits for the device."""
+    input = cases.normal([300, 64], dtype, "cuda").requires_grad_()
+    weight = cases.normal([1000, 64], dtype, "cuda", seed=1).requires_grad_()
+    target = cases.indices([300], 1000, torch.int64, "cuda")
+
+    def step() -> list[Tensor]:
+        loss = torchce.functional.linear_cross_entropy(input, weight, target, chunk_rows=100, reduction=reduction)
+        return [loss.detach(), *torch.autograd.grad(loss, (input, weight), torch.full_like(loss, -2.625))]
+
+    expected = step()
+    graph, results = capture(step)
+    for _ in range(2):
+        graph.replay()
+        assert_all_equal(results, expected, "replay")
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_graphed_callable(name: str) -> None:
     """torch.cuda.make_graphed_callables: forward and backward are graphs of their own."""

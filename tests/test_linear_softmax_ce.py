@@ -56,9 +56,9 @@ def options_for(name: str, of: Layer, target: Tensor, reduction: str) -> dict[st
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rows = (*of.input.shape[:-1], *of.linear_weight.shape[1:-1])
     if "weight" in options:
-        options["weight"] = cases.uniform(of.linear_weight.shape[:1], dtype, "cpu", seed=21) + 0.1
+        options["weight"] = cases.uniform(of.linear_weight.shape[:1], dtype, str(of.input.device), seed=21) + 0.1
     if "sample_weight" in options:
-        options["sample_weight"] = cases.uniform(rows, acc, "cpu", seed=22) + 0.1
+        options["sample_weight"] = cases.uniform(rows, acc, str(of.input.device), seed=22) + 0.1
     if reduction != "mean":
         options.pop("divisor", None)
     return options | {
@@ -73,9 +73,9 @@ def options_for(name: str, of: Layer, target: Tensor, reduction: str) -> dict[st
 )
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loss_and_gradients(name: str, kind: str, dtype: torch.dtype, reduction: str) -> None:
-    """In pieces of ten rows; of a mean, a sum and of each row."""
-    layer = problems.layer(dtype=dtype)
+def test_loss_and_gradients(device: str, name: str, kind: str, dtype: torch.dtype, reduction: str) -> None:
+    """In pieces of ten rows; of a mean, a sum and of each row. A divisor or scale on the CPU serves CUDA too."""
+    layer = problems.layer(dtype=dtype, device=device)
     target = problems.target_for(layer, kind)
     options = options_for(name, layer, target, reduction)
     found = results(fused, layer, target, {**options, "chunk_rows": 10})
