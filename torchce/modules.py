@@ -260,7 +260,7 @@ class LinearCrossEntropyLoss(_KeepsKeywords, _LinearCrossEntropyLoss):
         label_smoothing (float): the part of each target spread evenly over all classes. Default: 0.0
         options, chunk_bytes, chunk_rows, acc_policy, compact_ignored: as in the function.
         z_loss, softcap, logit_scale, loss_dtype, empty_value, return_lse, return_predictions, return_z_loss,
-            return_entropy: as in the function, where the dtype of the loss is called ``dtype``.
+            return_entropy: as in the function, where the dtype of the loss is called ``dtype``, as the attribute is.
 
     Called with ``input`` and ``target``, and with the function's ``sample_weight`` and ``divisor``. With any
     ``return_`` it returns a :class:`torchce.CrossEntropyOutput`.
@@ -268,9 +268,9 @@ class LinearCrossEntropyLoss(_KeepsKeywords, _LinearCrossEntropyLoss):
     Example::
 
         >>> loss = torchce.LinearCrossEntropyLoss(8, 4)
-        >>> torch.nn.init.zeros_(loss.linear.weight)
+        >>> _ = torch.nn.init.zeros_(loss.linear.weight)
         >>> loss(torch.ones(2, 8), torch.tensor([0, 3]))
-        tensor(1.3863, grad_fn=<DifferentiatedBackward>)
+        tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
 
     chunk_bytes: int | None = None  # as inplace_backward in CrossEntropyLoss

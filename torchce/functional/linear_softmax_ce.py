@@ -203,7 +203,7 @@ def linear_cross_entropy(
         >>> hidden = torch.zeros(2, 8, requires_grad=True)
         >>> head = torch.nn.Linear(8, 4, bias=False)
         >>> torchce.functional.linear_cross_entropy(hidden, head.weight, torch.tensor([0, 3]))
-        tensor(1.3863, grad_fn=<DifferentiatedBackward>)
+        tensor(1.3863, grad_fn=<SoftmaxCEBackward>)
     """
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         of_chunks = (chunk_bytes, chunk_rows, acc_policy, compact_ignored)
