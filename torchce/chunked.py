@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchce.ops import accumulation_dtype
+
 LEAST_BYTES = 64 << 20
 LOGITS_SHARE = 16
 # A product of fewer rows wastes time: for each piece the whole weight is read, and on the CPU first put into another
@@ -123,7 +125,7 @@ def run(
     rows = len(input) if kept is None else len(kept)
     outputs, features = weight.shape
     gathered = 0 if kept is None else 2 * features  # of a piece's input, and of its gradient
-    sum_dtype = weight.dtype if chunks.compact_gradients else _wide(weight.dtype)
+    sum_dtype = weight.dtype if chunks.compact_gradients else accumulation_dtype(weight.dtype)
     sum_bytes = weight.numel() * sum_dtype.itemsize if needs_weight and sum_dtype != weight.dtype else 0
     row_bytes = (outputs + gathered) * input.element_size() + turn_bytes
     size = piece_rows(rows, row_bytes, sum_bytes, chunks, input.device)
@@ -214,10 +216,6 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     parts = gradient.view(-1).split(LEAST_BYTES // _PRODUCT_SHARE // factor.element_size())
     for part in parts:  # else float32 would be held for all of it, and a factor of 16 bits has few digits
         part.copy_(part.to(factor.dtype).mul_(factor))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:
