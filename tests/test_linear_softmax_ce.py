@@ -570,6 +570,12 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
         RuntimeError,
         "ignore_index: expected None beside probabilities, got -100",
     ),
+    "ignore_index_of_no_rows": (
+        (X[:0], W, torch.zeros(0, 5)),
+        {"ignore_index": -100},
+        RuntimeError,
+        "ignore_index: expected None beside probabilities, got -100",
+    ),
     "smoothing": ((X, W, T), {"label_smoothing": 1.5}, RuntimeError, "label_smoothing: .*1.0.*1.5"),
     "class_weight": ((X, W, T), {"weight": torch.ones(4)}, RuntimeError, r"weight: .*\[5\].*\[4\]"),
     "reduction": ((X, W, T), {"reduction": "median"}, ValueError, "median"),

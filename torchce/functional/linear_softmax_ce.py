@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -395,6 +394,6 @@ def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 def _ignored(logits: Tensor, target: Tensor, ignore_index: Any) -> Any:
     if ignore_index is None:
         return -100
-    if has_shape(target, logits.shape) and not math.prod(logits.shape) == 0:
+    if has_shape(target, logits.shape):
         raise RuntimeError(f"ignore_index: expected None beside probabilities, got {ignore_index!r}")
     return ignore_index
