@@ -5,6 +5,7 @@
 #pragma once
 
 #include "host/boxing.h"
+#include "host/divergence.h"
 #include "host/sigmoid_bce.h"
 #include "host/softmax_ce.h"
 
@@ -93,6 +94,31 @@ struct SigmoidBCE {
   }
 };
 
+template <class Backend>
+struct Divergence {
+  using Tensor = host::Tensor;
+  using DType = std::optional<host::ScalarType>;
+  using Inputs = host::divergence::Inputs;
+  using Saved = host::divergence::Saved;
+  using Needs = host::divergence::Needs;
+  using Options = divergence::Options;
+
+  static std::tuple<Tensor, Tensor, Tensor> forward(Inputs inputs, DType dtype, Options options) {
+    const typename Backend::Scope scope(inputs.input);
+    const auto call = host::divergence::prepare_forward(inputs, dtype, options);
+    Backend::run(scope, call);
+    return {call.loss, call.saved.statistics, call.saved.totals};
+  }
+
+  static std::tuple<Tensor, Tensor> backward(Tensor grad_output, Inputs inputs, Saved saved, Needs needs,
+                                             Options options) {
+    const typename Backend::Scope scope(inputs.input);
+    const auto call = host::divergence::prepare_backward(grad_output, inputs, saved, needs, options);
+    Backend::run(scope, call);
+    return {call.grad_input, call.grad_target};
+  }
+};
+
 // Registers the backend's ops in a library of one dispatch key.
 template <class Backend, class Library>
 void implement_ops(Library& m) {
@@ -108,6 +134,10 @@ void implement_ops(Library& m) {
   m.impl("softmax_ce_backward_scale", &box<&CE::template backward_outputs<GradientOf::scale, false>>);
   m.impl("softmax_ce_backward_target", &box<&CE::backward_target>);
   m.impl("softmax_ce_forward_backward_", &box<&CE::forward_backward>);
+  if constexpr (Backend::kHasDivergence) {
+    m.impl("divergence_forward", &box<&Divergence<Backend>::forward>);
+    m.impl("divergence_backward", &box<&Divergence<Backend>::backward>);
+  }
   m.impl("sigmoid_bce_forward", &box<&BCE::forward>);
   m.impl("sigmoid_bce_backward", &box<&BCE::template backward<GradientOf::logits, false>>);
   m.impl("sigmoid_bce_backward_", &box_without_result<&BCE::template backward<GradientOf::logits, true>>);

@@ -22,6 +22,13 @@ struct RowStrides {
   int64_t inner;
 };
 
+// Rows [N, C, S], each of C classes; row r = n * S + s.
+struct RowShape {
+  int64_t outer;    // N
+  int64_t classes;  // C
+  int64_t inner;    // S
+};
+
 namespace softmax_ce {
 
 // What a call asks for beside its tensors. kFields is the order of the schemas' fragment (schemas.h) and of the Options
@@ -46,11 +53,8 @@ struct PlainOptions : Options {
   static constexpr std::tuple kFields{&Options::reduction, &Options::ignore_index, &Options::label_smoothing};
 };
 
-// Rows of logits [N, C, S]; row r = n * S + s. Shared by forward and backward.
-struct Rows {
-  int64_t outer;       // N
-  int64_t classes;     // C
-  int64_t inner;       // S
+// Rows of logits. Shared by forward and backward.
+struct Rows : RowShape {
   const void* logits;  // [N, C, S]
   RowStrides logits_strides;
   DType dtype;         // of the logits
@@ -99,6 +103,82 @@ struct Backward {
 };
 
 }  // namespace softmax_ce
+
+namespace divergence {
+
+// Of a student Q, which is softmax(input / temperature), and a teacher P: sum_k P_k log(P_k / Q_k), the same with both
+// in each other's place, beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q; or the entropy of Q.
+enum class Kind : int64_t { kl = 0, reverse_kl = 1, js = 2, entropy = 3 };
+
+// What a call asks for beside its tensors: the same contract as softmax_ce::Options has.
+struct Options {
+  Kind kind;
+  Reduction reduction;
+  bool target_logits;  // whether the target holds the teacher's logits, not its probabilities
+  double temperature = 1;
+  double beta = 0.5;
+
+  static constexpr std::tuple kFields{&Options::kind, &Options::reduction, &Options::target_logits,
+                                      &Options::temperature, &Options::beta};
+};
+
+// What an operand says of a distribution; `none`: there is no such operand.
+enum class Side { none, logits, probabilities };
+
+struct Operand {
+  Side side;
+  const void* data;  // [N, C, S]
+  RowStrides strides;
+  DType dtype;
+};
+
+// Rows of two distributions, by the part they have in the kernels' formulas (math/divergence.h): `first` weighs the
+// logarithms of a KL divergence, and is the teacher of a JS divergence. An entropy has no other one.
+struct Rows : RowShape {
+  Operand first, other;
+  const uint8_t* mask;  // [N, S], 0 where a row is left out, or null
+  RowStrides mask_strides;
+  DType accumulation;
+  Options options;
+
+  constexpr bool are_js() const { return options.kind == Kind::js; }
+};
+
+// How many statistics a row has: of logits the largest and sum exp(x - largest), of the first one's probabilities their
+// sum; then the KL divergence (of an entropy its negative), or the two terms of a JS divergence.
+constexpr int statistics_of(Side side, bool is_first) {
+  return side == Side::logits ? 2 : side == Side::probabilities && is_first ? 1 : 0;
+}
+constexpr int statistics_of(const Rows& rows) {
+  return statistics_of(rows.first.side, true) + statistics_of(rows.other.side, false) + (rows.are_js() ? 2 : 1);
+}
+
+// totals is one element, the number of rows that are kept. It and the statistics are of the accumulation type.
+struct Forward {
+  Rows rows;
+  void* loss;  // [N, S] contiguous, or one element
+  DType loss_dtype;
+  void* statistics;
+  void* totals;
+};
+
+// A gradient that is wanted, of the operand's dtype; else `data` is null.
+struct Gradient {
+  void* data;
+  RowStrides strides;
+};
+
+struct Backward {
+  Rows rows;
+  const void* grad_output;  // [N, S] with strides, or one element
+  RowStrides grad_output_strides;
+  DType grad_output_dtype;
+  const void* statistics;
+  const void* totals;
+  Gradient first, other;
+};
+
+}  // namespace divergence
 
 namespace sigmoid_bce {
 

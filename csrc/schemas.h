@@ -25,7 +25,19 @@
 //     target       the logits' shape; the logits' dtype, float32, bool, uint8 or int64
 //     weight, pos_weight   broadcast to the logits' shape, acc
 //     loss         the logits' shape and layout for reduction 0, else a scalar; of dtype, or the logits'
-//   both
+//   divergence, of a student and a teacher; acc is float64 where one of both is
+//     input        the student's logits, as those of softmax_ce
+//     target       the teacher's probabilities, or its logits where target_logits says so, of the input's shape and of
+//                  any floating dtype; none where kind is 3
+//     mask         bool or uint8, the input's shape without C; rows where it is 0 have no loss and no gradient
+//     kind         0 KL(teacher || student), 1 KL(student || teacher), 2 JS, 3 the student's entropy
+//     temperature  divides all logits
+//     beta         JS is beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student
+//     loss         the input's shape without C for reduction 0, else a scalar; of dtype, or the input's
+//     statistics   [n, rows] acc, what the backward needs of each row (problem.h)
+//     totals       [1] acc, the number of rows that are kept, the divisor of a mean
+//     needs_input, needs_target   which gradients are wanted; one that is not is [0]
+//   all
 //     grad_output  the loss's shape
 //     a gradient   the shape, dtype and layout of the logits, or of the target; of the scale its rows' parts, in the
 //                  index target's shape, acc
@@ -44,12 +56,15 @@
   TORCHCE_SOFTMAX_CE_PLAIN_OPTIONS ", float z_loss=0.0, float softcap=0.0, float logit_scale=1.0"
 #define TORCHCE_SIGMOID_BCE_OPTIONS "int reduction"
 
+#define TORCHCE_DIVERGENCE_OPTIONS "int kind, int reduction, bool target_logits, float temperature=1.0, float beta=0.5"
+
 #define TORCHCE_SOFTMAX_CE_TARGET "Tensor target, Tensor? weight, "
 #define TORCHCE_SOFTMAX_CE_OF_FORWARD "Tensor statistics, Tensor totals, "
 #define TORCHCE_SOFTMAX_CE_SAVED TORCHCE_SOFTMAX_CE_TARGET TORCHCE_SOFTMAX_CE_OF_FORWARD
 #define TORCHCE_SOFTMAX_CE_SCALED TORCHCE_SOFTMAX_CE_TARGET "Tensor? scale, "
 #define TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_SCALED TORCHCE_SOFTMAX_CE_OF_FORWARD
 #define TORCHCE_SOFTMAX_CE_GRADIENTS "Tensor grad_output, Tensor? grad_lse, Tensor? grad_entropy, "
+#define TORCHCE_DIVERGENCE_TARGET "Tensor input, Tensor? target, Tensor? mask, "
 #define TORCHCE_SIGMOID_BCE_TARGET "Tensor target, Tensor? weight, Tensor? pos_weight, "
 #define TORCHCE_SIGMOID_BCE_BACKWARD TORCHCE_SIGMOID_BCE_TARGET TORCHCE_SIGMOID_BCE_OPTIONS
 
@@ -81,6 +96,11 @@ void define_ops(Library& m) {
       "logits, " TORCHCE_SOFTMAX_CE_SCALED_SAVED TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
   m.def("softmax_ce_forward_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SOFTMAX_CE_TARGET
         "ScalarType? dtype, " TORCHCE_SOFTMAX_CE_OPTIONS ") -> Tensor");
+  m.def("divergence_forward(" TORCHCE_DIVERGENCE_TARGET "ScalarType? dtype, " TORCHCE_DIVERGENCE_OPTIONS
+        ") -> (Tensor loss, Tensor statistics, Tensor totals)");
+  m.def("divergence_backward(Tensor grad_output, " TORCHCE_DIVERGENCE_TARGET
+        "Tensor statistics, Tensor totals, bool needs_input, bool needs_target, " TORCHCE_DIVERGENCE_OPTIONS
+        ") -> (Tensor grad_input, Tensor grad_target)");
   m.def("sigmoid_bce_forward(Tensor logits, " TORCHCE_SIGMOID_BCE_TARGET
         "ScalarType? dtype, " TORCHCE_SIGMOID_BCE_OPTIONS ") -> Tensor");
   m.def("sigmoid_bce_backward(Tensor grad_output, Tensor logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> Tensor");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/softmax_ce.h"
+#include "row_position.h"
 #include "softmax_ce_logit.h"
 #include "storage.h"
 
@@ -73,32 +74,6 @@ inline __attribute__((always_inline)) void with_problem_types(const Rows& rows, 
     f(logits, Indices{});
   });
 }
-
-// a / b of numbers that are not negative. Where 32 bits hold both, a division of 32 bits takes a third of the time.
-TORCHCE_HD int64_t quotient(int64_t a, int64_t b) {
-  return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
-}
-
-// Where row r = n * S + s stands.
-struct RowPosition {
-  int64_t n, s;
-  TORCHCE_HD RowPosition(const Rows& rows, int64_t r)
-      : n(rows.inner == 1 ? r : quotient(r, rows.inner)), s(rows.inner == 1 ? 0 : r - n * rows.inner) {}
-  TORCHCE_HD int64_t offset(const RowStrides& strides) const { return n * strides.outer + s * strides.inner; }
-  // The position of the row that is `rows` later in the same n.
-  TORCHCE_HD RowPosition plus(int64_t rows) const {
-    RowPosition later = *this;
-    later.s += rows;
-    return later;
-  }
-  // Steps to the next row, without the division.
-  TORCHCE_HD void advance(const Rows& rows) {
-    if (++s == rows.inner) {
-      s = 0;
-      ++n;
-    }
-  }
-};
 
 // Calls f with a value of a class index's type.
 template <class F>

@@ -172,6 +172,24 @@ void check_logarithms() {
   check<A>("log1p", A(0x1p-3), 8, true, log1p, exact_log1p, nothing);
   check<A>("log1p", 8, A(0x1p100), false, log1p, exact_log1p, nothing);
   check<A>("log1p", nan, nan, true, log1p, exact_log1p, nothing);
+  // What is allowed beyond the limit of all.
+  const auto of_division = [](double, auto) { return 1.0; };
+  const auto log_of_positive = [](auto x) { return math::log_of_positive(x); };
+  check<A>("log_of_positive", 0, A(0.25), false, log_of_positive, exact_log, nothing);
+  check<A>("log_of_positive", A(0.25), 4, true, log_of_positive, exact_log, nothing);
+  check<A>("log_of_positive", 4, Limits<A>::max(), false, log_of_positive, exact_log, nothing);
+  check<A>("log_of_positive", -A(0), -A(0), true, log_of_positive, exact_log, nothing);
+  check<A>("log_of_positive", -Limits<A>::denorm_min(), -infinity, false, log_of_positive, exact_log, nothing);
+  check<A>("log_of_positive", nan, nan, true, log_of_positive, exact_log, nothing);
+  const auto of_ratio = [](auto r) { return math::log_ratio(r, r - A(1)); };
+  const auto of_excess = [](auto x) { return math::log_ratio(x + A(1), x); };
+  check<A>("log_ratio of r", Limits<A>::min(), A(0.5), false, of_ratio, exact_log, of_division);
+  check<A>("log_ratio of 0", 0, 0, true, of_ratio, exact_log, of_division);
+  check<A>("log_ratio of an excess", 0, A(0x1p20), false, of_excess, exact_log1p, of_division);
+  check<A>("log_ratio of an excess", -A(0), A(-0.5), false, of_excess, exact_log1p, of_division);
+  check<A>("log_ratio of an excess", A(0x1p-3), 1, true, of_excess, exact_log1p, of_division);
+  check<A>("log_ratio of an excess", A(-0x1p-3), A(-0.5), true, of_excess, exact_log1p, of_division);
+  check<A>("log_ratio", nan, nan, true, of_ratio, exact_log, of_division);
   if constexpr (kIsDouble<A>) {  // of the exponents
     const auto border = [](int i) { return std::ldexp(i % 2 == 0 ? 1.0 : double(0.9f), 1 + i / 2); };
     check_borders("log", 2000, border, log, exact_log, nothing);

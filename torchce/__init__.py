@@ -15,7 +15,7 @@ if _util.find_spec("torchce._C") is None:
 from torchce import functional
 from torchce._build_info import build_info
 from torchce.functional import CrossEntropyOutput, TokenLogprobsOutput
-from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
+from torchce.modules import BCEWithLogitsLoss, CrossEntropyLoss, KLDivWithLogitsLoss, LinearCrossEntropyLoss
 from torchce.patch import patch_torch
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "KLDivWithLogitsLoss",
     "LinearCrossEntropyLoss",
     "TokenLogprobsOutput",
     "build_info",

@@ -117,14 +117,14 @@ def _in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tensor)
 
 
-def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
+def differentiate_by(name: str, formula: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
     """Gives the op ``name`` the derivatives of ``formula``, which computes it from the same arguments."""
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.arguments = [Tensor if isinstance(argument, Tensor) else argument for argument in inputs]
         ctx.save_for_backward(*(argument for argument in inputs if isinstance(argument, Tensor)))
 
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         arguments = [next(tensors) if argument is Tensor else argument for argument in ctx.arguments]
         create_graph = torch.is_grad_enabled()
@@ -135,7 +135,11 @@ def differentiate_by(name: str, formula: Callable[..., Tensor]) -> None:
             arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, needs_grad, strict=True)]
             wanted = [argument for argument, needed in zip(arguments, needs_grad, strict=True) if needed]
             result = formula(*arguments)
-            found = iter(torch.autograd.grad(result, wanted, grad_output, create_graph=create_graph, allow_unused=True))
+            results = (result,) if isinstance(result, Tensor) else result
+            # An output that was not asked for has no elements, and leads nowhere.
+            used = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if r.requires_grad]
+            outputs, grads = zip(*used, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
         return tuple(next(found) if needed else None for needed in needs_grad)
 
     differentiate(name, formula, set_up, backward)

@@ -411,3 +411,63 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             pos_weight=self.pos_weight,
             inplace_backward=self.inplace_backward,
         )
+
+
+class KLDivWithLogitsLoss(nn.Module):
+    r"""Kullback-Leibler divergence of a student's softmax from a teacher's distribution.
+
+    See :func:`torchce.functional.kl_div_with_logits` for the formula, shapes, dtypes and errors. It takes logits, where
+    :class:`torch.nn.KLDivLoss` takes log-probabilities, and its mean is that one's ``'batchmean'``.
+
+    Args:
+        reduction (str): ``'none'``, ``'mean'`` over the rows that are kept, or ``'sum'``. Default: ``'mean'``
+
+    Keyword Args:
+        target_logits (bool): whether the target holds the teacher's logits. Default: ``False``
+        temperature (float): a positive number that divides all logits. Default: 1.0
+        reverse (bool): KL(student || teacher). Default: ``False``
+        dtype (torch.dtype, optional): of the loss. Default: ``None``
+
+    Called with ``input`` and ``target``, and with the function's ``mask``, which belongs to a batch.
+
+    Example::
+
+        >>> loss = torchce.KLDivWithLogitsLoss(target_logits=True, temperature=2.0)
+        >>> loss(torch.zeros(2, 4), torch.zeros(2, 4))
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        *,
+        target_logits: bool = False,
+        temperature: float = 1.0,
+        reverse: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.target_logits = target_logits
+        self.temperature = temperature
+        self.reverse = reverse
+        self.dtype = dtype
+
+    __prepare_scriptable__ = _refuse_scripting
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in ("reduction", "target_logits", "temperature", "reverse")
+        )
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functional.kl_div_with_logits(  # type: ignore[no-any-return]
+            input,
+            target,
+            self.reduction,
+            target_logits=self.target_logits,
+            temperature=self.temperature,
+            reverse=self.reverse,
+            mask=mask,
+            dtype=self.dtype,
+        )

@@ -299,3 +299,41 @@ eager_sigmoid_bce_backward_target = below_autograd(sigmoid_bce_backward_target)
 @torch.library.register_fake("torchce::sigmoid_bce_backward_target")
 def _(grad_output, logits, target, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(target)
+
+
+# --- divergences ---------------------------------------------------------------------------------------------------
+
+divergence_forward = _ops.divergence_forward.default
+eager_divergence_forward = below_autograd(divergence_forward)
+
+
+def divergence_accumulation(input: Tensor, target: Tensor | None) -> torch.dtype:
+    """The dtype a divergence op computes in."""
+    is_wide = torch.float64 in (input.dtype, None if target is None else target.dtype)
+    return torch.float64 if is_wide else torch.float32
+
+
+@torch.library.register_fake("torchce::divergence_forward")
+def _(input, target, mask, dtype, kind, reduction, target_logits, *_):  # type: ignore[no-untyped-def]
+    row_shape = _row_shape(input)
+    rows = 1
+    for size in row_shape:
+        rows = rows * size
+    acc = divergence_accumulation(input, target)
+    of_input, of_target = 2, 2 if target_logits else 0 if kind == 1 else 1  # as statistics_of in csrc/problem.h
+    of_row = of_input + (0 if target is None else of_target) + (2 if kind == 2 else 1)
+    loss = input.new_empty(row_shape if reduction == 0 else [], dtype=dtype or input.dtype)
+    return loss, input.new_empty([of_row, rows], dtype=acc), input.new_empty([1], dtype=acc)
+
+
+divergence_backward = _ops.divergence_backward.default
+eager_divergence_backward = below_autograd(divergence_backward)
+
+
+@torch.library.register_fake("torchce::divergence_backward")
+def _(grad_output, input, target, mask, statistics, totals, needs_input, needs_target, *_):  # type: ignore[no-untyped-def]
+    like_target = input if target is None else target
+    return (
+        _empty_gradient(input) if needs_input else input.new_empty(0),
+        _empty_gradient(like_target) if needs_target else like_target.new_empty(0),
+    )

@@ -1,12 +1,14 @@
 // The CPU's part of every op (ops.h).
 #pragma once
 
+#include "../host/divergence.h"
 #include "../host/sigmoid_bce.h"
 #include "../host/softmax_ce.h"
 
 namespace torchce::cpu {
 
 struct Backend {
+  static constexpr bool kHasDivergence = true;
   struct Scope {
     explicit Scope(const host::Tensor&) {}
   };
@@ -16,6 +18,8 @@ struct Backend {
   static void run(const Scope&, const host::softmax_ce::ForwardBackwardCall& call);
   static void run(const Scope&, const host::sigmoid_bce::ForwardCall& call);
   static void run(const Scope&, const host::sigmoid_bce::BackwardCall& call);
+  static void run(const Scope&, const host::divergence::ForwardCall& call);
+  static void run(const Scope&, const host::divergence::BackwardCall& call);
 };
 
 }  // namespace torchce::cpu

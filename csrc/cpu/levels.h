@@ -15,7 +15,7 @@ namespace torchce::cpu {
 // summed in order.
 struct Partial {
   double loss = 0;
-  double weight = 0;     // of the rows kept: the divisor of a mean over class indices
+  double weight = 0;     // of the rows kept: the divisor of a mean over class indices, or of a divergence's
   int64_t bad_row = -1;  // first row whose target is no class, or -1
 };
 
@@ -34,6 +34,8 @@ struct Kernels {
   void (*sigmoid_bce_forward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end, Partial*);
   void (*sigmoid_bce_backward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
   void (*sigmoid_bce_backward_target)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
+  void (*divergence_forward)(const divergence::Forward&, int64_t row_begin, int64_t row_end, Partial*);
+  void (*divergence_backward)(const divergence::Backward&, int64_t row_begin, int64_t row_end);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -56,8 +56,8 @@ void write_totals(const softmax_ce::Forward& call, double divisor) {
 [[noreturn]] void throw_bad_target(const ForwardCall& call, int64_t row) {
   const auto& rows = call.problem.rows;
   std::ostringstream message;
-  message << "Target " << softmax_ce::TargetClass::target_at(rows, softmax_ce::RowPosition(rows, row))
-          << " is out of bounds. (row " << row << " of " << call.problem.count() << ", " << rows.classes << " classes)";
+  message << "Target " << softmax_ce::TargetClass::target_at(rows, RowPosition(rows, row)) << " is out of bounds. (row "
+          << row << " of " << call.problem.count() << ", " << rows.classes << " classes)";
   throw std::out_of_range(message.str());
 }
 

@@ -112,7 +112,7 @@ TORCHCE_SIMD void forward_strip(const Forward& call, int64_t row, int count, Par
 
 template <class T, class Target>
 void forward(const Forward& call, int64_t row_begin, int64_t row_end, Partial* partial) {
-  for_each_strip<Accumulate<T>, Target>(
+  for_each_strip<Accumulate<T>, kWidest<Target>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { forward_strip<T, Target, wide.value>(call, row, count, partial); });
 }
@@ -186,7 +186,7 @@ TORCHCE_SIMD void backward_strip(const Backward& call, int64_t row, int count) {
 
 template <class T, class Target, class Exp>
 void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
-  for_each_strip<Accumulate<T>, Target>(
+  for_each_strip<Accumulate<T>, kWidest<Target>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { backward_strip<T, Target, Exp, wide.value>(call, row, count); });
 }
@@ -200,27 +200,28 @@ void backward_target(const Backward& call, int64_t row_begin, int64_t row_end) {
   const Statistics<A> statistics(rows, call.statistics);
   const A* weight = static_cast<const A*>(rows.weight);
   const auto smoothing = smoothing_of<A>(rows);
-  for_each_strip<A, Target>(rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
-    constexpr int W = wide.value;
-    const StripLogits<T, Target, W> logits(rows, row, count);
-    const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
-    const auto max = PerRow<A, W>::of(statistics.max + row, count);
-    const GradOutputs<A, W> upstream(call, row, count);
-    auto log_sum = PerRow<A, W>::of(statistics.sum + row, count);
-    for (int w = 0; w < W; ++w) log_sum.set(w, math::log(log_sum.lanes(w)));
-    for_each_block(rows.classes, [&](int64_t k, int classes) {
-      Block<A, W> block;
-      logits.read(k, classes, block);
-      for (int c = 0; c < classes; ++c) {
-        const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
-        for (int w = 0; w < W; ++w) {
-          V& x = block.values[c][w];
-          x = target_gradient(x, smoothing, upstream.g.lanes(w), class_weight, max.lanes(w), log_sum.lanes(w));
-        }
-      }
-      grad.write(k, classes, block);
-    });
-  });
+  for_each_strip<A, kWidest<Target>>(
+      rows, rows.logits_strides, row_begin, row_end, [&](auto wide, int64_t row, int count) {
+        constexpr int W = wide.value;
+        const StripLogits<T, Target, W> logits(rows, row, count);
+        const Strip<A, P, W> grad(rows, static_cast<P*>(call.grad), call.grad_strides, row, count);
+        const auto max = PerRow<A, W>::of(statistics.max + row, count);
+        const GradOutputs<A, W> upstream(call, row, count);
+        auto log_sum = PerRow<A, W>::of(statistics.sum + row, count);
+        for (int w = 0; w < W; ++w) log_sum.set(w, math::log(log_sum.lanes(w)));
+        for_each_block(rows.classes, [&](int64_t k, int classes) {
+          Block<A, W> block;
+          logits.read(k, classes, block);
+          for (int c = 0; c < classes; ++c) {
+            const V class_weight = broadcast(weight == nullptr ? A(1) : weight[k + c]);
+            for (int w = 0; w < W; ++w) {
+              V& x = block.values[c][w];
+              x = target_gradient(x, smoothing, upstream.g.lanes(w), class_weight, max.lanes(w), log_sum.lanes(w));
+            }
+          }
+          grad.write(k, classes, block);
+        });
+      });
 }
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::across

@@ -74,7 +74,7 @@ TORCHCE_SIMD void entropies_of_strip(const Forward& call, int64_t row, int count
 
 template <class T>
 void entropies(const Forward& call, int64_t row_begin, int64_t row_end) {
-  for_each_strip<Accumulate<T>, General<Indices>>(
+  for_each_strip<Accumulate<T>, kWidest<General<Indices>>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { entropies_of_strip<T, wide.value>(call, row, count); });
 }

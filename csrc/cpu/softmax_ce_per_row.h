@@ -8,42 +8,11 @@
 #include <cstring>
 
 #include "../softmax_ce_row.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {
 
 using namespace softmax_ce;
-
-// Whether rows lie side by side in an operand, one element apart.
-inline bool adjacent_rows(const Rows& rows, const RowStrides& strides, int64_t row, int count) {
-  if (rows.inner == 1) return strides.outer == 1;
-  return strides.inner == 1 && row % rows.inner + count <= rows.inner;
-}
-
-template <class A>
-constexpr int vectors_of(int rows) {
-  return (rows + kLanes<A> - 1) / kLanes<A>;
-}
-
-// A number for each of the rows.
-template <class A, int W>
-struct PerRow {
-  static constexpr int kRows = W * kLanes<A>;
-  alignas(kBytes) A values[kRows];  // a vector that spans two cache lines is slow to read back
-
-  A& operator[](int l) { return values[l]; }
-  A operator[](int l) const { return values[l]; }
-  TORCHCE_SIMD Lanes<A> lanes(int w) const { return load<A>(values + w * kLanes<A>); }
-  TORCHCE_SIMD void set(int w, Lanes<A> v) { store(values + w * kLanes<A>, v); }
-
-  // Read from memory where the rows lie side by side; idle lanes are 0. `write` is the way back.
-  TORCHCE_SIMD static PerRow of(const A* p, int count) {
-    PerRow result{};
-    std::memcpy(result.values, p, count * sizeof(A));
-    return result;
-  }
-  TORCHCE_SIMD void write(A* p, int count) const { std::memcpy(p, values, count * sizeof(A)); }
-};
 
 // The class indices of the rows.
 template <class A, int W>

@@ -118,7 +118,7 @@ TORCHCE_SIMD void predict_strip(const Forward& call, int64_t row, int count) {
 
 template <class T>
 void predict(const Forward& call, int64_t row_begin, int64_t row_end) {
-  for_each_strip<Accumulate<T>, Indices>(
+  for_each_strip<Accumulate<T>, kWidest<Indices>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { predict_strip<T, wide.value>(call, row, count); });
 }

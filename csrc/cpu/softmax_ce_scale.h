@@ -106,7 +106,7 @@ TORCHCE_SIMD void scale_gradients_of_strip(const Backward& call, int64_t row, in
 
 template <class T, class Target>
 void scale_gradients(const Backward& call, int64_t row_begin, int64_t row_end) {
-  for_each_strip<Accumulate<T>, Target>(
+  for_each_strip<Accumulate<T>, kWidest<Target>>(
       call.rows, call.rows.logits_strides, row_begin, row_end,
       [&](auto wide, int64_t row, int count) { scale_gradients_of_strip<T, Target, wide.value>(call, row, count); });
 }

@@ -8,6 +8,7 @@
 namespace torchce::cuda {
 
 struct Backend {
+  static constexpr bool kHasDivergence = false;
   using Scope = DeviceScope;
 
   static void run(const DeviceScope& device, const host::softmax_ce::ForwardCall& call);

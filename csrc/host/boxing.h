@@ -33,6 +33,8 @@ T take(StableIValue*& stack) {
     return std::apply(take_fields, T::kFields);
   } else if constexpr (std::is_same_v<T, Reduction>) {
     return reduction_of(stable_cast<int64_t>(*stack++));
+  } else if constexpr (std::is_same_v<T, torchce::divergence::Kind>) {
+    return kind_of(stable_cast<int64_t>(*stack++));
   } else {
     return stable_cast<T>(*stack++);
   }

@@ -162,4 +162,9 @@ inline Reduction reduction_of(int64_t reduction) {
   return Reduction(reduction);
 }
 
+inline torchce::divergence::Kind kind_of(int64_t kind) {
+  check(0 <= kind && kind <= 3, "kind: expected 0 (kl), 1 (reverse kl), 2 (js) or 3 (entropy), got ", kind);
+  return torchce::divergence::Kind(kind);
+}
+
 }  // namespace torchce::host

@@ -93,25 +93,33 @@ TORCHCE_HD V product_in_range(V x, V a, One) {
   return x * a;
 }
 
-// rounded_product is a b, rounded before anything is added to it: a fused multiply-add would leave its rounding where
-// two equal products cancel.
-// Valid: all a and b.
-// Error: 1/2 ulp.
+// rounded is x, rounded before anything is added to it: a fused multiply-add would leave the rounding of a product
+// where two equal ones cancel. rounded_product is a b and rounded_difference a - b of rounded numbers. Valid: all x, a
+// and b. Error: 1/2 ulp.
 #if defined(__CUDA_ARCH__)
 TORCHCE_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 TORCHCE_HD double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+TORCHCE_HD float rounded_difference(float a, float b) { return __fsub_rn(a, b); }
+TORCHCE_HD double rounded_difference(double a, double b) { return __dsub_rn(a, b); }
 #else
 template <class V>
-TORCHCE_HD V rounded_product(V a, V b) {
-  V product = a * b;
+TORCHCE_HD V rounded(V x) {
 #if defined(__x86_64__)
-  asm("" : "+v"(product));  // the compiler cannot see what it is, so it cannot fuse it
+  asm("" : "+v"(x));  // the compiler cannot see what it is, so it cannot fuse it
 #elif defined(__aarch64__)
-  asm("" : "+w"(product));
+  asm("" : "+w"(x));
 #else
-  asm("" : "+m"(product));
+  asm("" : "+m"(x));
 #endif
-  return product;
+  return x;
+}
+template <class V>
+TORCHCE_HD V rounded_product(V a, V b) {
+  return rounded(a * b);
+}
+template <class V>
+TORCHCE_HD V rounded_difference(V a, V b) {
+  return rounded(a) - rounded(b);
 }
 #endif
 

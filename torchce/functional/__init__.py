@@ -1,4 +1,4 @@
-r"""The losses as functions, with the signatures and semantics of :mod:`torch.nn.functional`.
+r"""The losses as functions, with the signatures and semantics of :mod:`torch.nn.functional` where it has them.
 
 Here every accepted input becomes one that the kernels take, and every other goes to torch's own function: it raises
 what torch raises, with a message that names the argument, or answers where only torch can. That happens for
@@ -15,6 +15,7 @@ raises: TorchScript cannot compile these functions.
 """
 
 from torchce.functional._common import NO_TORCHSCRIPT
+from torchce.functional.divergence import entropy_with_logits, js_div_with_logits, kl_div_with_logits
 from torchce.functional.linear_softmax_ce import linear_cross_entropy
 from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
 from torchce.functional.softmax_ce import cross_entropy
@@ -29,6 +30,9 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_targets",
     "cross_entropy",
+    "entropy_with_logits",
+    "js_div_with_logits",
+    "kl_div_with_logits",
     "linear_cross_entropy",
     "token_logprobs",
 ]

@@ -90,7 +90,7 @@ class Own(NamedTuple):
 
     def check(self, input: Tensor, acc: torch.dtype, reduction: int) -> None:
         """Raises ValueError for what is wrong, naming the argument and its value; ``acc`` is what is computed in."""
-        if not _is_number(self.z_loss) or not 0 <= self.z_loss <= torch.finfo(acc).max:
+        if not is_plain_number(self.z_loss) or not 0 <= self.z_loss <= torch.finfo(acc).max:
             raise ValueError(f"z_loss: expected a finite number that is not negative, got {self.z_loss!r}")
         if self.softcap is not None:
             check_positive("softcap", self.softcap, acc)
@@ -105,9 +105,9 @@ class Own(NamedTuple):
             _check_sample_weight(self.sample_weight, input)
         if isinstance(self.divisor, Tensor):
             check_scalar("divisor", self.divisor, input, may_be_integer=True)
-        elif self.divisor is not None and not _is_number(self.divisor):
+        elif self.divisor is not None and not is_plain_number(self.divisor):
             raise ValueError(f"divisor: expected a number or a tensor of no dimension, got {self.divisor!r}")
-        if self.empty_value is not None and not _is_number(self.empty_value):
+        if self.empty_value is not None and not is_plain_number(self.empty_value):
             raise ValueError(f"empty_value: expected a number, got {self.empty_value!r}")
         for name in ("divisor", "empty_value"):
             if (value := getattr(self, name)) is not None and reduction != _MEAN:
@@ -139,7 +139,7 @@ def scalar_beside(scalar: Tensor, input: Tensor, acc: torch.dtype) -> Tensor:
     return scalar.to(acc)
 
 
-def _is_number(value: object) -> bool:
+def is_plain_number(value: object) -> bool:
     """A number that no device has to be waited for."""
     return is_number(value) and not isinstance(value, (Tensor, bool))
 
@@ -147,7 +147,7 @@ def _is_number(value: object) -> bool:
 def check_positive(name: str, value: Any, dtype: torch.dtype) -> None:
     """Raises ValueError unless ``value`` is a positive number that is one in ``dtype`` too."""
     limits = torch.finfo(dtype)
-    if not _is_number(value) or not limits.tiny <= value <= limits.max:
+    if not is_plain_number(value) or not limits.tiny <= value <= limits.max:
         raise ValueError(f"{name}: expected a positive number within the range of {dtype}, got {value!r}")
 
 

@@ -1,0 +1,265 @@
+// The gradients of divergences, of both operands at once where both are wanted.
+#pragma once
+
+#include "divergence_forward.h"
+
+namespace torchce::cpu::TORCHCE_LEVEL::divergences {
+
+// What the gradients of rows are made of, a lane a row. Of rows that are left out the upstream gradient is 0.
+template <class A, int W, class S>
+struct GradientInputs {
+  PerRow<A, W> kept, upstream, first_max, first_sum, other_max, other_sum, value, second_value;
+
+  TORCHCE_SIMD GradientInputs(const Backward& call, int64_t row, int count)
+      : kept(kept_rows<A, W>(call.rows, row, count)),
+        upstream{},
+        first_max{},
+        other_max{},
+        other_sum{},
+        second_value{} {
+    const Rows& rows = call.rows;
+    const Statistics<A> statistics(rows, call.statistics);
+    const bool each = rows.options.reduction == Reduction::none;
+    const A sign = rows.options.kind == Kind::entropy ? -1 : 1;  // which is a negative divergence
+    const A divisor = rows.options.reduction == Reduction::mean ? *static_cast<const A*>(call.totals) : A(1);
+    RowPosition at(rows, row);
+    for (int l = 0; l < count; ++l, at.advance(rows)) {
+      const int64_t place = each ? at.offset(call.grad_output_strides) : 0;
+      const A g = sign * load_as<A>(call.grad_output_dtype, call.grad_output, place) / divisor;
+      upstream[l] = kept[l] == 0 ? A(0) : g;
+    }
+    const auto read = [&](const A* p) { return PerRow<A, W>::of(p + row, count); };
+    first_sum = read(statistics.first_sum);
+    if constexpr (S::kFirst == Side::logits) first_max = read(statistics.first_max);
+    if constexpr (S::kOther == Side::logits) {
+      other_max = read(statistics.other_max);
+      other_sum = read(statistics.other_sum);
+    }
+    value = read(statistics.values);
+    if constexpr (S::kJs) second_value = read(statistics.values + rows.outer * rows.inner);
+  }
+};
+
+// The gradients of a KL divergence (math/divergence.h).
+template <class A, int W, class S>
+class KLGradients {
+  using V = Lanes<A>;
+  A temperature;
+  Bounds<V> bounds;
+  Softmax<A, W, S::kFirst> f;  // times the upstream gradient, of logits divided by the temperature
+  Softmax<A, W, S::kOther> o;  // times that, and what F adds up to
+  Offsets<V> offsets[W];
+  V rest[W], upstream[W];
+
+ public:
+  TORCHCE_SIMD explicit KLGradients(const Options& options) : temperature(A(options.temperature)) {}
+
+  TORCHCE_SIMD void set(int w, V g, V first_max, V first_sum, V other_max, V other_sum, V value, V) {
+    const V one = broadcast(A(1)), of_logits = g / temperature;
+    const bool first_is_known = S::kFirst == Side::probabilities;
+    const V weights = first_is_known ? first_sum : one, first = first_is_known ? one : first_sum;
+    f.set(w, first_max, first_sum, of_logits);
+    o.set(w, other_max, other_sum, of_logits * weights);
+    offsets[w] = Offsets<V>::template near<A>(first_max, other_max);
+    const V other = S::kOther == Side::logits ? other_sum : one;
+    const V k = remainder(offsets[w], first_max, other_max, first, other, first - other);
+    rest[w] = first_is_known ? k - one : k + value;
+    upstream[w] = g;
+  }
+
+  // Turns values of a class into their gradients.
+  template <bool kOfFirst, bool kOfOther>
+  TORCHCE_SIMD void turn(int w, V& first, V& other) const {
+    const V f_part = f.at(w, first), value = other;
+    V other_value{};
+    if constexpr (S::kOther == Side::logits) other_value = value;
+    if constexpr (S::kOther == Side::probabilities) other_value = math::log_of_positive(value);
+    if constexpr (kOfOther && S::kOther == Side::logits) {
+      other = math::rounded_difference(o.at(w, value), f_part);
+    } else if constexpr (kOfOther) {
+      const V part = -temperature * f_part;
+      other = math::select(part == V{}, V{}, part / value);
+    }
+    if constexpr (!kOfFirst) return;
+    if constexpr (S::kFirst == Side::logits) {
+      first = f_part * (bounds.within(offsets[w].gap(first, other_value)) - rest[w]);
+    } else {
+      first = upstream[w] * (offsets[w].gap(math::log_of_positive(first), other_value) - rest[w]);
+    }
+  }
+};
+
+// The gradients of a JS divergence.
+template <class A, int W, class S>
+class JSGradients {
+  using V = Lanes<A>;
+  A beta, other_share, temperature;
+  Softmax<A, W, S::kFirst> f;  // lifted
+  Softmax<A, W, S::kOther> o;
+  V first_term[W], other_term[W], upstream[W];
+  LoweredGradient<V> of_logits[W];
+
+ public:
+  TORCHCE_SIMD explicit JSGradients(const Options& options)
+      : beta(A(options.beta)), other_share(A(1 - options.beta)), temperature(A(options.temperature)) {}
+
+  TORCHCE_SIMD void set(int w, V g, V first_max, V first_sum, V other_max, V other_sum, V of_first, V of_other) {
+    const V lift = broadcast(A(kLift));
+    f.set(w, first_max, first_sum, lift);
+    o.set(w, other_max, other_sum, lift);
+    first_term[w] = of_first;
+    other_term[w] = of_other;
+    upstream[w] = g;
+    of_logits[w] = LoweredGradient<V>(g / temperature);
+  }
+  template <bool kOfFirst, bool kOfOther>
+  TORCHCE_SIMD void turn(int w, V& first, V& other) const {
+    const V p = f.at(w, first), q = o.at(w, other);
+    const MixtureLogs<V, A> logs(p, q, beta, other_share);
+    if constexpr (kOfOther) {
+      other = of_logits[w].times(q * (other_share * reachable_log(logs.other) - other_term[w]));
+    }
+    if constexpr (kOfFirst && S::kFirst == Side::logits) {
+      first = of_logits[w].times(p * (beta * reachable_log(logs.first) - first_term[w]));
+    } else if constexpr (kOfFirst) {
+      first = upstream[w] * (beta * logs.first);
+    }
+  }
+};
+
+template <class A, int W, class S>
+using GradientsOf = std::conditional_t<S::kJs, JSGradients<A, W, S>, KLGradients<A, W, S>>;
+
+// Writes the gradients of all classes, zeros for rows that are not in `kept`, which is null where all are.
+template <bool kOfFirst, bool kOfOther, class A, int W, class S, class First, class Other, class FirstSink,
+          class OtherSink>
+TORCHCE_SIMD void write_gradients(const Rows& rows, const First& first, const Other& other, int64_t steps,
+                                  const GradientsOf<A, W, S>& gradients, const PerRow<A, W>* kept,
+                                  const FirstSink& first_sink, const OtherSink& other_sink) {
+  using V = Lanes<A>;
+  for_each_pair_of_blocks<S, A, W>(first, other, scale_of<A>(rows.options), steps,
+                                   [&](int64_t k, int count, Block<A, W>& f, Block<A, W>& o) TORCHCE_HD_LAMBDA {
+                                     for (int w = 0; w < W; ++w) {
+                                       for (int c = 0; c < count; ++c) {
+                                         V of_first = f.values[c][w],
+                                           of_other = S::kOther == Side::none ? V{} : o.values[c][w];
+                                         gradients.template turn<kOfFirst, kOfOther>(w, of_first, of_other);
+                                         if constexpr (kOfFirst) f.values[c][w] = of_first;
+                                         if constexpr (kOfOther) o.values[c][w] = of_other;
+                                       }
+                                       if (kept == nullptr) continue;
+                                       const auto left_out = kept->lanes(w) == V{};
+                                       for (int c = 0; c < count; ++c) {
+                                         if constexpr (kOfFirst)
+                                           f.values[c][w] = math::select(left_out, V{}, f.values[c][w]);
+                                         if constexpr (kOfOther)
+                                           o.values[c][w] = math::select(left_out, V{}, o.values[c][w]);
+                                       }
+                                     }
+                                     first_sink.write(k, count, f);
+                                     other_sink.write(k, count, o);
+                                   });
+}
+
+// Calls f with two constants that say which of both gradients are wanted.
+template <class S, class F>
+TORCHCE_SIMD void with_wanted(const Backward& call, F f) {
+  const bool first = call.first.data != nullptr, other = call.other.data != nullptr;
+  if constexpr (S::kOther != Side::none) {
+    if (first && other) return f(std::true_type{}, std::true_type{});
+    if (other) return f(std::false_type{}, std::true_type{});
+  }
+  if (first) f(std::true_type{}, std::false_type{});
+}
+
+// Calls f with where both gradients go, sink(gradient, its operand) of those that are wanted.
+template <bool kOfFirst, bool kOfOther, class Sink, class F>
+TORCHCE_SIMD void with_sinks(const Backward& call, Sink sink, F f) {
+  if constexpr (kOfFirst && kOfOther) {
+    f(sink(call.first, call.rows.first), sink(call.other, call.rows.other));
+  } else if constexpr (kOfFirst) {
+    f(sink(call.first, call.rows.first), NoOperand{});
+  } else {
+    f(NoOperand{}, sink(call.other, call.rows.other));
+  }
+}
+
+template <class A, int W, class S>
+void backward_strip(const Backward& call, int64_t row, int count) {
+  const Rows& rows = call.rows;
+  const GradientInputs<A, W, S> in(call, row, count);
+  GradientsOf<A, W, S> gradients(rows.options);
+  for (int w = 0; w < W; ++w) {
+    gradients.set(w, in.upstream.lanes(w), in.first_max.lanes(w), in.first_sum.lanes(w), in.other_max.lanes(w),
+                  in.other_sum.lanes(w), in.value.lanes(w), in.second_value.lanes(w));
+  }
+  const auto sink = [&](const Gradient& of, const Operand& operand) {
+    return StripOperand<A, W>(rows, of.data, operand.dtype, of.strides, row, count);
+  };
+  with_wanted<S>(call, [&](auto of_first, auto of_other) {
+    constexpr bool kOfFirst = decltype(of_first)::value, kOfOther = decltype(of_other)::value;
+    with_sinks<kOfFirst, kOfOther>(call, sink, [&](const auto& first_sink, const auto& other_sink) {
+      with_strip<A, W, S>(rows, row, count, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
+        write_gradients<kOfFirst, kOfOther, A, W, S>(rows, first, other, rows.classes, gradients,
+                                                     rows.mask == nullptr ? nullptr : &in.kept, first_sink, other_sink);
+      });
+    });
+  });
+}
+
+template <class A, class S>
+void backward_group(const Backward& call, int64_t row, int count) {
+  const Rows& rows = call.rows;
+  const int64_t steps = (rows.classes + kLanes<A> - 1) / kLanes<A>;
+  const GradientInputs<A, 1, S> in(call, row, count);
+  GradientsOf<A, 1, S> gradients(rows.options);
+  with_wanted<S>(call, [&](auto of_first, auto of_other) {
+    constexpr bool kOfFirst = decltype(of_first)::value, kOfOther = decltype(of_other)::value;
+    RowPosition at(rows, row);
+    const auto sink = [&](const Gradient& of, const Operand& operand) {
+      return RowOperand<A>(rows, of.data, operand.dtype, of.strides, at, A(0));
+    };
+    for (int l = 0; l < count; ++l, at.advance(rows)) {
+      with_sinks<kOfFirst, kOfOther>(call, sink, [&](const auto& first_sink, const auto& other_sink) {
+        if (in.kept[l] == 0) {
+          const Block<A, 1> zeros{};
+          across::for_each_block(steps, [&](int64_t k, int count) {
+            first_sink.write(k, count, zeros);
+            other_sink.write(k, count, zeros);
+          });
+          return;
+        }
+        const auto of_row = [l](const PerRow<A, 1>& of_rows) { return broadcast(of_rows[l]); };
+        gradients.set(0, of_row(in.upstream), of_row(in.first_max), of_row(in.first_sum), of_row(in.other_max),
+                      of_row(in.other_sum), of_row(in.value), of_row(in.second_value));
+        with_row<A, S>(rows, at, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
+          write_gradients<kOfFirst, kOfOther, A, 1, S>(rows, first, other, steps, gradients, nullptr, first_sink,
+                                                       other_sink);
+        });
+      });
+    }
+  });
+}
+
+// Whether lanes run along each row of the gradients too.
+template <class A>
+bool gradients_run_along(const Backward& call) {
+  const auto is_adjacent = [](const Gradient& of) { return of.data == nullptr || of.strides.classes == 1; };
+  return lanes_run_along<A>(call.rows) && is_adjacent(call.first) && is_adjacent(call.other);
+}
+
+template <class A, class S>
+void backward(const Backward& call, int64_t row_begin, int64_t row_end) {
+  const Rows& rows = call.rows;
+  if (gradients_run_along<A>(call)) {
+    for (int64_t row = row_begin; row < row_end; row += kLanes<A>) {
+      backward_group<A, S>(call, row, int(std::min<int64_t>(row_end - row, kLanes<A>)));
+    }
+    return;
+  }
+  across::for_each_strip<A, kWidest>(
+      rows, rows.first.strides, row_begin, row_end,
+      [&](auto wide, int64_t row, int count) { backward_strip<A, wide.value, S>(call, row, count); });
+}
+
+}  // namespace torchce::cpu::TORCHCE_LEVEL::divergences

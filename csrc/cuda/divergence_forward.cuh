@@ -1,0 +1,108 @@
+// Divergences, forward: one launch, the reduction included. The operands are read once, for a JS divergence a second
+// time from the caches.
+#pragma once
+
+#include "divergence_row.cuh"
+
+namespace torchce::cuda::divergence {
+
+// The two terms of a JS divergence, of some of a row's classes.
+template <class A>
+struct MixtureShare {
+  A first, other;
+
+  __device__ __forceinline__ static MixtureShare identity() { return {0, 0}; }
+  __device__ __forceinline__ MixtureShare of_lanes(int width) const {
+    return {sum_of_lanes(first, width), sum_of_lanes(other, width)};
+  }
+};
+
+// What the threads of a team have together, in all of them: a team is a part of a warp, or the block.
+// Assumes: all threads of the block call it.
+template <class Value>
+__device__ __forceinline__ Value of_team(Value value, int team) {
+  if (team <= kWarp) return value.of_lanes(team);
+  __shared__ Value of_block;
+  value = reduce_block(value);
+  if (threadIdx.x == 0) of_block = value;
+  __syncthreads();
+  value = of_block;
+  __syncthreads();  // it may be written again
+  return value;
+}
+
+// Each row belongs to a team of `team` neighbouring threads, a power of two up to a warp, or a block.
+template <class T, class S, bool kAdjacent>
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Forward call, const int team,
+                                                                  const GridScratch scratch) {
+  using A = Accumulate<T>;
+  const Rows& rows = call.rows;
+  const Options& options = rows.options;
+  const int64_t count = rows.outer * rows.inner, rows_of_block = kThreads / team, step = gridDim.x * rows_of_block;
+  const int thread = threadIdx.x % team;
+  LossSums total = LossSums::identity();
+  for (int64_t first_row = blockIdx.x * rows_of_block; first_row < count; first_row += step) {
+    const int64_t r = first_row + threadIdx.x / team;
+    const RowPosition at(rows, r < count ? r : 0);
+    const bool kept = r < count && is_kept(rows, at);
+    RunningShare<A, S> running;
+    if (kept) {
+      for_each_class<S, kAdjacent, T>(rows, at, thread, team,
+                                      [&](int64_t, const auto& f, const auto& o) { running.add(f, o); });
+    }
+    const Share<A, S> row = of_team(running.share(), team);
+    // What an operand of probabilities has for its sum: it is known to be 1, whatever they add up to.
+    const A first = S::kFirst == Side::logits ? row.first : A(1);
+    A other = 1, weights = 1, value, second_value = 0;
+    if constexpr (S::kOther == Side::logits) other = row.other;
+    if constexpr (S::kOther == Side::probabilities) other += A(0) * row.other;  // where there is a NaN, it stays one
+    if constexpr (S::kFirst == Side::probabilities) weights = row.first;
+    if constexpr (S::kJs) {
+      const A beta = A(options.beta), rest = A(1 - options.beta);
+      const Softmax<A, S::kFirst> p(row.first_max, first, A(1));
+      const Softmax<A, S::kOther> q(row.other_max, other, A(1));
+      const Bounds<A> bounds;
+      math::CompensatedSum<A, true> of_first{0, 0}, of_other{0, 0};
+      if (kept) {
+        for_each_class<S, kAdjacent, T>(rows, at, thread, team, [&](int64_t, const auto& f, const auto& o) {
+          constexpr int n = sizeof(f) / sizeof(A);
+#pragma unroll
+          for (int i = 0; i < n; ++i) {
+            const A of_p = p.at(f[i]), of_q = q.at(o[i]);
+            const MixtureLogs<A, A> logs(of_p, of_q, beta, rest);
+            of_first.add(of_p * bounds.within(logs.first));
+            of_other.add(of_q * bounds.within(logs.other));
+          }
+        });
+      }
+      const auto terms = of_team(MixtureShare<A>{of_first.sum, of_other.sum}, team);
+      value = beta * terms.first;
+      second_value = rest * terms.other;
+    } else {
+      value = kl(row.sums(), first, other, weights);
+    }
+    if (r >= count || thread != 0) continue;
+    const Statistics<A> statistics(rows, call.statistics, r);
+    if constexpr (S::kFirst == Side::logits) *statistics.first_max = row.first_max;
+    *statistics.first_sum = row.first;
+    if constexpr (S::kOther == Side::logits) {
+      *statistics.other_max = row.other_max;
+      *statistics.other_sum = row.other;
+    }
+    *statistics.value = value;
+    if constexpr (S::kJs) *statistics.second_value = second_value;
+    const A sign = options.kind == Kind::entropy ? -1 : 1;
+    const A loss = kept ? sign * value + second_value : A(0);
+    total.loss += loss;
+    total.weight += kept ? 1 : 0;
+    if (options.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);
+  }
+  if (!reduce_grid(total, scratch)) return;
+  if (threadIdx.x != 0) return;
+  *static_cast<A*>(call.totals) = A(total.weight);
+  if (options.reduction == Reduction::none) return;
+  store_as(call.loss_dtype, call.loss, 0,
+           options.reduction == Reduction::mean ? total.loss / total.weight : total.loss);
+}
+
+}  // namespace torchce::cuda::divergence

@@ -1,0 +1,268 @@
+"""Divergences and entropies in float64, written out, as one composes them in torch, and how ours are held to both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cases
+import reference
+import torch
+from comparison import assert_accurate, grad_output_for, leaf
+from reference import Truth, float64, times
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchce.functional as ours
+
+
+class Kind(NamedTuple):
+    """A function of ours with the options that make a formula of it."""
+
+    name: str
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+
+    @property
+    def has_target(self) -> bool:
+        return self.name != "entropy"
+
+    def __call__(self, input: Tensor, target: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        tensors = (input, target) if self.has_target else (input,)
+        return self.function(*tensors, *args, **self.options, **options)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("kl", ours.kl_div_with_logits, {"target_logits": True}),
+        Kind("kl_probabilities", ours.kl_div_with_logits, {}),
+        Kind("reverse_kl", ours.kl_div_with_logits, {"target_logits": True, "reverse": True}),
+        Kind("reverse_kl_probabilities", ours.kl_div_with_logits, {"reverse": True}),
+        Kind("js", ours.js_div_with_logits, {"target_logits": True}),
+        Kind("js_probabilities", ours.js_div_with_logits, {}),
+        Kind("js_beta", ours.js_div_with_logits, {"target_logits": True, "beta": 0.15}),
+        Kind("entropy", ours.entropy_with_logits, {}),
+    )
+}
+
+
+def operands(
+    kind: Kind, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float = 3.0
+) -> tuple[Tensor, Tensor | None]:
+    input = cases.normal(shape, dtype, device, seed=1, scale=scale)
+    if not kind.has_target:
+        return input, None
+    if kind.options.get("target_logits"):
+        return input, cases.normal(shape, dtype, device, seed=2, scale=scale)
+    # Reverse divergences from what excludes a class are infinite.
+    softmax = cases.normal(shape, torch.float64, "cpu", seed=2, scale=min(scale, 3.0)).softmax(min(1, len(shape) - 1))
+    return input, softmax.clamp_min(torch.finfo(dtype).smallest_normal).to(device, dtype)
+
+
+class _Side(NamedTuple):
+    """A distribution, its logarithms and their size, and how a relative rounding error of all that is moves it."""
+
+    p: Tensor
+    log: Tensor
+    size: Tensor
+    error: Tensor
+    is_known: bool
+
+
+def _of_logits(logits: Tensor, temperature: float, class_dim: int) -> _Side:
+    x = float64(logits) / temperature
+    largest = x.amax(class_dim, keepdim=True)
+    gap = torch.where(x == largest, 0, x - largest)
+    log_p = gap - gap.exp().sum(class_dim, keepdim=True).log()
+    rounded = x.abs() + largest.abs() if temperature != 1 else torch.zeros_like(x)  # the quotients are rounded too
+    return _Side(log_p.exp(), log_p, log_p.abs(), 1 + log_p.abs() + rounded, False)
+
+
+def _of_probabilities(target: Tensor) -> _Side:
+    p = float64(target)
+    return _Side(p, p.log(), p.log().abs(), torch.ones_like(p), True)
+
+
+class Truths(NamedTuple):
+    loss: Truth
+    grad_input: Truth
+    grad_target: Truth | None
+
+
+def truth(
+    kind: Kind,
+    input: Tensor,
+    target: Tensor | None,
+    reduction: str = "mean",
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    grad_output: Tensor,
+    **_: Any,
+) -> Truths:
+    """Loss and gradients, each with its condition (reference.py): exponentials and quotients are rounded relatively."""
+    class_dim = min(1, input.dim() - 1)
+
+    def total(terms: Tensor) -> Tensor:
+        return terms.sum(class_dim, keepdim=True)
+
+    student = _of_logits(input, temperature, class_dim)
+    teacher: _Side | None = None
+    if target is not None:
+        logits = kind.options.get("target_logits", False)
+        teacher = _of_logits(target, temperature, class_dim) if logits else _of_probabilities(target)
+    kept = torch.ones_like(total(student.p), dtype=torch.bool) if mask is None else mask.cpu().unsqueeze(class_dim)
+    count = kept.double().sum()
+
+    if teacher is None:
+        loss = -total(times(student.p, student.log))
+        size = total(times(student.p, student.size * student.error)) + total(student.p * student.error)
+    elif "js" in kind.name:
+        beta = kind.options.get("beta", 0.5)
+        mixture = beta * teacher.p + (1 - beta) * student.p
+        shares = []
+        for side, share in ((teacher, beta), (student, 1 - beta)):
+            ratio = (side.p / mixture).log()
+            ratio = torch.where((side.p == 0) | (mixture == 0), 0, ratio)
+            shares.append((side, share, ratio, share * total(side.p * ratio)))
+        loss = shares[0][3] + shares[1][3]
+        size = sum(share * total(side.p * ratio.abs() * side.error) for side, share, ratio, _ in shares)
+        size = size + total(torch.minimum(student.p * student.error, teacher.p * teacher.error))
+    else:
+        first, other = (student, teacher) if "reverse" in kind.name else (teacher, student)
+        difference = torch.where(first.p == 0, 0, first.log - other.log)
+        loss = total(times(first.p, difference))
+        of_sums = (0 if side.is_known else total(times(side.p, side.error)) for side in (first, other))
+        size = total(times(first.p, difference.abs() * first.error + first.size)) + total(first.p) * sum(of_sums)
+        size = size + total(times(first.p, torch.minimum(other.size, torch.full_like(other.size, 1e300))))
+    zero = torch.zeros_like(loss)
+    loss, size = torch.where(kept, loss, zero), torch.where(kept, size, zero)
+    row_truth, g = reference._reduce(loss, size, count, reduction, grad_output, class_dim)
+    g = torch.where(kept, g, 0)
+
+    def gradient(value: Tensor, condition: Tensor, of_logits: bool = True, subnormal: Tensor | None = None) -> Truth:
+        """``subnormal``: what a change of a probability by one moves."""
+        by = g / temperature if of_logits else g
+        kept_value = torch.where(kept & (by != 0), by * value, torch.zeros_like(value))
+        moved = None if subnormal is None else (by.abs() + 1) * subnormal + 1  # products may be subnormal, too
+        return Truth(kept_value, torch.where(kept, by.abs() * condition, torch.zeros_like(value)), subnormal=moved)
+
+    if teacher is None:
+        log = torch.where(student.p == 0, 0, student.log)
+        value = student.p * (-log - loss)
+        return Truths(
+            row_truth,
+            gradient(value, student.p * student.error * (log.abs() + size), subnormal=log.abs() + loss.abs() + 1),
+            None,
+        )
+    if "js" in kind.name:
+        found = []
+        for (side, share, ratio, term), by in zip(shares, (teacher, student), strict=True):
+            near = (teacher.p * teacher.error + student.p * student.error) / mixture
+            moved = share * (ratio.abs() * side.error + torch.minimum(near, 1 + side.error))
+            if by.is_known:
+                found.append(gradient(share * (side.p / mixture).log(), moved, of_logits=False))
+            else:
+                condition = side.p * (moved + term.abs() * side.error + size)
+                # The logarithm of a quotient below the least normal number may be off by 5.
+                least = torch.finfo(torch.float32).smallest_normal
+                units = torch.where(side.p < least * mixture, 5 * side.p / (least * torch.finfo(torch.float32).eps), 0)
+                found.append(
+                    gradient(side.p * (share * ratio - term), condition, subnormal=ratio.abs() + term + 1 + units)
+                )
+        return Truths(row_truth, found[1], found[0])
+    if first.is_known:
+        value = difference + 1
+        value = torch.where(first.p == 0, -torch.inf, value)
+        of_first = gradient(value, first.size + other.size + other.error, of_logits=False)
+    else:
+        condition = first.p * (difference.abs() + loss.abs()) * first.error
+        condition = times(first.p, first.size + other.size + first.error + other.error) + condition + first.p * size
+        value = torch.where(first.p == 0, 0, first.p * (difference - loss))
+        of_first = gradient(value, condition, subnormal=difference.abs() + loss.abs() + 1)
+    if other.is_known:
+        value = -torch.where(first.p == 0, 0, first.p / other.p)
+        of_other = gradient(value, value.abs() * first.error, of_logits=False)
+    else:
+        weights = total(first.p)
+        condition = weights * other.p * other.error + first.p * first.error
+        of_other = gradient(other.p * weights - first.p, condition, subnormal=weights + 1)
+    return Truths(row_truth, *((of_first, of_other) if "reverse" in kind.name else (of_other, of_first)))
+
+
+def composed(
+    kind: Kind,
+    input: Tensor,
+    target: Tensor | None,
+    reduction: str = "mean",
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What one writes with torch's functions."""
+    class_dim = min(1, input.dim() - 1)
+    log_q = F.log_softmax(input / temperature, class_dim)
+    if target is None:
+        rows = -(log_q.exp() * torch.where(log_q == -torch.inf, 0, log_q)).sum(class_dim)
+    else:
+        has_logits = kind.options.get("target_logits", False)
+        log_p = F.log_softmax(target / temperature, class_dim) if has_logits else target.log()
+        p = log_p.exp() if has_logits else target
+        if "js" in kind.name:
+            beta = kind.options.get("beta", 0.5)
+            log_m = (beta * p + (1 - beta) * log_q.exp()).log()
+            of_p = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+            of_q = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+            terms = beta * of_p + (1 - beta) * of_q
+        elif "reverse" in kind.name:
+            terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+        elif has_logits:
+            terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+        else:
+            terms = F.kl_div(log_q, p, reduction="none")
+        rows = terms.sum(class_dim)
+    if mask is not None:
+        rows = torch.where(mask, rows, 0)
+    if reduction == "mean":
+        rows = rows.sum() / (rows.numel() if mask is None else mask.sum())
+    elif reduction == "sum":
+        rows = rows.sum()
+    return rows.to(dtype or rows.dtype)
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], grad_output: Tensor | None = None
+) -> list[Tensor | None]:
+    """Loss, and the gradients of input and target."""
+    leaves = [None if t is None else leaf(t) for t in tensors]
+    loss = function(*leaves)
+    loss.backward(grad_output_for(loss) if grad_output is None else grad_output)
+    return [loss.detach(), *(None if t is None else t.grad for t in leaves)]
+
+
+def check(
+    kind: Kind, input: Tensor, target: Tensor | None, *, grad_output: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Hold loss and gradients to the reference and to torch; returns our loss."""
+    results = value_and_gradients(lambda x, t: kind(x, t, **options), (input, target), grad_output)
+    theirs = value_and_gradients(lambda x, t: composed(kind, x, t, **options), (input, target), grad_output)
+    loss = results[0]
+    assert loss is not None
+    upstream = grad_output_for(loss) if grad_output is None else grad_output
+    truths = truth(kind, input, target, grad_output=upstream, **options)
+
+    def describe(index: tuple[int, ...]) -> str:
+        values = [t[index].item() for t in (input, target) if t is not None and len(index) == t.dim()]
+        return f"{kind.name} of {list(input.shape)} {input.dtype}, {values}, {options}"
+
+    for name, our, their, true in zip(("loss", "grad_input", "grad_target"), results, theirs, truths, strict=True):
+        if our is None:
+            assert true is None or target is None
+            continue
+        assert true is not None
+        assert their is not None
+        assert our.dtype == their.dtype, f"{name}: {our.dtype}, torch gives {their.dtype}"
+        assert_accurate(f"{kind.name}, {name}", our, true, their, describe)
+    return loss

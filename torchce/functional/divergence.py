@@ -1,0 +1,268 @@
+"""Divergences of a student's distribution from a teacher's, and entropies, from logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from torchce import calls, ops, overrides
+from torchce.divergence import ENTROPY, JS, KL, REVERSE_KL, Options, divergence
+from torchce.divergence_formulas import composite
+from torchce.functional._common import (
+    FLOATS,
+    autocasts,
+    has_shape,
+    have_kernels,
+    promoted,
+    reduction_number,
+    refuse_scripting,
+)
+from torchce.functional.softmax_ce_own import check_positive, is_plain_number
+from torchce.sizes import known
+
+
+@refuse_scripting
+def kl_div_with_logits(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    *,
+    target_logits: bool = False,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of a student's softmax from a teacher's distribution, as in distillation.
+
+    With the student :math:`Q = \mathrm{softmax}(x / T)` of logits x = ``input``, and the teacher P, which is
+    ``target``, or softmax(target / T) with ``target_logits``, the loss of a row is
+
+    .. math:: \mathrm{KL}(P \| Q) = \sum_k P_k\, (\log P_k - \log Q_k) = H(P, Q) - H(P)
+
+    or with ``reverse`` :math:`\mathrm{KL}(Q \| P)`. 0 log 0 is 0: a class that both exclude, by a logit of minus
+    infinity say, costs nothing; one that only the second distribution excludes makes the loss infinite. Both operands
+    are read once, and nothing of their size is kept for backward but themselves. Differentiable in both.
+
+    The mean is over rows, what :func:`torch.nn.functional.kl_div` calls ``'batchmean'`` of a two-dimensional input; its
+    own ``'mean'`` divides by the number of elements, and its ``'none'`` gives a value for every class. That function
+    takes log-probabilities; of logits it is ``kl_div(log_softmax(input / T), target)``. Its loss is often multiplied
+    with :math:`T^2` (Hinton et al. 2015, arXiv:1503.02531), so that gradients do not shrink with the temperature;
+    nothing does so here. (Kullback and Leibler 1951.)
+
+    Args:
+        input (Tensor): the student's unnormalised logits, float64, float32, bfloat16 or float16, of any strides, the
+            classes in dimension 1.
+        target (Tensor): the teacher's probabilities, of any of these dtypes and any strides; they are taken as they
+            are, whatever they add up to.
+        reduction (str): ``'none'``, ``'mean'`` over the rows that are kept, or ``'sum'``. Default: ``'mean'``
+
+    Keyword Args:
+        target_logits (bool): whether ``target`` holds the teacher's unnormalised logits. Default: ``False``
+        temperature (float): a positive number T that divides all logits, not probabilities. Default: 1.0
+        reverse (bool): KL(student || teacher), as in reverse KL distillation. Default: ``False``
+        mask (Tensor, optional): bool, the rows that are kept are True; the others have loss 0, gradient 0, whatever
+            they hold, and no part in a mean. Default: ``None``, all rows
+        dtype (torch.dtype, optional): of the loss. Default: ``None``, the promoted one of input and target; float32
+            for all but float64 under autocast
+
+    Shape:
+        - input, target: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
+        - mask: the input's shape without C
+        - output: a scalar, or with ``reduction='none'`` the input's shape without C
+
+    Returns:
+        Tensor: the loss. A mean of no rows is NaN.
+
+    Raises:
+        ValueError: shapes do not fit, or an argument is wrong.
+
+    Example::
+
+        >>> student, teacher = torch.zeros(2, 4, requires_grad=True), torch.tensor([[8.0, 0, 0, 0], [0, 0, 0, 0]])
+        >>> torchce.functional.kl_div_with_logits(student, teacher, "none", target_logits=True)
+        tensor([1.3772, 0.0000], grad_fn=<DivergenceBackward>)
+    """
+    if has_torch_function_variadic(input, target, mask):
+        own = {
+            "target_logits": target_logits,
+            "temperature": temperature,
+            "reverse": reverse,
+            "mask": mask,
+            "dtype": dtype,
+        }
+        return _ask_handlers(kl_div_with_logits, (input, target), mask, own, reduction)
+    _check_bool("reverse", reverse)
+    return _divergence(
+        REVERSE_KL if reverse else KL, input, target, reduction, target_logits, temperature, mask=mask, dtype=dtype
+    )
+
+
+@refuse_scripting
+def js_div_with_logits(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    *,
+    beta: float = 0.5,
+    target_logits: bool = False,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence between a student's softmax and a teacher's distribution.
+
+    With the student Q and the teacher P of :func:`kl_div_with_logits`, and :math:`M = \beta P + (1 - \beta) Q`, the
+    loss of a row is
+
+    .. math:: \beta\, \mathrm{KL}(P \| M) + (1 - \beta)\, \mathrm{KL}(Q \| M)
+
+    which is finite whatever either excludes; with beta 1/2 it is symmetric and at most log 2. Where beta is 0 or 1 that
+    would be 0 for all P and Q: there the loss is KL(P || Q) or KL(Q || P), to which it tends when it is divided by beta
+    or 1 - beta, as in generalised knowledge distillation. (Lin 1991; Agarwal et al. 2023, arXiv:2306.13649.)
+
+    Args:
+        input (Tensor): as in :func:`kl_div_with_logits`
+        target (Tensor): as there
+        reduction (str): as there
+
+    Keyword Args:
+        beta (float): the teacher's share of the mixture, from 0 to 1. Default: 0.5
+        target_logits, temperature, mask, dtype: as there
+
+    Shape:
+        As in :func:`kl_div_with_logits`.
+
+    Returns:
+        Tensor: the loss. A mean of no rows is NaN.
+
+    Raises:
+        ValueError: shapes do not fit, or an argument is wrong.
+
+    Example::
+
+        >>> student, teacher = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
+        >>> torchce.functional.js_div_with_logits(student, teacher, target_logits=True)  # log 2
+        tensor(0.6931)
+    """
+    if has_torch_function_variadic(input, target, mask):
+        own = {"beta": beta, "target_logits": target_logits, "temperature": temperature, "mask": mask, "dtype": dtype}
+        return _ask_handlers(js_div_with_logits, (input, target), mask, own, reduction)
+    if not is_plain_number(beta) or not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
+    kind = KL if beta == 0 else REVERSE_KL if beta == 1 else JS
+    return _divergence(kind, input, target, reduction, target_logits, temperature, beta, mask=mask, dtype=dtype)
+
+
+@refuse_scripting
+def entropy_with_logits(
+    input: Tensor,
+    reduction: str = "mean",
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Entropy of the softmax of logits, in nats, as confidence penalties and entropy bonuses take it.
+
+    With :math:`P = \mathrm{softmax}(x / T)` the entropy of a row is :math:`H(P) = -\sum_k P_k \log P_k`, from 0 of a
+    certain P to log C. The logits are read once. (Shannon 1948.)
+
+    Args:
+        input (Tensor): unnormalised logits, as in :func:`kl_div_with_logits`
+        reduction (str): as there
+
+    Keyword Args:
+        temperature, mask, dtype: as there
+
+    Shape:
+        - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`
+        - mask: the input's shape without C
+        - output: a scalar, or with ``reduction='none'`` the input's shape without C
+
+    Returns:
+        Tensor: the entropy. A mean of no rows is NaN.
+
+    Raises:
+        ValueError: shapes do not fit, or an argument is wrong.
+
+    Example::
+
+        >>> torchce.functional.entropy_with_logits(torch.zeros(2, 4), "none")  # log 4
+        tensor([1.3863, 1.3863])
+    """
+    if has_torch_function_variadic(input, mask):
+        own = {"temperature": temperature, "mask": mask, "dtype": dtype}
+        return _ask_handlers(entropy_with_logits, (input,), mask, own, reduction)
+    return _divergence(ENTROPY, input, None, reduction, False, temperature, mask=mask, dtype=dtype)
+
+
+def _ask_handlers(
+    ours: Any, tensors: tuple[Tensor, ...], mask: Tensor | None, own: dict[str, Any], reduction: str
+) -> Tensor:
+    answer: Tensor = overrides.ask_handlers(ours, ours, (*tensors, mask), own, *tensors, reduction)
+    return answer
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name}: expected a bool, got {value!r}")
+
+
+def _divergence(
+    kind: int,
+    input: Tensor,
+    target: Tensor | None,
+    reduction: str,
+    target_logits: bool,
+    temperature: float,
+    beta: float = 0.5,
+    *,
+    mask: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The loss of unchecked arguments."""
+    input, target, mask = overrides.plain(input), overrides.plain(target), overrides.plain(mask)
+    number = reduction_number(reduction, None, None)
+    _check_bool("target_logits", target_logits)
+    _check_tensors(input, target, mask, has_target=kind != ENTROPY)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise ValueError(f"dtype: expected a floating point dtype of 16 bits or more, got {dtype!r}")
+    acc = ops.divergence_accumulation(input, target)
+    check_positive("temperature", temperature, acc)
+    check_positive("1 / temperature", 1 / temperature, acc)
+    if dtype is None:
+        dtype = promoted(input.dtype, input.dtype if target is None else target.dtype)
+        if autocasts(input):
+            dtype = promoted(dtype, torch.float32)
+    options = Options(kind, number, target_logits, float(temperature), float(beta))
+    if not have_kernels(input, target, mask) or input.is_cuda:  # as formulas in torch's operations
+        calls.note_composite()
+        return composite(input, target, mask, dtype, *options)
+    return divergence(input, target, mask, dtype, options)
+
+
+def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None:
+    """Raises ValueError for what no formula takes, naming the argument and both values."""
+    for name, tensor in (("input", input), *((("target", target),) if has_target else ())):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: expected a floating point tensor of 16 bits or more, got {tensor.dtype}")
+    shape = input.shape
+    if len(shape) == 0:
+        raise ValueError("input: expected at least one dimension, got a scalar")
+    class_dim = min(1, len(shape) - 1)
+    if known(shape[class_dim] == 0):
+        raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
+    if has_target and not has_shape(target, shape):
+        raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
+    if mask is None:
+        return
+    row_shape = (*shape[:class_dim], *shape[class_dim + 1 :])
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not has_shape(mask, row_shape):
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"mask: expected a bool tensor of shape {list(row_shape)}, one for each row, got {got}")
