@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <new>
 
+#include "../math/divergence.h"
 #include "strip.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::divergences {
@@ -40,7 +41,11 @@ class StripOperand {
   }
   template <class T>
   static void write_as(const void* strip, int64_t k, int steps, const Block<A, W>& block) {
-    static_cast<const StripOf<T>*>(strip)->write(k, steps, block);
+    const auto& typed = *static_cast<const StripOf<T>*>(strip);
+    typed.write(k, steps, block);
+    for (int c = 0; c < steps; ++c) {
+      for (int w = 0; w < W; ++w) typed.template prefetch_next<1>(k + c, w);
+    }
   }
 
  public:
@@ -112,51 +117,22 @@ struct NoOperand {
   TORCHCE_SIMD void write(int64_t, int, const B&) const {}
 };
 
-// Makes of a block as it lies in memory what the formulas take: logits divided by the temperature, whose inverse is
-// `scale`, or probabilities. The product is rounded before anything is subtracted from it. A negative probability has no
-// logarithm, and is as good as a NaN.
+// Makes of a block as it lies in memory the values that the formulas take.
 template <Side kSide, class A, int W>
 TORCHCE_SIMD void to_values(A scale, int steps, Block<A, W>& block) {
   if (kSide == Side::logits && scale == A(1)) return;
-  using V = Lanes<A>;
   for (int c = 0; c < steps; ++c) {
-    for (int w = 0; w < W; ++w) {
-      V& x = block.values[c][w];
-      if constexpr (kSide == Side::logits) {
-        x = math::rounded_product(x, broadcast(scale));
-      } else {
-        x = math::select(x < V{}, broadcast(A(__builtin_nan(""))), x);
-      }
-    }
+    for (int w = 0; w < W; ++w) block.values[c][w] = value_of<kSide>(block.values[c][w], scale);
   }
 }
 
-// Which operands a call has, at compile time.
-template <Side kFirstSide, Side kOtherSide, bool kIsJs>
-struct Sides {
-  static constexpr Side kFirst = kFirstSide, kOther = kOtherSide;
-  static constexpr bool kJs = kIsJs;
-};
-
-// Calls f with a value of the accumulation type and one of Sides.
+// Calls f with a value of the accumulation type and the Sides of a call.
 template <class F>
-void with_sides(const Rows& rows, F f) {
-  const auto with_type = [&](auto number) {
-    if (rows.are_js()) {
-      if (rows.first.side == Side::logits) return f(number, Sides<Side::logits, Side::logits, true>{});
-      return f(number, Sides<Side::probabilities, Side::logits, true>{});
-    }
-    if (rows.other.side == Side::none) return f(number, Sides<Side::logits, Side::none, false>{});
-    if (rows.other.side == Side::probabilities) {
-      return f(number, Sides<Side::logits, Side::probabilities, false>{});
-    }
-    if (rows.first.side == Side::probabilities) {
-      return f(number, Sides<Side::probabilities, Side::logits, false>{});
-    }
-    f(number, Sides<Side::logits, Side::logits, false>{});
-  };
-  if (rows.accumulation == DType::float64) return with_type(double{});
-  with_type(float{});
+TORCHCE_SIMD void with_number_and_sides(const Rows& rows, F f) {
+  with_sides(rows, [&](auto sides) TORCHCE_HD_LAMBDA {
+    if (rows.accumulation == DType::float64) return f(double{}, sides);
+    f(float{}, sides);
+  });
 }
 
 // Whether lanes run along each row: it is long, and its classes are adjacent in every operand.

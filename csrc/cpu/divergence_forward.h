@@ -25,58 +25,36 @@ A scale_of(const Options& options) {
   return A(1 / options.temperature);
 }
 
-// What rows give: their statistics, and the values that the loss is made of.
+// What rows give: what their backward needs, and the KL divergence or the two terms of a JS divergence.
 template <class A, int W, class S>
 struct Results {
   using V = Lanes<A>;
-  SumsOfRows<A, W> sums;
-  PerRow<A, W> kl_or_first, other;  // the KL divergence, or the terms of a JS divergence
+  PerRow<A, W> first_max{}, first_sum{}, other_max{}, other_sum{}, value{}, second_value{};
 
-  // The sums of exponentials against the largest logits, as a backward takes them.
-  TORCHCE_SIMD V first_against_max(int w) const {
-    return sums.first.lanes(w) * math::exp_of_negative(sums.first_reference.lanes(w) - sums.first_max.lanes(w));
-  }
-  TORCHCE_SIMD V other_against_max(int w) const {
-    return sums.other.lanes(w) * math::exp_of_negative(sums.other_reference.lanes(w) - sums.other_max.lanes(w));
-  }
-
-  TORCHCE_SIMD void set_kl(int w) {
-    const RowSums<V> row = sums.sums(w);
-    const V one = broadcast(A(1));
-    V first = row.first, other = row.other, weights = one;
-    if constexpr (S::kFirst == Side::probabilities) std::swap(first, weights);
-    if constexpr (S::kOther != Side::logits) other = one + A(0) * other;  // where there is a NaN, it stays one
-    const bool knows_surplus = S::kFirst == Side::logits && S::kOther == Side::logits;
-    kl_or_first.set(w, kl(row, first, other, knows_surplus ? row.surplus : first - other, weights));
-  }
-
-  TORCHCE_SIMD void write(const Forward& call, int64_t row, int count, Partial* partial) {
+  TORCHCE_SIMD void write(const Forward& call, int64_t row, int count, const PerRow<A, W>& kept, Partial* partial) {
     const Rows& rows = call.rows;
     const Statistics<A> statistics(rows, call.statistics);
-    const auto kept = kept_rows<A, W>(rows, row, count);
     const A sign = rows.options.kind == Kind::entropy ? -1 : 1;
     PerRow<A, W> loss;
     SumInDouble<A> loss_sum, kept_sum;
     for (int w = 0; w < vectors_of<A>(count); ++w) {
-      V value = sign * kl_or_first.lanes(w);
-      if constexpr (S::kJs) value += other.lanes(w);
-      value = math::select(kept.lanes(w) == V{}, V{}, value);
-      loss.set(w, value);
-      loss_sum.add(value);
+      V of_rows = sign * value.lanes(w);
+      if constexpr (S::kJs) of_rows += second_value.lanes(w);
+      of_rows = math::select(kept.lanes(w) == V{}, V{}, of_rows);
+      loss.set(w, of_rows);
+      loss_sum.add(of_rows);
       kept_sum.add(kept.lanes(w));
-      if constexpr (S::kFirst == Side::logits) sums.first.set(w, first_against_max(w));
-      if constexpr (S::kOther == Side::logits) sums.other.set(w, other_against_max(w));
     }
     partial->loss += loss_sum.value();
     partial->weight += kept_sum.value();
-    if constexpr (S::kFirst == Side::logits) sums.first_max.write(statistics.first_max + row, count);
-    sums.first.write(statistics.first_sum + row, count);
+    if constexpr (S::kFirst == Side::logits) first_max.write(statistics.first_max + row, count);
+    first_sum.write(statistics.first_sum + row, count);
     if constexpr (S::kOther == Side::logits) {
-      sums.other_max.write(statistics.other_max + row, count);
-      sums.other.write(statistics.other_sum + row, count);
+      other_max.write(statistics.other_max + row, count);
+      other_sum.write(statistics.other_sum + row, count);
     }
-    kl_or_first.write(statistics.values + row, count);
-    if constexpr (S::kJs) other.write(statistics.values + rows.outer * rows.inner + row, count);
+    value.write(statistics.values + row, count);
+    if constexpr (S::kJs) second_value.write(statistics.values + rows.outer * rows.inner + row, count);
     if (rows.options.reduction != Reduction::none) return;
     with_float_type(call.loss_dtype, [&](auto storage) {
       auto* out = static_cast<decltype(storage)*>(call.loss) + row;
@@ -85,26 +63,40 @@ struct Results {
   }
 };
 
-// Goes through the rows of a strip, or through one row, whose sums take(OnlineSums) and take_terms(MixtureSums) take.
-template <class A, int W, class S, class First, class Other, class Take, class Prepare, class TakeTerms>
-TORCHCE_SIMD void sum_up(const Rows& rows, const First& first, const Other& other, int64_t steps, Take take,
-                         Prepare prepare, TakeTerms take_terms) {
+// The results of a strip, or with kAlong of one row, which every lane has then.
+template <class A, int W, class S, bool kAlong, class First, class Other>
+TORCHCE_SIMD Results<A, W, S> results_of(const Rows& rows, const First& first, const Other& other, int64_t steps) {
   const A scale = scale_of<A>(rows.options);
-  {
-    OnlineSums<A, W, S, !S::kJs> sums;
-    for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
-                                     [&](int64_t, int count, const Block<A, W>& f, const Block<A, W>& o)
-                                         TORCHCE_HD_LAMBDA { sums.add(f, o, count); });
-    take(sums);
+  Results<A, W, S> results;
+  RunningSums<A, W, S> sums;
+  for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
+                                   [&](int64_t, int count, const Block<A, W>& f, const Block<A, W>& o)
+                                       TORCHCE_HD_LAMBDA { sums.add(f, o, count); });
+  if constexpr (kAlong) sums.merge_lanes();
+  for (int w = 0; w < W; ++w) {
+    results.first_max.set(w, sums.first_largest(w));
+    results.first_sum.set(w, sums.first_sum(w));
+    results.other_max.set(w, sums.other_largest(w));
+    results.other_sum.set(w, sums.other_sum(w));
+    if constexpr (!S::kJs) results.value.set(w, sums.divergence(w));
   }
   if constexpr (S::kJs) {  // the second time from the caches
     MixtureSums<A, W, S> terms(rows.options);
-    prepare(terms);
+    for (int w = 0; w < W; ++w) {
+      const auto lift = broadcast(A(kLift));
+      terms.f.set(w, results.first_max.lanes(w), results.first_sum.lanes(w), lift);
+      terms.o.set(w, results.other_max.lanes(w), results.other_sum.lanes(w), lift);
+    }
     for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
                                      [&](int64_t, int count, const Block<A, W>& f, const Block<A, W>& o)
                                          TORCHCE_HD_LAMBDA { terms.add(f, o, count); });
-    take_terms(terms);
+    if constexpr (kAlong) terms.merge_lanes();
+    for (int w = 0; w < W; ++w) {
+      results.value.set(w, terms.first_term(w));
+      results.second_value.set(w, terms.other_term(w));
+    }
   }
+  return results;
 }
 
 // Calls f with the operands of a strip, or of a row.
@@ -134,57 +126,33 @@ TORCHCE_SIMD void with_row(const Rows& rows, RowPosition at, F f) {
 
 template <class A, int W, class S>
 void forward_strip(const Forward& call, int64_t row, int count, Partial* partial) {
-  using V = Lanes<A>;
   const Rows& rows = call.rows;
-  Results<A, W, S> results;
   with_strip<A, W, S>(rows, row, count, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
-    sum_up<A, W, S>(
-        rows, first, other, rows.classes, [&](const auto& sums) TORCHCE_HD_LAMBDA { sums.write(results.sums); },
-        [&](auto& terms) TORCHCE_HD_LAMBDA {
-          for (int w = 0; w < W; ++w) {
-            const V lift = broadcast(A(kLift));
-            terms.f.set(w, results.sums.first_max.lanes(w), results.first_against_max(w), lift);
-            terms.o.set(w, results.sums.other_max.lanes(w), results.other_against_max(w), lift);
-          }
-        },
-        [&](const auto& terms) TORCHCE_HD_LAMBDA {
-          for (int w = 0; w < W; ++w) {
-            results.kl_or_first.set(w, terms.first_term(w));
-            results.other.set(w, terms.other_term(w));
-          }
-        });
+    auto results = results_of<A, W, S, /*kAlong=*/false>(rows, first, other, rows.classes);
+    results.write(call, row, count, kept_rows<A, W>(rows, row, count), partial);
   });
-  if constexpr (!S::kJs) {
-    for (int w = 0; w < vectors_of<A>(count); ++w) results.set_kl(w);
-  }
-  results.write(call, row, count, partial);
 }
 
 template <class A, class S>
 void forward_group(const Forward& call, int64_t row, int count, Partial* partial) {
   const Rows& rows = call.rows;
-  Results<A, 1, S> results{};
+  Results<A, 1, S> of_rows;
   const auto kept = kept_rows<A, 1>(rows, row, count);
   RowPosition at(rows, row);
   for (int l = 0; l < count; ++l, at.advance(rows)) {
     if (kept[l] == 0) continue;
     with_row<A, S>(rows, at, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
-      sum_up<A, 1, S>(
-          rows, first, other, (rows.classes + kLanes<A> - 1) / kLanes<A>,
-          [&](auto& sums) TORCHCE_HD_LAMBDA { sums.write_merged(results.sums, l); },
-          [&](auto& terms) TORCHCE_HD_LAMBDA {
-            const auto lift = broadcast(A(kLift));
-            terms.f.set(0, broadcast(results.sums.first_max[l]), broadcast(results.first_against_max(0)[l]), lift);
-            terms.o.set(0, broadcast(results.sums.other_max[l]), broadcast(results.other_against_max(0)[l]), lift);
-          },
-          [&](const auto& terms) TORCHCE_HD_LAMBDA {
-            results.kl_or_first[l] = sum_of<A>(terms.first_term(0));
-            results.other[l] = sum_of<A>(terms.other_term(0));
-          });
+      const int64_t steps = (rows.classes + kLanes<A> - 1) / kLanes<A>;
+      const auto of_row = results_of<A, 1, S, /*kAlong=*/true>(rows, first, other, steps);
+      of_rows.first_max[l] = of_row.first_max[0];
+      of_rows.first_sum[l] = of_row.first_sum[0];
+      of_rows.other_max[l] = of_row.other_max[0];
+      of_rows.other_sum[l] = of_row.other_sum[0];
+      of_rows.value[l] = of_row.value[0];
+      of_rows.second_value[l] = of_row.second_value[0];
     });
   }
-  if constexpr (!S::kJs) results.set_kl(0);
-  results.write(call, row, count, partial);
+  of_rows.write(call, row, count, kept, partial);
 }
 
 template <class A, class S>

@@ -96,7 +96,7 @@ __device__ __forceinline__ void for_each_class(const Rows& rows, RowPosition at,
 // The sums of some of a row's classes, which are against the largest logits among them.
 template <class A, class S>
 struct Share {
-  A first_max, other_max, first, other, gaps, most;
+  A first_max, other_max, first, other, surplus, gaps, most;
   Offsets<A> offsets;
 
   static constexpr A kLeast = sizeof(A) == sizeof(double) ? A(-__DBL_MAX__) : A(-__FLT_MAX__);
@@ -105,6 +105,7 @@ struct Share {
   __device__ __forceinline__ static Share identity() {
     return {S::kFirst == Side::logits ? kLeast : A(0),
             S::kOther == Side::logits ? kLeast : A(0),
+            0,
             0,
             0,
             0,

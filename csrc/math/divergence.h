@@ -32,10 +32,50 @@
 // The logits are divided by a temperature first, and so are their derivatives.
 #pragma once
 
+#include "../problem.h"
 #include "elementary.h"
 #include "rounding.h"
 
 namespace torchce::divergence {
+
+// Which operands a call has, at compile time.
+template <Side kFirstSide, Side kOtherSide, bool kIsJs>
+struct Sides {
+  static constexpr Side kFirst = kFirstSide, kOther = kOtherSide;
+  static constexpr bool kJs = kIsJs;  // then exponentials are added up alone, in the first of two passes
+  static constexpr bool kTwoLogits = kFirst == Side::logits && kOther == Side::logits;
+};
+
+// Calls f with the Sides of a call.
+template <class F>
+inline __attribute__((always_inline)) void with_sides(const Rows& rows, F f) {
+  if (rows.are_js()) {
+    if (rows.first.side == Side::logits) return f(Sides<Side::logits, Side::logits, true>{});
+    return f(Sides<Side::probabilities, Side::logits, true>{});
+  }
+  if (rows.other.side == Side::none) return f(Sides<Side::logits, Side::none, false>{});
+  if (rows.other.side == Side::probabilities) return f(Sides<Side::logits, Side::probabilities, false>{});
+  if (rows.first.side == Side::probabilities) return f(Sides<Side::probabilities, Side::logits, false>{});
+  f(Sides<Side::logits, Side::logits, false>{});
+}
+
+// lowest is the lowest finite number: no logit but minus infinity lies below it.
+template <class A>
+constexpr A lowest() {
+  return sizeof(A) == sizeof(double) ? A(-__DBL_MAX__) : A(-__FLT_MAX__);
+}
+
+// value_of is what the formulas take for an element x: a logit divided by the temperature, whose inverse is `scale`, or
+// a probability. The product is rounded before anything is subtracted from it. A negative probability has no logarithm,
+// and is as good as a NaN.
+template <Side kSide, class V, class A>
+TORCHCE_HD V value_of(V x, A scale) {
+  if constexpr (kSide == Side::logits) {
+    return math::rounded_product(x, V{} + scale);
+  } else {
+    return math::select(x < V{}, V{} + A(__builtin_nan("")), x);
+  }
+}
 
 // Offsets are c_f and c_o of a row.
 template <class V>
@@ -87,13 +127,100 @@ struct KLTerms {
   }
 };
 
-// RowSums are the sums of a whole row, with what they are against; of probabilities the reference is 0.
+// References are what the sums of a row are against, numbers near the largest logits; of probabilities 0.
+template <class V, class S>
+struct References {
+  V first, other;
+  Offsets<V> offsets{};
+
+  template <class A>
+  TORCHCE_HD static References lowest() {
+    return {V{} + (S::kFirst == Side::logits ? divergence::lowest<A>() : A(0)),
+            V{} + (S::kOther == Side::logits ? divergence::lowest<A>() : A(0))};
+  }
+  // What a class adds; `most` becomes the largest d_k. Exp: e^x, of x up to the headroom that references are given.
+  template <class Exp>
+  TORCHCE_HD KLTerms<V> terms(const Exp& exp, const Bounds<V>& bounds, V f, V o, V& most) const {
+    KLTerms<V> terms;
+    V other_value{};
+    terms.first = f;
+    if constexpr (S::kFirst == Side::logits) terms.first = exp(f - first);
+    if constexpr (S::kOther == Side::logits) {
+      other_value = o;
+      terms.other = exp(o - other);
+    } else if constexpr (S::kOther == Side::probabilities) {
+      other_value = math::log_of_positive(o);
+      terms.other = o;
+    }
+    if constexpr (S::kJs) return terms;
+    if constexpr (S::kTwoLogits) terms.surplus = terms.first - terms.other;
+    if constexpr (S::kFirst == Side::probabilities) f = math::log_of_positive(f);
+    const V gap = offsets.gap(f, other_value);
+    most = gap > most ? gap : most;  // a NaN does not count
+    terms.gaps = terms.first * bounds.within(gap);
+    return terms;
+  }
+};
+
+// PlainSum is a sum with the members of a math::CompensatedSum.
 template <class V>
-struct RowSums {
-  V first_reference, other_reference;
-  V first, other, surplus, gaps;  // as of KLTerms
-  V most;                // the largest d_k, infinite where O_k alone is 0
-  Offsets<V> offsets;
+struct PlainSum {
+  V sum{};
+  TORCHCE_HD void add(V term) { sum += term; }
+  template <class Factor>
+  TORCHCE_HD void scale(Factor factor) {
+    sum *= factor;
+  }
+};
+
+// OnlineSums are the sums of some of a row's classes, which may be made relative to other references. Sum: a PlainSum
+// or a math::CompensatedSum.
+template <class V, class S, class Sum>
+struct OnlineSums {
+  References<V, S> against;
+  V most;  // the largest d_k, infinite where O_k alone is 0
+  Sum first{}, other{}, surplus{}, gaps{};
+
+  template <class A>
+  TORCHCE_HD static OnlineSums none() {
+    return {References<V, S>::template lowest<A>(), V{} - math::kInfinityF};
+  }
+  TORCHCE_HD void add(const KLTerms<V>& terms) {
+    first.add(terms.first);
+    if constexpr (S::kOther != Side::none) other.add(terms.other);
+    if constexpr (S::kJs) return;
+    if constexpr (S::kTwoLogits) surplus.add(terms.surplus);
+    gaps.add(terms.gaps);
+  }
+  // Makes the sums relative to references that are not less.
+  template <class A>
+  TORCHCE_HD void raise_to(V new_first, V new_other) {
+    const auto moves = (against.first != new_first) | (against.other != new_other);
+    if constexpr (!S::kJs) {
+      const auto next = Offsets<V>::template near<A>(new_first, new_other);
+      gaps.add(math::select(first.sum == V{}, V{}, (against.offsets.sum() - next.sum()) * first.sum));
+      against.offsets = next;
+    }
+    if constexpr (S::kFirst == Side::logits) {
+      const V factor = math::exp_of_negative(against.first - new_first);
+      first.scale(factor);
+      if constexpr (!S::kJs) {
+        const V finite = math::select(factor == V{}, V{}, gaps.sum);  // it may be infinite
+        gaps.scale(factor);
+        gaps.sum = finite * factor;
+      }
+      against.first = new_first;
+    }
+    if constexpr (S::kOther == Side::logits) {
+      other.scale(math::exp_of_negative(against.other - new_other));
+      against.other = new_other;
+    }
+    if constexpr (!S::kJs && S::kTwoLogits) {
+      const V kept = surplus.sum, difference = first.sum - other.sum;
+      surplus.scale(math::select(moves, V{}, V{} + 1.0f));
+      surplus.sum = math::select(moves, difference, kept);
+    }
+  }
 };
 
 // log_of_quotient is log(a / b) of sums, given a - b too.
@@ -108,13 +235,34 @@ TORCHCE_HD V remainder(const Offsets<V>& offsets, V first_reference, V other_ref
   return offsets.gap(first_reference, other_reference) + log_of_quotient(first, other, surplus);
 }
 
-// kl is KL(F || O) from a row's sums; `first` and `other` are 1 of an operand that has probabilities or is not there,
-// and `weights` is 1 of logits.
+// KnownSums are a row's sums as its softmax takes them: 1 of probabilities, whatever they add up to, and of an operand
+// that is not there. `weights` is what F adds up to.
 template <class V>
-TORCHCE_HD V kl(const RowSums<V>& row, V first, V other, V surplus, V weights) {
-  const V rest = remainder(row.offsets, row.first_reference, row.other_reference, first, other, surplus);
-  const V finite = row.gaps / first - rest * weights;
-  return math::select(row.most == V{} + math::kInfinityF, row.most + first + other, finite);
+struct KnownSums {
+  V first, other, surplus, weights;
+
+  template <class S, class Sum>
+  TORCHCE_HD static KnownSums of(const OnlineSums<V, S, Sum>& row) {
+    const V one = V{} + 1.0f;
+    KnownSums sums{one, one, V{}, one};
+    if constexpr (S::kFirst == Side::logits) sums.first = row.first.sum;
+    if constexpr (S::kFirst == Side::probabilities) sums.weights = row.first.sum;
+    if constexpr (S::kOther == Side::logits) sums.other = row.other.sum;
+    if constexpr (S::kOther == Side::probabilities)
+      sums.other += V{} * row.other.sum;  // where there is a NaN, it stays
+    sums.surplus = S::kTwoLogits ? row.surplus.sum : sums.first - sums.other;
+    return sums;
+  }
+};
+
+// kl is KL(F || O) of a row.
+template <class V, class S, class Sum>
+TORCHCE_HD V kl(const OnlineSums<V, S, Sum>& row) {
+  const auto sums = KnownSums<V>::of(row);
+  const auto& [first, other, offsets] = row.against;
+  const V rest = remainder(offsets, first, other, sums.first, sums.other, sums.surplus);
+  const V finite = row.gaps.sum / sums.first - rest * sums.weights;
+  return math::select(row.most == V{} + math::kInfinityF, row.most + sums.first + sums.other, finite);
 }
 
 // kLift is what probabilities are multiplied with for MixtureLogs, so that no mixture of them is a subnormal number.
