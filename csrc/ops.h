@@ -134,10 +134,8 @@ void implement_ops(Library& m) {
   m.impl("softmax_ce_backward_scale", &box<&CE::template backward_outputs<GradientOf::scale, false>>);
   m.impl("softmax_ce_backward_target", &box<&CE::backward_target>);
   m.impl("softmax_ce_forward_backward_", &box<&CE::forward_backward>);
-  if constexpr (Backend::kHasDivergence) {
-    m.impl("divergence_forward", &box<&Divergence<Backend>::forward>);
-    m.impl("divergence_backward", &box<&Divergence<Backend>::backward>);
-  }
+  m.impl("divergence_forward", &box<&Divergence<Backend>::forward>);
+  m.impl("divergence_backward", &box<&Divergence<Backend>::backward>);
   m.impl("sigmoid_bce_forward", &box<&BCE::forward>);
   m.impl("sigmoid_bce_backward", &box<&BCE::template backward<GradientOf::logits, false>>);
   m.impl("sigmoid_bce_backward_", &box_without_result<&BCE::template backward<GradientOf::logits, true>>);

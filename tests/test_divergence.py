@@ -54,7 +54,7 @@ def test_every_remainder(kind: Kind, classes: int) -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_TARGET, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("dtypes", itertools.permutations(cases.DTYPES, 2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(cases.DTYPES, 2)), ids=str)
 def test_operands_of_two_dtypes(device: str, kind: Kind, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """All pairs are read as they are; the loss has the promoted dtype, and each gradient its operand's."""
     for shape in ((7, 11), (3, 515)):

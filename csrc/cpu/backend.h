@@ -8,7 +8,6 @@
 namespace torchce::cpu {
 
 struct Backend {
-  static constexpr bool kHasDivergence = true;
   struct Scope {
     explicit Scope(const host::Tensor&) {}
   };

@@ -38,103 +38,27 @@ struct GradientInputs {
     value = read(statistics.values);
     if constexpr (S::kJs) second_value = read(statistics.values + rows.outer * rows.inner);
   }
-};
 
-// The gradients of a KL divergence (math/divergence.h).
-template <class A, int W, class S>
-class KLGradients {
-  using V = Lanes<A>;
-  A temperature;
-  Bounds<V> bounds;
-  Softmax<A, W, S::kFirst> f;  // times the upstream gradient, of logits divided by the temperature
-  Softmax<A, W, S::kOther> o;  // times that, and what F adds up to
-  Offsets<V> offsets[W];
-  V rest[W], upstream[W];
-
- public:
-  TORCHCE_SIMD explicit KLGradients(const Options& options) : temperature(A(options.temperature)) {}
-
-  TORCHCE_SIMD void set(int w, V g, V first_max, V first_sum, V other_max, V other_sum, V value, V) {
-    const V one = broadcast(A(1)), of_logits = g / temperature;
-    const bool first_is_known = S::kFirst == Side::probabilities;
-    const V weights = first_is_known ? first_sum : one, first = first_is_known ? one : first_sum;
-    f.set(w, first_max, first_sum, of_logits);
-    o.set(w, other_max, other_sum, of_logits * weights);
-    offsets[w] = Offsets<V>::template near<A>(first_max, other_max);
-    const V other = S::kOther == Side::logits ? other_sum : one;
-    const V k = remainder(offsets[w], first_max, other_max, first, other, first - other);
-    rest[w] = first_is_known ? k - one : k + value;
-    upstream[w] = g;
+  // Those of vector w, or of row l in every lane.
+  TORCHCE_SIMD RowInputs<Lanes<A>> lanes(int w) const {
+    return {upstream.lanes(w),  first_max.lanes(w), first_sum.lanes(w),   other_max.lanes(w),
+            other_sum.lanes(w), value.lanes(w),     second_value.lanes(w)};
   }
-
-  // Turns values of a class into their gradients.
-  template <bool kOfFirst, bool kOfOther>
-  TORCHCE_SIMD void turn(int w, V& first, V& other) const {
-    const V f_part = f.at(w, first), value = other;
-    V other_value{};
-    if constexpr (S::kOther == Side::logits) other_value = value;
-    if constexpr (S::kOther == Side::probabilities) other_value = math::log_of_positive(value);
-    if constexpr (kOfOther && S::kOther == Side::logits) {
-      other = math::rounded_difference(o.at(w, value), f_part);
-    } else if constexpr (kOfOther) {
-      const V part = -temperature * f_part;
-      other = math::select(part == V{}, V{}, part / value);
-    }
-    if constexpr (!kOfFirst) return;
-    if constexpr (S::kFirst == Side::logits) {
-      first = f_part * (bounds.within(offsets[w].gap(first, other_value)) - rest[w]);
-    } else {
-      first = upstream[w] * (offsets[w].gap(math::log_of_positive(first), other_value) - rest[w]);
-    }
+  TORCHCE_SIMD RowInputs<Lanes<A>> row(int l) const {
+    return {broadcast(upstream[l]),  broadcast(first_max[l]), broadcast(first_sum[l]),   broadcast(other_max[l]),
+            broadcast(other_sum[l]), broadcast(value[l]),     broadcast(second_value[l])};
   }
 };
 
-// The gradients of a JS divergence.
-template <class A, int W, class S>
-class JSGradients {
-  using V = Lanes<A>;
-  A beta, other_share, temperature;
-  Softmax<A, W, S::kFirst> f;  // lifted
-  Softmax<A, W, S::kOther> o;
-  V first_term[W], other_term[W], upstream[W];
-  LoweredGradient<V> of_logits[W];
-
- public:
-  TORCHCE_SIMD explicit JSGradients(const Options& options)
-      : beta(A(options.beta)), other_share(A(1 - options.beta)), temperature(A(options.temperature)) {}
-
-  TORCHCE_SIMD void set(int w, V g, V first_max, V first_sum, V other_max, V other_sum, V of_first, V of_other) {
-    const V lift = broadcast(A(kLift));
-    f.set(w, first_max, first_sum, lift);
-    o.set(w, other_max, other_sum, lift);
-    first_term[w] = of_first;
-    other_term[w] = of_other;
-    upstream[w] = g;
-    of_logits[w] = LoweredGradient<V>(g / temperature);
-  }
-  template <bool kOfFirst, bool kOfOther>
-  TORCHCE_SIMD void turn(int w, V& first, V& other) const {
-    const V p = f.at(w, first), q = o.at(w, other);
-    const MixtureLogs<V, A> logs(p, q, beta, other_share);
-    if constexpr (kOfOther) {
-      other = of_logits[w].times(q * (other_share * reachable_log(logs.other) - other_term[w]));
-    }
-    if constexpr (kOfFirst && S::kFirst == Side::logits) {
-      first = of_logits[w].times(p * (beta * reachable_log(logs.first) - first_term[w]));
-    } else if constexpr (kOfFirst) {
-      first = upstream[w] * (beta * logs.first);
-    }
-  }
-};
-
-template <class A, int W, class S>
-using GradientsOf = std::conditional_t<S::kJs, JSGradients<A, W, S>, KLGradients<A, W, S>>;
+// The gradients of W vectors of rows.
+template <class A, class S>
+using GradientsOf = RowGradients<Lanes<A>, A, S, Softmax<A, S::kFirst>, Softmax<A, S::kOther>>;
 
 // Writes the gradients of all classes, zeros for rows that are not in `kept`, which is null where all are.
 template <bool kOfFirst, bool kOfOther, class A, int W, class S, class First, class Other, class FirstSink,
           class OtherSink>
 TORCHCE_SIMD void write_gradients(const Rows& rows, const First& first, const Other& other, int64_t steps,
-                                  const GradientsOf<A, W, S>& gradients, const PerRow<A, W>* kept,
+                                  const GradientsOf<A, S> (&gradients)[W], const PerRow<A, W>* kept,
                                   const FirstSink& first_sink, const OtherSink& other_sink) {
   using V = Lanes<A>;
   for_each_pair_of_blocks<S, A, W>(first, other, scale_of<A>(rows.options), steps,
@@ -143,7 +67,7 @@ TORCHCE_SIMD void write_gradients(const Rows& rows, const First& first, const Ot
                                        for (int c = 0; c < count; ++c) {
                                          V of_first = f.values[c][w],
                                            of_other = S::kOther == Side::none ? V{} : o.values[c][w];
-                                         gradients.template turn<kOfFirst, kOfOther>(w, of_first, of_other);
+                                         gradients[w].template turn<kOfFirst, kOfOther>(of_first, of_other);
                                          if constexpr (kOfFirst) f.values[c][w] = of_first;
                                          if constexpr (kOfOther) o.values[c][w] = of_other;
                                        }
@@ -188,11 +112,8 @@ template <class A, int W, class S>
 void backward_strip(const Backward& call, int64_t row, int count) {
   const Rows& rows = call.rows;
   const GradientInputs<A, W, S> in(call, row, count);
-  GradientsOf<A, W, S> gradients(rows.options);
-  for (int w = 0; w < W; ++w) {
-    gradients.set(w, in.upstream.lanes(w), in.first_max.lanes(w), in.first_sum.lanes(w), in.other_max.lanes(w),
-                  in.other_sum.lanes(w), in.value.lanes(w), in.second_value.lanes(w));
-  }
+  GradientsOf<A, S> gradients[W];
+  for (int w = 0; w < W; ++w) gradients[w] = GradientsOf<A, S>(rows.options, in.lanes(w));
   const auto sink = [&](const Gradient& of, const Operand& operand) {
     return StripOperand<A, W>(rows, of.data, operand.dtype, of.strides, row, count);
   };
@@ -212,7 +133,6 @@ void backward_group(const Backward& call, int64_t row, int count) {
   const Rows& rows = call.rows;
   const int64_t steps = (rows.classes + kLanes<A> - 1) / kLanes<A>;
   const GradientInputs<A, 1, S> in(call, row, count);
-  GradientsOf<A, 1, S> gradients(rows.options);
   with_wanted<S>(call, [&](auto of_first, auto of_other) {
     constexpr bool kOfFirst = decltype(of_first)::value, kOfOther = decltype(of_other)::value;
     RowPosition at(rows, row);
@@ -229,9 +149,7 @@ void backward_group(const Backward& call, int64_t row, int count) {
           });
           return;
         }
-        const auto of_row = [l](const PerRow<A, 1>& of_rows) { return broadcast(of_rows[l]); };
-        gradients.set(0, of_row(in.upstream), of_row(in.first_max), of_row(in.first_sum), of_row(in.other_max),
-                      of_row(in.other_sum), of_row(in.value), of_row(in.second_value));
+        const GradientsOf<A, S> gradients[1] = {GradientsOf<A, S>(rows.options, in.row(l))};
         with_row<A, S>(rows, at, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
           write_gradients<kOfFirst, kOfOther, A, 1, S>(rows, first, other, steps, gradients, nullptr, first_sink,
                                                        other_sink);

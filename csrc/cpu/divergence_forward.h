@@ -84,8 +84,8 @@ TORCHCE_SIMD Results<A, W, S> results_of(const Rows& rows, const First& first, c
     MixtureSums<A, W, S> terms(rows.options);
     for (int w = 0; w < W; ++w) {
       const auto lift = broadcast(A(kLift));
-      terms.f.set(w, results.first_max.lanes(w), results.first_sum.lanes(w), lift);
-      terms.o.set(w, results.other_max.lanes(w), results.other_sum.lanes(w), lift);
+      terms.f[w] = Softmax<A, S::kFirst>(results.first_max.lanes(w), results.first_sum.lanes(w), lift);
+      terms.o[w] = Softmax<A, S::kOther>(results.other_max.lanes(w), results.other_sum.lanes(w), lift);
     }
     for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
                                      [&](int64_t, int count, const Block<A, W>& f, const Block<A, W>& o)

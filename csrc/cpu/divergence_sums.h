@@ -84,31 +84,38 @@ class RunningSums {
   }
 };
 
-// What makes probabilities of the logits of rows, a vector of rows in each of W.
-template <class A, int W, Side kSide>
-struct Softmax {
+// What makes probabilities, times a factor, of the values of a vector of rows.
+template <class A, Side kSide>
+class Softmax {
   using V = Lanes<A>;
   using Exp = math::ScaledExp<V, false>;
   Exp exp;
-  V max[W];
-  typename Exp::Scale scale[W];
+  V max{};
+  typename Exp::Scale scale;
 
+ public:
   TORCHCE_SIMD Softmax() {}
-  // `factor` times the probabilities.
-  TORCHCE_SIMD void set(int w, V largest, V sum, V factor) {
-    max[w] = largest;
-    scale[w] = typename Exp::Scale(factor / sum);
-  }
-  TORCHCE_SIMD V at(int w, V x) const { return exp(x - max[w], scale[w]); }
+  TORCHCE_SIMD Softmax(V max, V sum, V factor) : max(max), scale(factor / sum) {}
+  TORCHCE_SIMD V at(V x) const { return exp(x - max, scale); }
 };
-template <class A, int W>
-struct Softmax<A, W, Side::probabilities> {
+template <class A>
+class Softmax<A, Side::probabilities> {
   using V = Lanes<A>;
-  V factor[W];
+  V factor{};
 
+ public:
   TORCHCE_SIMD Softmax() {}
-  TORCHCE_SIMD void set(int w, V, V, V of_rows) { factor[w] = of_rows; }
-  TORCHCE_SIMD V at(int w, V probability) const { return factor[w] * probability; }
+  TORCHCE_SIMD Softmax(V, V, V factor) : factor(factor) {}
+  TORCHCE_SIMD V at(V probability) const { return factor * probability; }
+};
+template <class A>
+class Softmax<A, Side::none> {
+  using V = Lanes<A>;
+
+ public:
+  TORCHCE_SIMD Softmax() {}
+  TORCHCE_SIMD Softmax(V, V, V) {}
+  TORCHCE_SIMD V at(V) const { return {}; }
 };
 
 // The two terms of a JS divergence, of rows whose lifted probabilities are known.
@@ -122,8 +129,8 @@ class MixtureSums {
   A beta, rest;
 
  public:
-  Softmax<A, W, S::kFirst> f;
-  Softmax<A, W, S::kOther> o;
+  Softmax<A, S::kFirst> f[W];
+  Softmax<A, S::kOther> o[W];
   math::CompensatedSum<V, true> first[W], other[W];
 
   TORCHCE_SIMD explicit MixtureSums(const Options& options) : beta(A(options.beta)), rest(A(1 - options.beta)) {
@@ -133,7 +140,7 @@ class MixtureSums {
     for (int w = 0; w < W; ++w) {
       math::StridedSum<2, Terms> of_block;
       of_block.add(steps, [&](int c) TORCHCE_HD_LAMBDA {
-        const V p = f.at(w, first_block.values[c][w]), q = o.at(w, other_block.values[c][w]);
+        const V p = f[w].at(first_block.values[c][w]), q = o[w].at(other_block.values[c][w]);
         const MixtureLogs<V, A> logs(p, q, beta, rest);
         return Terms{p * reachable_log(logs.first), q * reachable_log(logs.other)};
       });

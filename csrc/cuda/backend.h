@@ -1,6 +1,7 @@
 // CUDA's part of every op (ops.h): the choice of a kernel, its launch, the memory that its blocks share.
 #pragma once
 
+#include "../host/divergence.h"
 #include "../host/sigmoid_bce.h"
 #include "../host/softmax_ce.h"
 #include "device.h"
@@ -8,7 +9,6 @@
 namespace torchce::cuda {
 
 struct Backend {
-  static constexpr bool kHasDivergence = false;
   using Scope = DeviceScope;
 
   static void run(const DeviceScope& device, const host::softmax_ce::ForwardCall& call);
@@ -16,6 +16,8 @@ struct Backend {
   static void run(const DeviceScope& device, const host::softmax_ce::ForwardBackwardCall& call);
   static void run(const DeviceScope& device, const host::sigmoid_bce::ForwardCall& call);
   static void run(const DeviceScope& device, const host::sigmoid_bce::BackwardCall& call);
+  static void run(const DeviceScope& device, const host::divergence::ForwardCall& call);
+  static void run(const DeviceScope& device, const host::divergence::BackwardCall& call);
 };
 
 }  // namespace torchce::cuda

@@ -45,23 +45,18 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Forward 
     const int64_t r = first_row + threadIdx.x / team;
     const RowPosition at(rows, r < count ? r : 0);
     const bool kept = r < count && is_kept(rows, at);
-    RunningShare<A, S> running;
+    RunningSums<A, S> running;
     if (kept) {
       for_each_class<S, kAdjacent, T>(rows, at, thread, team,
                                       [&](int64_t, const auto& f, const auto& o) { running.add(f, o); });
     }
-    const Share<A, S> row = of_team(running.share(), team);
-    // What an operand of probabilities has for its sum: it is known to be 1, whatever they add up to.
-    const A first = S::kFirst == Side::logits ? row.first : A(1);
-    A other = 1, weights = 1, value, second_value = 0;
-    if constexpr (S::kOther == Side::logits) other = row.other;
-    if constexpr (S::kOther == Side::probabilities) other += A(0) * row.other;  // where there is a NaN, it stays one
-    if constexpr (S::kFirst == Side::probabilities) weights = row.first;
+    const auto row = of_team(running.share(), team).sums;
+    A value, second_value = 0;
     if constexpr (S::kJs) {
+      const auto sums = KnownSums<A>::of(row);
       const A beta = A(options.beta), rest = A(1 - options.beta);
-      const Softmax<A, S::kFirst> p(row.first_max, first, A(1));
-      const Softmax<A, S::kOther> q(row.other_max, other, A(1));
-      const Bounds<A> bounds;
+      const Softmax<A, S::kFirst> p(row.against.first, sums.first, A(kLift));
+      const Softmax<A, S::kOther> q(row.against.other, sums.other, A(kLift));
       math::CompensatedSum<A, true> of_first{0, 0}, of_other{0, 0};
       if (kept) {
         for_each_class<S, kAdjacent, T>(rows, at, thread, team, [&](int64_t, const auto& f, const auto& o) {
@@ -70,24 +65,24 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Forward 
           for (int i = 0; i < n; ++i) {
             const A of_p = p.at(f[i]), of_q = q.at(o[i]);
             const MixtureLogs<A, A> logs(of_p, of_q, beta, rest);
-            of_first.add(of_p * bounds.within(logs.first));
-            of_other.add(of_q * bounds.within(logs.other));
+            of_first.add(of_p * reachable_log(logs.first));
+            of_other.add(of_q * reachable_log(logs.other));
           }
         });
       }
       const auto terms = of_team(MixtureShare<A>{of_first.sum, of_other.sum}, team);
-      value = beta * terms.first;
-      second_value = rest * terms.other;
+      value = beta * (terms.first * A(1 / kLift));
+      second_value = rest * (terms.other * A(1 / kLift));
     } else {
-      value = kl(row.sums(), first, other, weights);
+      value = kl(row);
     }
     if (r >= count || thread != 0) continue;
     const Statistics<A> statistics(rows, call.statistics, r);
-    if constexpr (S::kFirst == Side::logits) *statistics.first_max = row.first_max;
-    *statistics.first_sum = row.first;
+    if constexpr (S::kFirst == Side::logits) *statistics.first_max = row.against.first;
+    *statistics.first_sum = row.first.sum;
     if constexpr (S::kOther == Side::logits) {
-      *statistics.other_max = row.other_max;
-      *statistics.other_sum = row.other;
+      *statistics.other_max = row.against.other;
+      *statistics.other_sum = row.other.sum;
     }
     *statistics.value = value;
     if constexpr (S::kJs) *statistics.second_value = second_value;

@@ -1,4 +1,4 @@
-// Which divergence kernel takes a call.
+// How the divergence kernels are laid over a problem.
 #pragma once
 
 #include "divergence_row.cuh"
@@ -6,23 +6,24 @@
 
 namespace torchce::cuda::divergence {
 
-// Calls f with a value of the operands' storage type and one of Sides.
+// Calls f with the operands' storage type, their Sides, and whether classes are adjacent in every operand and gradient.
 template <class F>
-void with_kernel_types(const Rows& rows, F f) {
+void with_kernel(const Rows& rows, bool gradients_are_adjacent, F f) {
+  const bool adjacent = gradients_are_adjacent && rows.first.strides.classes == 1 &&
+                        (rows.other.side == Side::none || rows.other.strides.classes == 1);
+  host::check(rows.other.side == Side::none || rows.first.dtype == rows.other.dtype,
+              "target: expected the input's dtype, which is what CUDA kernels take");
   with_float_type(rows.first.dtype, [&](auto storage) {
-    if (rows.are_js()) {
-      if (rows.first.side == Side::logits) return f(storage, Sides<Side::logits, Side::logits, true>{});
-      return f(storage, Sides<Side::probabilities, Side::logits, true>{});
-    }
-    if (rows.other.side == Side::none) return f(storage, Sides<Side::logits, Side::none, false>{});
-    if (rows.other.side == Side::probabilities) return f(storage, Sides<Side::logits, Side::probabilities, false>{});
-    if (rows.first.side == Side::probabilities) return f(storage, Sides<Side::probabilities, Side::logits, false>{});
-    f(storage, Sides<Side::logits, Side::logits, false>{});
+    with_sides(rows, [&](auto sides) {
+      adjacent ? f(storage, sides, std::true_type{}) : f(storage, sides, std::false_type{});
+    });
   });
 }
 
-inline bool operands_are_adjacent(const Rows& rows) {
-  return rows.first.strides.classes == 1 && (rows.other.side == Side::none || rows.other.strides.classes == 1);
+// How many threads share a row: of strided classes one does, so that neighbours read neighbouring rows.
+template <class T>
+int team_of(const Rows& rows, bool adjacent) {
+  return adjacent ? softmax_ce::team_of_row(rows.classes, kPack<T>) : 1;
 }
 
 }  // namespace torchce::cuda::divergence

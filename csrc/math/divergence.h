@@ -307,4 +307,76 @@ struct LoweredGradient {
   TORCHCE_HD V times(V lifted) const { return (lifted * first) * second; }
 };
 
+// RowInputs are what the gradients of a row are made of, the upstream gradient and what the forward found; of an
+// entropy, a negative divergence, the upstream gradient is negative too.
+template <class V>
+struct RowInputs {
+  V upstream, first_max, first_sum, other_max, other_sum, value, second_value;
+};
+
+// RowGradients turn the values of a row's classes into their gradients. First and Other make probabilities of values,
+// of a largest logit, a sum and a factor: each `at` gives the factor times the probability.
+template <class V, class A, class S, class First, class Other>
+class RowGradients {
+  static constexpr bool kFirstIsKnown = S::kFirst == Side::probabilities;
+  A temperature, beta, other_share;
+  V upstream, rest, first_term, other_term;
+  Offsets<V> offsets;
+  LoweredGradient<V> lowered;
+  Bounds<V> bounds;
+  First f;
+  Other o;
+
+ public:
+  TORCHCE_HD RowGradients() {}
+  TORCHCE_HD RowGradients(const Options& options, const RowInputs<V>& in)
+      : temperature(A(options.temperature)),
+        beta(A(options.beta)),
+        other_share(A(1 - options.beta)),
+        upstream(in.upstream),
+        first_term(in.value),
+        other_term(in.second_value),
+        offsets(Offsets<V>::template near<A>(in.first_max, in.other_max)) {
+    const V one = V{} + A(1), lift = V{} + A(kLift), of_logits = upstream / temperature;
+    const V first_sum = kFirstIsKnown ? one : in.first_sum, weights = kFirstIsKnown ? in.first_sum : one;
+    const V other_sum = S::kOther == Side::logits ? in.other_sum : one;
+    lowered = LoweredGradient<V>(of_logits);
+    f = First(in.first_max, in.first_sum, S::kJs ? lift : of_logits);
+    o = Other(in.other_max, in.other_sum, S::kJs ? lift : of_logits * weights);
+    const V k = remainder(offsets, in.first_max, in.other_max, first_sum, other_sum, first_sum - other_sum);
+    rest = kFirstIsKnown ? k - one : k + in.value;
+  }
+
+  // Turns those of a class, of both operands or of the one that is asked for.
+  template <bool kOfFirst, bool kOfOther>
+  TORCHCE_HD void turn(V& first, V& other) const {
+    if constexpr (S::kJs) {
+      const V p = f.at(first), q = o.at(other);
+      const MixtureLogs<V, A> logs(p, q, beta, other_share);
+      if constexpr (kOfOther) other = lowered.times(q * (other_share * reachable_log(logs.other) - other_term));
+      if constexpr (kOfFirst && !kFirstIsKnown) {
+        first = lowered.times(p * (beta * reachable_log(logs.first) - first_term));
+      } else if constexpr (kOfFirst) {
+        first = upstream * (beta * logs.first);
+      }
+    } else {
+      const V f_part = f.at(first), value = other;
+      V other_value{};
+      if constexpr (S::kOther == Side::logits) other_value = value;
+      if constexpr (S::kOther == Side::probabilities) other_value = math::log_of_positive(value);
+      if constexpr (kOfOther && S::kOther == Side::logits) {
+        other = math::rounded_difference(o.at(value), f_part);
+      } else if constexpr (kOfOther) {
+        const V part = -temperature * f_part;
+        other = math::select(part == V{}, V{}, part / value);
+      }
+      if constexpr (kOfFirst && !kFirstIsKnown) {
+        first = f_part * (bounds.within(offsets.gap(first, other_value)) - rest);
+      } else if constexpr (kOfFirst) {
+        first = upstream * (offsets.gap(math::log_of_positive(first), other_value) - rest);
+      }
+    }
+  }
+};
+
 }  // namespace torchce::divergence

@@ -23,6 +23,7 @@ EMULATED_FILES = {
     "test_autograd",
     "test_cuda_regimes",
     "test_determinism",
+    "test_divergence",
     "test_infinite_weights",
     "test_ops",
     "test_sigmoid_bce",
@@ -34,6 +35,8 @@ EMULATED_FILES = {
 NOT_EMULATED = {
     "test_backward_with_a_bad_index_stays_in_bounds": "CUDA gives NaN, and has its own test",
     "test_a_bad_index_leaves_the_logits_alone": "CUDA gives NaN, and has its own test",
+    "test_operands_of_two_dtypes": "functional makes those of CUDA tensors alike",
+    "test_same_bits_for_every_number_of_threads": "kernels use no CPU threads",
     "test_opcheck": "looks at how torchce's own ops are registered",
     "test_fake_results_have_the_real_layout": "fakes are registered for torchce's own ops",
     "test_thread_count_does_not_matter": "kernels use no CPU threads",

@@ -16,6 +16,7 @@ raises: TorchScript cannot compile these functions.
 
 from torchce.functional._common import NO_TORCHSCRIPT
 from torchce.functional.divergence import entropy_with_logits, js_div_with_logits, kl_div_with_logits
+from torchce.functional.linear_divergence import linear_js_div, linear_kl_div
 from torchce.functional.linear_softmax_ce import linear_cross_entropy
 from torchce.functional.sigmoid_bce import binary_cross_entropy_with_logits
 from torchce.functional.softmax_ce import cross_entropy
@@ -34,5 +35,7 @@ __all__ = [
     "js_div_with_logits",
     "kl_div_with_logits",
     "linear_cross_entropy",
+    "linear_js_div",
+    "linear_kl_div",
     "token_logprobs",
 ]

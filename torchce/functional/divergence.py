@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,10 +152,9 @@ def js_div_with_logits(
     if has_torch_function_variadic(input, target, mask):
         own = {"beta": beta, "target_logits": target_logits, "temperature": temperature, "mask": mask, "dtype": dtype}
         return _ask_handlers(js_div_with_logits, (input, target), mask, own, reduction)
-    if not is_plain_number(beta) or not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
-    kind = KL if beta == 0 else REVERSE_KL if beta == 1 else JS
-    return _divergence(kind, input, target, reduction, target_logits, temperature, beta, mask=mask, dtype=dtype)
+    return _divergence(
+        kind_of_js(beta), input, target, reduction, target_logits, temperature, beta, mask=mask, dtype=dtype
+    )
 
 
 @refuse_scripting
@@ -207,6 +207,13 @@ def _ask_handlers(
     return answer
 
 
+def kind_of_js(beta: Any) -> int:
+    """The divergence that goes with ``beta``; raises ValueError if none does."""
+    if not is_plain_number(beta) or not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
+    return KL if beta == 0 else REVERSE_KL if beta == 1 else JS
+
+
 def _check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name}: expected a bool, got {value!r}")
@@ -229,17 +236,17 @@ def _divergence(
     number = reduction_number(reduction, None, None)
     _check_bool("target_logits", target_logits)
     _check_tensors(input, target, mask, has_target=kind != ENTROPY)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
-        raise ValueError(f"dtype: expected a floating point dtype of 16 bits or more, got {dtype!r}")
-    acc = ops.divergence_accumulation(input, target)
-    check_positive("temperature", temperature, acc)
-    check_positive("1 / temperature", 1 / temperature, acc)
+    check_loss_dtype(dtype)
+    check_temperature(temperature, ops.divergence_accumulation(input, target))
     if dtype is None:
         dtype = promoted(input.dtype, input.dtype if target is None else target.dtype)
         if autocasts(input):
             dtype = promoted(dtype, torch.float32)
     options = Options(kind, number, target_logits, float(temperature), float(beta))
-    if not have_kernels(input, target, mask) or input.is_cuda:  # as formulas in torch's operations
+    if target is not None and input.is_cuda and target.dtype != input.dtype:  # kernels take pairs of one dtype there
+        common = promoted(input.dtype, target.dtype)
+        input, target = input.to(common), target.to(common)
+    if not have_kernels(input, target, mask):  # formulas in torch's operations serve every other kind
         calls.note_composite()
         return composite(input, target, mask, dtype, *options)
     return divergence(input, target, mask, dtype, options)
@@ -260,9 +267,23 @@ def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None
         raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
     if has_target and not has_shape(target, shape):
         raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
+    check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]))
+
+
+def check_loss_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise ValueError(f"dtype: expected a floating point dtype of 16 bits or more, got {dtype!r}")
+
+
+def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
+    acc = ops.accumulation_dtype(dtype)
+    check_positive("temperature", temperature, acc)
+    check_positive("1 / temperature", 1 / temperature, acc)
+
+
+def check_mask(mask: Any, row_shape: Sequence[int]) -> None:
     if mask is None:
         return
-    row_shape = (*shape[:class_dim], *shape[class_dim + 1 :])
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not has_shape(mask, row_shape):
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"mask: expected a bool tensor of shape {list(row_shape)}, one for each row, got {got}")

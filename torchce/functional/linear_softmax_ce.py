@@ -26,6 +26,7 @@ from torchce.functional._common import (
     requires_grad,
 )
 from torchce.functional.linear_chunks import chunks_of
+from torchce.functional.linear_layer import autocast_layer, check_dtypes, check_layer
 from torchce.functional.softmax_ce import cross_entropy, loss_dtype, of_known_dtype, problem_of
 from torchce.functional.softmax_ce_own import (
     CrossEntropyOutput,
@@ -39,7 +40,6 @@ from torchce.functional.softmax_ce_own import (
     scalar_beside,
 )
 from torchce.linear_softmax_ce import Inputs, linear_softmax_ce
-from torchce.sizes import known
 from torchce.softmax_ce_formulas import Options, check_targets
 from torchce.transforms import all_true, transformed
 
@@ -232,10 +232,10 @@ def linear_cross_entropy(
             input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight
         )
     else:
-        _check_layer(input, linear_weight, linear_bias)
+        check_layer(input, linear_weight, linear_bias)
         if autocasts(input):
-            input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-        _check_dtypes(input, linear_weight, linear_bias)
+            input, linear_weight, linear_bias = autocast_layer(input, linear_weight, linear_bias)
+        check_dtypes(input, linear_weight, linear_bias)
         logits = _stand_in(input, linear_weight)
         ignored = _ignored(logits, target, ignore_index)
         if isinstance(ignored, tuple):
@@ -352,43 +352,6 @@ def _without_batch(result: Tensor | CrossEntropyOutput) -> Tensor | CrossEntropy
         return result if result.dim() == 0 else result.squeeze(0)
     fields = {name: t if t is None or t.dim() == 0 else t.squeeze(0) for name, t in result._asdict().items()}
     return CrossEntropyOutput(**fields)
-
-
-def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """Raises what torch raises where the layer's shapes do not fit, naming both."""
-    if input.dim() not in (1, 2):
-        raise RuntimeError(f"input: expected 1 or 2 dimensions, got shape {list(input.shape)}")
-    if linear_weight.dim() < 2:
-        raise RuntimeError(f"linear_weight: expected at least 2 dimensions, got shape {list(linear_weight.shape)}")
-    features = input.shape[-1]
-    if known(linear_weight.shape[-1] != features):
-        raise RuntimeError(
-            f"linear_weight: expected a last dimension of {features} as the input's, got shape "
-            f"{list(linear_weight.shape)}"
-        )
-    if linear_weight.dim() > 2 and input.dim() == 1:
-        raise RuntimeError(
-            f"input: expected a batch of shape [N, {features}] beside a linear_weight of shape "
-            f"{list(linear_weight.shape)}, got shape {list(input.shape)}"
-        )
-    if linear_bias is not None and not has_shape(linear_bias, linear_weight.shape[:-1]):
-        raise RuntimeError(
-            f"linear_bias: expected shape {list(linear_weight.shape[:-1])}, got shape {list(linear_bias.shape)}"
-        )
-
-
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """As autocast casts what goes into a linear layer."""
-    input = tensors[0]
-    assert input is not None
-    dtype = torch.get_autocast_dtype("cpu" if input.is_cpu else "cuda")
-    return [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
-def _check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise RuntimeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
 
 
 def _ignored(logits: Tensor, target: Tensor, ignore_index: Any) -> Any:
