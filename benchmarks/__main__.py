@@ -38,7 +38,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(GRIDS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer problems and samples; kept apart from the ledger")
     parser.add_argument("--key", action="store_true", help="only the problems that README's table shows")
-    parser.add_argument("--op", action="append", default=[], metavar="OP", help="ce, bce or the name in torch")
+    parser.add_argument("--op", action="append", default=[], metavar="OP", help="ce, kl, ... or the function's name")
     parser.add_argument("--dtype", action="append", default=[], choices=list(DTYPES))
     parser.add_argument("--size", action="append", default=[], metavar="PATTERN", help="such as 512x32000, '4096x*'")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")

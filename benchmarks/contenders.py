@@ -13,7 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchce
-from benchmarks.problems import CAPPED, CROSS_ENTROPY, ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
+from benchmarks.problems import (
+    BCE,
+    CAPPED,
+    CROSS_ENTROPY,
+    DIVERGENCES,
+    ENTROPY,
+    ENTROPY_OF_LOGITS,
+    JS_DIV,
+    KL_DIV,
+    LINEAR_CROSS_ENTROPY,
+    SOFT64,
+    Problem,
+)
 from benchmarks.traffic import PHASES
 
 Loss = Callable[..., Tensor]
@@ -35,8 +47,8 @@ class Contender:
     phases: tuple[str, ...] = PHASES  # that it has
 
     def consumes(self, problem: Problem) -> bool:
-        """Whether each training step needs its inputs afresh: those of a linear layer are no logits."""
-        return self.overwrites and problem.op != LINEAR_CROSS_ENTROPY
+        """Whether each training step needs its inputs afresh: others' first step makes what may be overwritten."""
+        return self.overwrites and problem.op in (CROSS_ENTROPY, BCE)
 
     def missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -71,6 +83,7 @@ def _torchce_with_entropy(logits: Tensor, target: Tensor, entropy_bonus: float, 
 def _torchce_in_place(problem: Problem) -> Loss:
     if problem.op == LINEAR_CROSS_ENTROPY:
         return _after_linear(partial(torchce.functional.cross_entropy, inplace_backward=True))
+    _require(problem.op not in DIVERGENCES, "a divergence's gradient overwrites nothing")
     return partial(_torchce(problem), inplace_backward=True)
 
 
@@ -119,11 +132,39 @@ def _cross_entropy_with_entropy(logits: Tensor, target: Tensor, entropy_bonus: f
     return F.nll_loss(log_p, target) - entropy_bonus * -(log_p.exp() * log_p).sum(1).mean()
 
 
+def _rows(logits: Tensor) -> int:
+    return logits.numel() // logits.shape[1]
+
+
+def _kl_div(logits: Tensor, target: Tensor, target_logits: bool = False) -> Tensor:
+    teacher = F.log_softmax(target, 1) if target_logits else target
+    # Of two dimensions that is batchmean.
+    return F.kl_div(F.log_softmax(logits, 1), teacher, reduction="sum", log_target=target_logits) / _rows(logits)
+
+
+def _js_div(logits: Tensor, target: Tensor, target_logits: bool) -> Tensor:
+    log_q, log_p = F.log_softmax(logits, 1), F.log_softmax(target, 1)
+    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    terms = [F.kl_div(log_m, log, reduction="sum", log_target=True) for log in (log_p, log_q)]
+    return sum(terms[1:], terms[0]) / (2 * _rows(logits))
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = F.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+COMPOSED: dict[str, Loss] = {KL_DIV: _kl_div, JS_DIV: _js_div, ENTROPY_OF_LOGITS: _entropy}
+"""What torch has no function for."""
+
+
 def eager(problem: Problem) -> Loss:
     if problem.variant == CAPPED:
         return _capped_cross_entropy
     if problem.variant == ENTROPY:
         return _cross_entropy_with_entropy
+    if problem.op in COMPOSED:
+        return COMPOSED[problem.op]
     # As torch's own linear_cross_entropy without options, which older versions lack.
     return _after_linear(F.cross_entropy) if problem.op == LINEAR_CROSS_ENTROPY else getattr(F, problem.op)
 
@@ -140,12 +181,27 @@ def _torch_chunked(problem: Problem) -> Loss:
     return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
+def _liger_kl_div(liger: Any, logits: Tensor, target: Tensor, target_logits: bool = False) -> Tensor:
+    teacher = F.log_softmax(target, 1) if target_logits else target
+    log_q = F.log_softmax(logits, 1)
+    loss: Tensor = liger.liger_kl_div(log_q, teacher, reduction="batchmean", log_target=target_logits)
+    return loss
+
+
+def _liger_js_div(liger: Any, logits: Tensor, target: Tensor, target_logits: bool) -> Tensor:
+    loss: Tensor = liger.liger_jsd(F.log_softmax(logits, 1), F.log_softmax(target, 1))
+    return loss
+
+
 def _liger(problem: Problem) -> Loss:
     from liger_kernel.transformers import functional as liger
 
     if problem.op == LINEAR_CROSS_ENTROPY:
         return liger.liger_fused_linear_cross_entropy
-    _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
+    if problem.op in (KL_DIV, JS_DIV):
+        _require(len(problem.shape) == 2, "takes [N, C] logits only")
+        return partial(_liger_kl_div if problem.op == KL_DIV else _liger_js_div, liger)
+    _require(problem.op == CROSS_ENTROPY, f"has no {problem.op}")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
     _require(problem.variant != ENTROPY, "returns no entropy")
     if problem.variant == CAPPED:
@@ -162,7 +218,7 @@ def _quack(problem: Problem) -> Loss:
         return chunked_linear_cross_entropy
     from quack import cross_entropy
 
-    _require(problem.op == CROSS_ENTROPY, "has no sigmoid BCE")
+    _require(problem.op == CROSS_ENTROPY, f"has no {problem.op}")
     _require(len(problem.shape) == 2 and problem.variant != "soft", "takes [N, C] logits and class indices only")
     _require(problem.variant not in ("smoothing", CAPPED, ENTROPY), f"has no {problem.variant}")
     return cross_entropy

@@ -13,6 +13,8 @@ from benchmarks.problems import (
     CPU,
     CROSS_ENTROPY,
     CUDA,
+    DIVERGENCES,
+    KL_DIV,
     LINEAR_CROSS_ENTROPY,
     SOFT64,
     TRAINED,
@@ -172,6 +174,9 @@ CPU_GOALS = [
     Goal("cpu", SPEEDUP, 1.3, LINEAR_CROSS_ENTROPY, _HEADS, peers=(EAGER,)),
     Goal("cpu", SPEEDUP, 2.0, LINEAR_CROSS_ENTROPY, _HEADS, peers=(TORCH_CHUNKED,)),
     Goal("cpu", PEAK, 1 + 1 / 8, LINEAR_CROSS_ENTROPY, memory=OF_PIECES),
+    Goal("cpu", SPEEDUP, 3.0, KL_DIV, peers=(EAGER,)),
+    Goal("cpu", SPEEDUP, 1.5, KL_DIV, peers=(COMPILE,)),
+    *(Goal("cpu", PEAK, 1.0, op) for op in DIVERGENCES),
 ]
 
 CUDA_GOALS = [

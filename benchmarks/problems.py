@@ -13,9 +13,20 @@ from torch import Tensor
 CROSS_ENTROPY = "cross_entropy"
 BCE = "binary_cross_entropy_with_logits"
 LINEAR_CROSS_ENTROPY = "linear_cross_entropy"
-"""Ops go by their names in :mod:`torch.nn.functional`."""
+KL_DIV = "kl_div_with_logits"
+JS_DIV = "js_div_with_logits"
+ENTROPY_OF_LOGITS = "entropy_with_logits"
+"""Ops go by their names in :mod:`torch.nn.functional`, those that torch lacks by ours."""
 
-LABELS = {CROSS_ENTROPY: "CE", BCE: "BCE", LINEAR_CROSS_ENTROPY: "linear CE"}
+DIVERGENCES = (KL_DIV, JS_DIV, ENTROPY_OF_LOGITS)
+LABELS = {
+    CROSS_ENTROPY: "CE",
+    BCE: "BCE",
+    LINEAR_CROSS_ENTROPY: "linear CE",
+    KL_DIV: "KL",
+    JS_DIV: "JS",
+    ENTROPY_OF_LOGITS: "entropy",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 TRAINED = ("float32", "bfloat16")  # what models are trained in: measured everywhere, and what tables and plots show
 WIDENED = ("float32",)  # what is read as it is beside float64; of 16 bits there is a copy
@@ -23,6 +34,7 @@ WIDENED = ("float32",)  # what is read as it is beside float64; of 16 bits there
 CAPPED = "z-loss softcap"
 ENTROPY = "entropy"  # a bonus for that of each row
 SOFT64 = "soft float64"  # probabilities wider than the logits
+PROBABILITIES = "probabilities"  # of a divergence's teacher, which else has logits
 CHANNELS_LAST = "channels_last"  # logits, beside a contiguous target
 
 IGNORE_INDEX = -100
@@ -51,7 +63,8 @@ class Problem:
     op: str
     shape: tuple[int, ...]  # of the logits
     reason: str
-    variant: str = ""  # soft, SOFT64, smoothing, weight, ignored, CAPPED, ENTROPY; pos_weight, CHANNELS_LAST
+    # soft, SOFT64, smoothing, weight, ignored, CAPPED, ENTROPY; pos_weight, CHANNELS_LAST; PROBABILITIES
+    variant: str = ""
     quick: bool = False  # part of --quick
     key: bool = False  # part of --key, and of README's table: what a reader decides by
     launch_bound: bool = False  # so small that launching it is what takes the time
@@ -113,6 +126,14 @@ class Problem:
             targets = uniform(*self.shape, dtype=dtype).round_()
             return Inputs((logits, targets), keywords)
 
+        if self.op == ENTROPY_OF_LOGITS:
+            return Inputs((logits,), {})
+        if self.op in DIVERGENCES:
+            teacher = normal(*self.shape, scale=LOGIT_SCALE)
+            if self.variant == PROBABILITIES:
+                return Inputs((logits, torch.softmax(teacher, 1)), {})
+            return Inputs((logits, teacher), {"target_logits": True})
+
         if self.variant == "soft":
             return Inputs((logits, torch.softmax(normal(*self.shape, scale=1.0), 1)), {})
         if self.variant == SOFT64:
@@ -141,6 +162,18 @@ def _bce(*shape: int, reason: str, **options: Any) -> Problem:
 
 def _linear_ce(rows: int, hidden: int, classes: int, reason: str, **options: Any) -> Problem:
     return Problem(LINEAR_CROSS_ENTROPY, (rows, classes), reason, hidden=hidden, **options)
+
+
+def _kl(*shape: int, reason: str, **options: Any) -> Problem:
+    return Problem(KL_DIV, shape, reason, **options)
+
+
+def _js(*shape: int, reason: str, **options: Any) -> Problem:
+    return Problem(JS_DIV, shape, reason, **options)
+
+
+def _entropy(*shape: int, reason: str, **options: Any) -> Problem:
+    return Problem(ENTROPY_OF_LOGITS, shape, reason, **options)
 
 
 CPU = [
@@ -193,6 +226,18 @@ CPU = [
     # Llama 3's 128256 classes would take 4096 rows 10 to 100 s a call here, and tell nothing more.
     _linear_ce(512, 128, 32000, reason="a small language model's head: all logits fit one piece", key=True),
     _linear_ce(4096, 256, 32000, reason="its longer batch: several pieces, and whole logits fit no cache", key=True),
+    _kl(512, 32000, reason="distillation of a language model: memory bound", key=True),
+    _kl(4096, 1000, reason="distillation of a classifier: fits the L3 cache at most", quick=True, key=True),
+    _kl(8, 19, 256, 256, reason="distillation of a segmentation: classes are strided", key=True),
+    _kl(512, 32000, reason="a language model's stored probabilities", variant=PROBABILITIES),
+    _kl(4096, 1000, reason="a classifier's stored probabilities", variant=PROBABILITIES),
+    _kl(8, 19, 256, 256, reason="a segmentation's stored probabilities", variant=PROBABILITIES),
+    _js(512, 32000, reason="generalised distillation of a language model: memory bound", key=True),
+    _js(4096, 1000, reason="consistency of a classifier's two views"),
+    _js(8, 19, 256, 256, reason="consistency of two segmentations: classes are strided"),
+    _entropy(512, 32000, reason="reinforcement learning from tokens: a bonus without a loss", key=True),
+    _entropy(4096, 1000, reason="test-time adaptation of a classifier: entropy is the loss"),
+    _entropy(8, 19, 256, 256, reason="the same of a segmentation: classes are strided"),
 ]
 
 _QUACK = "QuACK's published grid: "
@@ -235,6 +280,9 @@ CUDA = [
         key=True,
         dtypes=("bfloat16",),
     ),
+    _kl(4096, 32768, reason="distillation of a language model"),
+    _js(4096, 32768, reason="generalised distillation of a language model"),
+    _entropy(4096, 32768, reason="reinforcement learning from tokens: a bonus without a loss"),
 ]
 
 GRIDS = {"cpu": CPU, "cuda": CUDA}

@@ -23,50 +23,66 @@ from benchmarks.contenders import (
     FORWARD_BACKWARD,
     IN_PLACE,
     LIGER,
+    OURS,
     QUACK,
     TORCH_CHUNKED,
     TORCHCE,
 )
 from benchmarks.goals import BACKWARD, FORWARD, TRAINING
 from benchmarks.ledger import RESULTS, ROOT, Row, folder, latest
-from benchmarks.problems import GRIDS, LINEAR_CROSS_ENTROPY, TRAINED, Problem
+from benchmarks.problems import BCE, CROSS_ENTROPY, DIVERGENCES, GRIDS, LINEAR_CROSS_ENTROPY, TRAINED, Problem
 from benchmarks.report import describe, environments, ratio, seconds, size
 
 NOT_MEASURED = "not yet measured"
 
 # What a reader decides by: the size at which calls cost most, the common ones, and both losses.
-HEADLINES = {device: [p for p in grid if p.key and p.op != LINEAR_CROSS_ENTROPY] for device, grid in GRIDS.items()}
+HEADLINES = {device: [p for p in grid if p.key and p.op in (CROSS_ENTROPY, BCE)] for device, grid in GRIDS.items()}
 HEADS = {device: [p for p in grid if p.key and p.op == LINEAR_CROSS_ENTROPY] for device, grid in GRIDS.items()}
+OF_DIVERGENCES = {device: [p for p in grid if p.key and p.op in DIVERGENCES] for device, grid in GRIDS.items()}
 PEERS = {"cpu": (EAGER, COMPILE), "cuda": (EAGER, COMPILE, LIGER, QUACK)}
 PEERS_OF_HEADS = {
     "cpu": (EAGER, COMPILE, TORCH_CHUNKED),
     "cuda": (EAGER, COMPILE, TORCH_CHUNKED, LIGER, QUACK, APPLE_CCE),
 }
+PEERS_OF_DIVERGENCES = {"cpu": (EAGER, COMPILE), "cuda": (EAGER, COMPILE, LIGER)}
 TITLES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def _table(problems: Sequence[Problem], peers: Sequence[str], rows: Sequence[Row]) -> str:
+def _table(
+    problems: Sequence[Problem], peers: Sequence[str], rows: Sequence[Row], ours: Sequence[str] = (TORCHCE, IN_PLACE)
+) -> str:
     found = {(c.op, c.size, c.variant, c.dtype): c for c in cases(rows) if c.phase == TRAINING}
-    ours = ["torchce", "in place"]
-    figures = ["speed-up", "speed-up in place", "memory", "memory in place"]
-    header = ["problem", "dtype", *ours, *peers, *figures]
+    ways = [OURS[each] for each in ours]
+    figures = [f"{figure} {way or ''}".rstrip() for figure in ("speed-up", "memory") for way in ways]
+    header = ["problem", "dtype", *(way or TORCHCE for way in ways), *peers, *figures]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for problem in problems:
         for dtype in (dtype for dtype in problem.dtypes if dtype in TRAINED):
             case = found.get((problem.op, problem.size, problem.variant, dtype))
-            lines.append([problem.name, dtype, *_figures(case, peers)])
+            lines.append([problem.name, dtype, *_figures(case, peers, ours)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _figures(case: Case | None, peers: Sequence[str]) -> list[str]:
+def _figures(case: Case | None, peers: Sequence[str], ours: Sequence[str]) -> list[str]:
     if case is None or case.time(TORCHCE) is None:
-        return [NOT_MEASURED, *["-"] * (len(peers) + 5)]
+        return [NOT_MEASURED, *["-"] * (len(peers) + 3 * len(ours) - 1)]
     best = case.fastest_peer(peers)
-    speedups = [case.speedup(ours, best) for ours in (TORCHCE, IN_PLACE)]
+    speedups = [case.speedup(each, best) for each in ours]
     return [
-        *(seconds(case.time(contender)) for contender in (TORCHCE, IN_PLACE, *peers)),
+        *(seconds(case.time(contender)) for contender in (*ours, *peers)),
         *("-" if speedup is None else f"{speedup:.1f}x" for speedup in speedups),
-        *(size(case.rows[ours].peak_bytes) if ours in case.rows else "-" for ours in (TORCHCE, IN_PLACE)),
+        *(size(case.rows[each].peak_bytes) if each in case.rows else "-" for each in ours),
+    ]
+
+
+def _divergences(device: str, rows: Sequence[Row]) -> list[str]:
+    """A sentence and a table; nothing where none was measured."""
+    problems = OF_DIVERGENCES[device]
+    if not {problem.op for problem in problems} & {row.op for row in rows}:
+        return []
+    return [
+        "Divergences from the logits of a teacher, and entropies, beside what one composes of torch's functions:",
+        _table(problems, PEERS_OF_DIVERGENCES[device], rows, (TORCHCE,)),
     ]
 
 
@@ -87,6 +103,7 @@ def section(results: Path = RESULTS) -> str:
             parts += [
                 _table(HEADLINES[device], PEERS[device], rows),
                 _table(HEADS[device], PEERS_OF_HEADS[device], rows),
+                *_divergences(device, rows),
                 f"Every problem and pass, with plots: [{where}]({where}/results.md).",
             ]
         else:

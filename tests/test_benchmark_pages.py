@@ -16,7 +16,7 @@ from benchmark_rows import ENVIRONMENT, ROWS, row
 
 import torchce
 from benchmarks import ledger, readme, variants
-from benchmarks.problems import LINEAR_CROSS_ENTROPY
+from benchmarks.problems import KL_DIV, LINEAR_CROSS_ENTROPY
 
 
 def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
@@ -46,6 +46,26 @@ def test_readme_is_made_from_the_ledger_alone(tmp_path: Path) -> None:
     assert "typed by hand" not in text
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
+
+
+def test_readme_shows_divergences_once_they_are_measured(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    page = tmp_path / "README.md"
+    page.write_text("<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    ledger.save(results / "some-cpu" / ledger.FILE, ROWS)
+    assert readme.update(page, results)
+    assert "| KL" not in page.read_text()
+
+    times = {"torchce": 0.02, "eager": 0.09, "compile": 0.05}
+    kl = [row(contender, median, op=KL_DIV) for contender, median in times.items()]
+    unsupported = row("torchce in place", None, op=KL_DIV, peak_bytes=None, note="overwrites nothing")
+    ledger.save(results / "some-cpu" / ledger.FILE, [*ROWS, *kl, unsupported])
+    assert readme.update(page, results)
+    text = page.read_text()
+    assert "| problem | dtype | torchce | eager | compile | speed-up | memory |" in text
+    assert "| KL 512x32000 | float32 | 20 ms | 90 ms | 50 ms | 2.5x | 62 MiB |" in text
+    assert f"| entropy 512x32000 | float32 | {readme.NOT_MEASURED} | - | - | - | - |" in text
+    assert not readme.update(page, results)
 
 
 def test_the_measured_section_is_made_from_the_cuda_ledger(tmp_path: Path) -> None:

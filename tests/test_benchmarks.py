@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
@@ -17,7 +19,19 @@ from benchmark_rows import ENVIRONMENT, ROWS, row
 from benchmarks import __main__ as command
 from benchmarks import contenders, goals, ledger, measure, plots, problems, report, timing, traffic
 from benchmarks.cases import cases
-from benchmarks.problems import BCE, CHANNELS_LAST, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SOFT64, Problem
+from benchmarks.problems import (
+    BCE,
+    CHANNELS_LAST,
+    CROSS_ENTROPY,
+    DIVERGENCES,
+    ENTROPY_OF_LOGITS,
+    JS_DIV,
+    KL_DIV,
+    LINEAR_CROSS_ENTROPY,
+    PROBABILITIES,
+    SOFT64,
+    Problem,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +50,10 @@ TRAFFIC = [
     pytest.param(Problem(CROSS_ENTROPY, (2, 6, 2), ""), (L + 32 + 32, 2 * L + 32 + 32), id="strided_classes"),
     pytest.param(Problem(BCE, (4, 6), ""), (2 * L, 3 * L), id="bce"),
     pytest.param(Problem(BCE, (4, 6), "", "pos_weight"), (2 * L + 24, 3 * L + 24), id="pos_weight"),
+    pytest.param(Problem(KL_DIV, (4, 6), ""), (2 * L + 64, 3 * L + 64), id="kl"),
+    pytest.param(Problem(KL_DIV, (4, 6), "", PROBABILITIES), (2 * L + 48, 3 * L + 48), id="kl_probabilities"),
+    pytest.param(Problem(JS_DIV, (2, 6, 2), ""), (2 * L + 80, 3 * L + 80), id="js_strided_classes"),
+    pytest.param(Problem(ENTROPY_OF_LOGITS, (4, 6), ""), (L + 48, 2 * L + 48), id="entropy"),
 ]
 
 
@@ -44,6 +62,20 @@ def test_traffic_counts_each_byte_once(problem: Problem, expected: tuple[int, in
     forward, backward, both = (traffic.traffic_bytes(problem, phase, 4) for phase in traffic.PHASES)
     assert (forward, backward) == expected
     assert both == sum(expected)
+
+
+@pytest.mark.parametrize("device", problems.GRIDS)
+def test_every_divergence_of_the_grid_has_traffic(device: str) -> None:
+    grid = [problem for problem in problems.GRIDS[device] if problem.op in DIVERGENCES]
+    assert {problem.op for problem in grid} == set(DIVERGENCES)
+    for problem in grid:
+        elements = problem.rows * problem.classes
+        operands = 1 if problem.op == ENTROPY_OF_LOGITS else 2
+        numbers = [
+            (traffic.traffic_bytes(problem, "forward", size) or 0) - operands * elements * size for size in (2, 4)
+        ]
+        assert numbers[0] == numbers[1]  # of float32, whatever the logits are
+        assert 0 < numbers[0] <= 5 * 4 * problem.rows
 
 
 def test_traffic_of_products_is_not_counted() -> None:
@@ -154,6 +186,24 @@ def test_a_linear_layers_loss_is_judged_against_whole_logits_and_torchs_pieces()
     (case,) = cases([row(contender, time, **values) for contender, time in times.items()])
     judged = {verdict.goal.peers: verdict.met for verdict in goals.verdicts(case)}
     assert judged == {("torchce in place",): True, ("eager",): False, ("torch chunked",): True}
+
+
+@pytest.mark.parametrize("dtype", problems.TRAINED)
+def test_kl_is_judged_against_eager_and_the_compiler_apart(dtype: str) -> None:
+    values = {"op": KL_DIV, "size": "8x19x256x256", "dtype": dtype, "peak_bytes": None}
+    times = {"torchce": 1.0, "eager": 2.9, "compile": 1.6}
+    (case,) = cases([row(contender, time, **values) for contender, time in times.items()])
+    judged = {verdict.goal.peers: verdict.met for verdict in goals.verdicts(case)}
+    assert judged == {("eager",): False, ("compile",): True}
+
+
+@pytest.mark.parametrize("op", DIVERGENCES)
+def test_a_divergence_holds_one_gradient_and_a_few_numbers_a_row(op: str) -> None:
+    gradient, rest = 4096 * 1000 * 4, 4096 * 64 + (64 << 10)
+    for peak, met in ((gradient + rest, True), (gradient + rest + 1, False)):
+        (case,) = cases([row("torchce", 1.0, op=op, size="4096x1000", peak_bytes=peak)])
+        (verdict,) = goals.verdicts(case)
+        assert verdict.met == met
 
 
 def test_nothing_is_judged_that_was_not_measured() -> None:
@@ -272,6 +322,10 @@ TINY = [
     pytest.param(Problem(BCE, (2, 5, 3, 3), "", "pos_weight"), id="bce_pos_weight"),
     pytest.param(Problem(BCE, (2, 5, 3, 3), "", CHANNELS_LAST), id="bce_channels_last"),
     pytest.param(Problem(LINEAR_CROSS_ENTROPY, (8, 5), "", hidden=4), id="linear"),
+    pytest.param(Problem(KL_DIV, (8, 5), ""), id="kl"),
+    pytest.param(Problem(KL_DIV, (2, 5, 3, 3), "", PROBABILITIES), id="kl_probabilities"),
+    pytest.param(Problem(JS_DIV, (2, 5, 3, 3), ""), id="js"),
+    pytest.param(Problem(ENTROPY_OF_LOGITS, (2, 5, 3, 3), ""), id="entropy"),
 ]
 ALL_PHASES = traffic.PHASES
 NO_COMPILE = [c for c in contenders.CONTENDERS if "cpu" in c.devices and c.name != contenders.COMPILE]
@@ -288,7 +342,10 @@ def test_every_kind_of_problem_is_measured(problem: Problem, dtype: str) -> None
         for contender in ("eager", "torchce", *([] if is_linear else ["copy"])):
             assert found[phase, contender].median, found[phase, contender].note
     ours, in_place = found["forward+backward", "torchce"], found["forward+backward", "torchce in place"]
-    assert in_place.median, in_place.note
+    if problem.op in DIVERGENCES:
+        assert "overwrites nothing" in in_place.note
+    else:
+        assert in_place.median, in_place.note
     # One gradient at least: of the logits, or of the linear layer's weight.
     gradient = problem.classes * (problem.hidden or problem.rows)
     assert (ours.peak_bytes or 0) >= gradient * problems.DTYPES[dtype].itemsize
@@ -329,6 +386,35 @@ def test_a_linear_layers_loss_overwrites_no_inputs() -> None:
     in_place = next(c for c in contenders.CONTENDERS if c.name == contenders.IN_PLACE)
     assert in_place.consumes(Problem(CROSS_ENTROPY, (8, 5), ""))
     assert not in_place.consumes(Problem(LINEAR_CROSS_ENTROPY, (8, 5), "", hidden=4))
+
+
+@pytest.mark.parametrize("contender", contenders.CONTENDERS, ids=lambda contender: contender.name)
+def test_a_divergence_overwrites_no_inputs(contender: contenders.Contender) -> None:
+    assert not any(contender.consumes(Problem(op, (8, 5), "")) for op in DIVERGENCES)
+
+
+def test_ligers_divergences_are_given_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jsd(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        log_m = (log_q.exp() / 2 + log_p.exp() / 2).log()
+        of_p, of_q = (F.kl_div(log_m, log, reduction="batchmean", log_target=True) for log in (log_p, log_q))
+        return of_p / 2 + of_q / 2
+
+    functional = SimpleNamespace(liger_kl_div=F.kl_div, liger_jsd=jsd)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(functional=functional))
+    liger = [c for c in contenders.CONTENDERS if c.name == contenders.LIGER]
+
+    def notes(problem: Problem) -> list[str]:
+        return [r.note for r in measure.measure(problem, "float32", "cpu", liger, measure.Budget(0.0, 1), ["forward"])]
+
+    for problem in (
+        Problem(KL_DIV, (8, 5), ""),
+        Problem(KL_DIV, (8, 5), "", PROBABILITIES),
+        Problem(JS_DIV, (8, 5), ""),
+    ):
+        assert not any(notes(problem))
+    assert "takes [N, C] logits only" in notes(Problem(KL_DIV, (2, 5, 3), ""))
+    assert f"has no {ENTROPY_OF_LOGITS}" in notes(Problem(ENTROPY_OF_LOGITS, (8, 5), ""))
 
 
 def test_long_calls_need_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
