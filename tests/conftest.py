@@ -35,7 +35,7 @@ settings.register_profile(
 )
 settings.register_profile(
     "fuzz", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_UNHURRIED
-)  # of each test; there are six
+)  # of each test; there are seven
 settings.load_profile("short")
 
 

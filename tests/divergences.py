@@ -76,12 +76,14 @@ def _of_logits(logits: Tensor, temperature: float, class_dim: int) -> _Side:
     gap = torch.where(x == largest, 0, x - largest)
     log_p = gap - gap.exp().sum(class_dim, keepdim=True).log()
     rounded = x.abs() + largest.abs() if temperature != 1 else torch.zeros_like(x)  # the quotients are rounded too
-    return _Side(log_p.exp(), log_p, log_p.abs(), 1 + log_p.abs() + rounded, False)
+    size = torch.where(log_p == -torch.inf, 0, log_p.abs())  # where it is excluded, nothing is rounded
+    error = torch.where(log_p == -torch.inf, 0, 1 + size + rounded)
+    return _Side(log_p.exp(), log_p, size, error, False)
 
 
 def _of_probabilities(target: Tensor) -> _Side:
     p = float64(target)
-    return _Side(p, p.log(), p.log().abs(), torch.ones_like(p), True)
+    return _Side(p, p.log(), torch.where(p == 0, 0, p.log().abs()), torch.ones_like(p), True)
 
 
 class Truths(NamedTuple):
@@ -120,10 +122,11 @@ def truth(
         size = total(times(student.p, student.size * student.error)) + total(student.p * student.error)
     elif "js" in kind.name:
         beta = kind.options.get("beta", 0.5)
-        mixture = beta * teacher.p + (1 - beta) * student.p
+        lift = 2.0**100  # so that no mixture is a subnormal number
+        mixture = beta * (lift * teacher.p) + (1 - beta) * (lift * student.p)
         shares = []
         for side, share in ((teacher, beta), (student, 1 - beta)):
-            ratio = (side.p / mixture).log()
+            ratio = (lift * side.p / mixture).log()
             ratio = torch.where((side.p == 0) | (mixture == 0), 0, ratio)
             shares.append((side, share, ratio, share * total(side.p * ratio)))
         loss = shares[0][3] + shares[1][3]
@@ -131,8 +134,9 @@ def truth(
         size = size + total(torch.minimum(student.p * student.error, teacher.p * teacher.error))
     else:
         first, other = (student, teacher) if "reverse" in kind.name else (teacher, student)
-        difference = torch.where(first.p == 0, 0, first.log - other.log)
-        loss = total(times(first.p, difference))
+        difference = torch.where(first.log == -torch.inf, 0, first.log - other.log)
+        # Infinite even where float64 rounds the first's probability to 0.
+        loss = total(torch.where(difference == torch.inf, torch.inf, times(first.p, difference)))
         of_sums = (0 if side.is_known else total(times(side.p, side.error)) for side in (first, other))
         size = total(times(first.p, difference.abs() * first.error + first.size)) + total(first.p) * sum(of_sums)
         size = size + total(times(first.p, torch.minimum(other.size, torch.full_like(other.size, 1e300))))
@@ -159,18 +163,14 @@ def truth(
     if "js" in kind.name:
         found = []
         for (side, share, ratio, term), by in zip(shares, (teacher, student), strict=True):
-            near = (teacher.p * teacher.error + student.p * student.error) / mixture
+            near = lift * (teacher.p * teacher.error + student.p * student.error) / mixture
             moved = share * (ratio.abs() * side.error + torch.minimum(near, 1 + side.error))
             if by.is_known:
-                found.append(gradient(share * (side.p / mixture).log(), moved, of_logits=False))
+                value = torch.where(side.p == 0, -torch.inf, share * ratio)
+                found.append(gradient(value, moved, of_logits=False))
             else:
                 condition = side.p * (moved + term.abs() * side.error + size)
-                # The logarithm of a quotient below the least normal number may be off by 5.
-                least = torch.finfo(torch.float32).smallest_normal
-                units = torch.where(side.p < least * mixture, 5 * side.p / (least * torch.finfo(torch.float32).eps), 0)
-                found.append(
-                    gradient(side.p * (share * ratio - term), condition, subnormal=ratio.abs() + term + 1 + units)
-                )
+                found.append(gradient(side.p * (share * ratio - term), condition, subnormal=ratio.abs() + term + 1))
         return Truths(row_truth, found[1], found[0])
     if first.is_known:
         value = difference + 1
@@ -183,7 +183,7 @@ def truth(
         of_first = gradient(value, condition, subnormal=difference.abs() + loss.abs() + 1)
     if other.is_known:
         value = -torch.where(first.p == 0, 0, first.p / other.p)
-        of_other = gradient(value, value.abs() * first.error, of_logits=False)
+        of_other = gradient(value, value.abs() * first.error, of_logits=False, subnormal=2 / other.p)
     else:
         weights = total(first.p)
         condition = weights * other.p * other.error + first.p * first.error

@@ -181,9 +181,9 @@ void check_logarithms() {
   check<A>("log_of_positive", -A(0), -A(0), true, log_of_positive, exact_log, nothing);
   check<A>("log_of_positive", -Limits<A>::denorm_min(), -infinity, false, log_of_positive, exact_log, nothing);
   check<A>("log_of_positive", nan, nan, true, log_of_positive, exact_log, nothing);
-  const auto of_ratio = [](auto r) { return math::log_ratio(r, r - A(1)); };
-  const auto of_excess = [](auto x) { return math::log_ratio(x + A(1), x); };
-  check<A>("log_ratio of r", Limits<A>::min(), A(0.5), false, of_ratio, exact_log, of_division);
+  const auto of_ratio = [](auto r) { return math::log_ratio(r * math::kRatioLift<A>, r - A(1)); };
+  const auto of_excess = [](auto x) { return math::log_ratio((x + A(1)) * math::kRatioLift<A>, x); };
+  check<A>("log_ratio of r", Limits<A>::denorm_min(), A(0.5), false, of_ratio, exact_log, of_division);
   check<A>("log_ratio of 0", 0, 0, true, of_ratio, exact_log, of_division);
   check<A>("log_ratio of an excess", 0, A(0x1p20), false, of_excess, exact_log1p, of_division);
   check<A>("log_ratio of an excess", -A(0), A(-0.5), false, of_excess, exact_log1p, of_division);

@@ -28,6 +28,8 @@ KERNELS = {
     "forward_backward_by_cluster",
     "row_outputs",
     "backward_scale",
+    "forward_by_teams",
+    "backward_by_teams",
     "forward",
     "backward",
 }
@@ -41,7 +43,7 @@ pytestmark = [
 
 def kernel_name(symbol: str) -> str:
     """``forward_by_lanes`` of ``_ZN7torchce4cuda10softmax_ce16forward_by_lanesI...``; empty for no loss's kernel."""
-    found = re.search(r"(?:softmax_ce|sigmoid_bce)\d+([a-z_]+?)I", symbol)
+    found = re.search(r"(?:softmax_ce|sigmoid_bce|divergence)\d+([a-z_]+?)I", symbol)
     return found[1] if found else ""
 
 
@@ -89,6 +91,8 @@ def has_packs(symbol: str) -> bool:
         return False  # it reads class by class
     if kernel_name(symbol) == "row_outputs":
         return "Lb1E" in symbol  # kAdjacent
+    if "by_teams" in kernel_name(symbol):
+        return "EELb1EEEv" in symbol  # the last argument: kAdjacent
     across = kernel_name(symbol) in {"forward_across", "backward_across", "forward", "backward"}
     return not across or "Li1EEEv" not in symbol
 

@@ -38,6 +38,7 @@ PARTS = [
         "tests/test_softmax_ce_own.py",
         "tests/test_sigmoid_bce.py",
         "tests/test_determinism.py",
+        "tests/test_divergence.py",
     ],
 ]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import cases
 import composed
+import divergences
 import linear_problems
 import pytest
 import torch
@@ -312,6 +313,62 @@ def test_in_place_and_autocast(problem: Softmax, data: st.DataObject, device: st
             options = {k: v.to(logits.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
             target = target if target.is_floating_point() else target.long()  # torch smooths no uint8
             assert loss.dtype == torch_function(logits, target, **options).dtype
+    counts["fuzzed problems"] += 1
+
+
+# --- divergences ----------------------------------------------------------------------------------------------------
+
+
+class Diverging(NamedTuple):
+    kind: str
+    input: Tensor
+    target: Tensor | None
+    options: dict[str, Any]
+
+
+@st.composite
+def diverging_problems(draw: st.DrawFn) -> Diverging:
+    """Both operands of drawn layouts and dtypes, of which one excludes what the other does."""
+    shape = draw(softmax_shapes())
+    class_dim = min(1, len(shape) - 1)
+    kind = divergences.KINDS[draw(st.sampled_from(sorted(divergences.KINDS)))]
+    scale = draw(st.sampled_from([1e-3, 1.0, 10.0, 1e3]))
+    has_logits = not kind.has_target or kind.options.get("target_logits", False)
+    # By a probability that is 0 as the student's is there is no derivative.
+    share = draw(st.sampled_from([0, 0, 0.2])) if has_logits else 0
+    excluded = cases.uniform(shape, torch.float32, "cpu", seed=draw(seeds)) < share
+    operands: list[Tensor] = []
+    for is_logits in (True, kind.options.get("target_logits", False))[: 1 + kind.has_target]:
+        dtype = draw(dtypes)
+        values = cases.normal(shape, torch.float64, "cpu", seed=draw(seeds), scale=scale)
+        values = values.masked_fill(excluded & ~excluded.all(class_dim, keepdim=True), -math.inf)
+        if not is_logits:
+            values = values.softmax(class_dim)
+            if "reverse" in kind.name:  # from what rounds to 0 it is infinite
+                values = values.clamp_min(torch.finfo(dtype).smallest_normal)
+        draw_values = values.to(dtype)
+        layout = draw(layouts(len(shape)))
+        operand = layout.arrange(lambda s, d=dtype: torch.zeros(s, dtype=d), shape)  # type: ignore[misc]
+        if not any(layout.expanded):
+            operand.copy_(draw_values)
+        else:
+            operand = draw_values
+        operands.append(operand)
+    options: dict[str, Any] = {"reduction": draw(reductions)}
+    if draw(st.booleans()):
+        options["temperature"] = draw(st.sampled_from([0.5, 1.3, 7.0]))
+    if draw(st.booleans()):
+        mask = cases.uniform(cases.index_shape(shape), torch.float32, "cpu", seed=draw(seeds)) < 0.7
+        assume(bool(mask.any()) or options["reduction"] != "mean")
+        options["mask"] = mask
+    assume(math.prod(cases.index_shape(shape)) > 0)
+    return Diverging(kind.name, operands[0], operands[1] if len(operands) > 1 else None, options)
+
+
+@given(problem=diverging_problems())
+def test_divergences(problem: Diverging, counts: Counter[str]) -> None:
+    kind, input, target, options = problem
+    divergences.check(divergences.KINDS[kind], input, target, **options)
     counts["fuzzed problems"] += 1
 
 

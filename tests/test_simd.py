@@ -41,6 +41,8 @@ KERNELS = (
     r"sigmoid_bce_forward\(.*<torchce::BFloat16, torchce::BFloat16>",
     r"sigmoid_bce_gradient<false>\(.*<float, float>",
     r"sigmoid_bce_gradient<false>\(.*<torchce::BFloat16, torchce::BFloat16>",
+    r"divergences::forward_(group|strip)<float, ",
+    r"divergences::backward_(group|strip)<float, ",
 )
 
 
@@ -130,7 +132,14 @@ def test_unknown_level_is_refused() -> None:
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != WIDEST])
 def test_values_at_lower_levels(level: str) -> None:
     """All tests of the kernels, at the levels that are not the default here: the suite itself runs at that one."""
-    kernels = ["softmax_ce", "softmax_ce_rounding", "softmax_ce_forward_backward", "infinite_weights", "sigmoid_bce"]
+    kernels = [
+        "softmax_ce",
+        "softmax_ce_rounding",
+        "softmax_ce_forward_backward",
+        "infinite_weights",
+        "sigmoid_bce",
+        "divergence",
+    ]
     selection = [*(f"tests/test_{name}.py" for name in kernels), "-k", "not cuda"]
     result = run_python(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selection)
     assert result.returncode == 0, result.stdout[-3000:]

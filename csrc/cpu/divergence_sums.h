@@ -60,7 +60,7 @@ class RunningSums {
   }
 
   // The divergences of the rows of vector w.
-  TORCHCE_SIMD V divergence(int w) const { return kl(sums[w]); }
+  TORCHCE_SIMD V divergence(int w) const { return kl<A>(sums[w]); }
   // Their largest logits, and their sums against these.
   TORCHCE_SIMD V first_largest(int w) const { return first_max[w]; }
   TORCHCE_SIMD V other_largest(int w) const { return other_max[w]; }

@@ -13,7 +13,7 @@ void Backend::run(const DeviceScope& device, const host::divergence::BackwardCal
               [&](auto storage, auto sides, auto adjacent) {
                 using T = decltype(storage);
                 constexpr bool kAdjacent = decltype(adjacent)::value;
-                launch_teams(device, backward<T, decltype(sides), kAdjacent>, call.args, call.problem.count(),
+                launch_teams(device, backward_by_teams<T, decltype(sides), kAdjacent>, call.args, call.problem.count(),
                              team_of<T>(rows, kAdjacent));
               });
 }

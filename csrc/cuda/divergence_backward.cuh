@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_gradients(const Gradient& of, RowPosition 
 // Each row belongs to a team of `team` neighbouring threads, a power of two up to a warp, or a block. kAdjacent: the
 // classes of operands and gradients are adjacent in memory.
 template <class T, class S, bool kAdjacent>
-__global__ __launch_bounds__(kThreads, kBlocksToFit) void backward(const Backward call, const int team) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_by_teams(const Backward call, const int team) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner, rows_of_block = kThreads / team, step = gridDim.x * rows_of_block;

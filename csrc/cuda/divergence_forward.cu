@@ -12,7 +12,7 @@ void Backend::run(const DeviceScope& device, const host::divergence::ForwardCall
   with_kernel(rows, /*gradients_are_adjacent=*/true, [&](auto storage, auto sides, auto adjacent) {
     using T = decltype(storage);
     constexpr bool kAdjacent = decltype(adjacent)::value;
-    const auto kernel = forward<T, decltype(sides), kAdjacent>;
+    const auto kernel = forward_by_teams<T, decltype(sides), kAdjacent>;
     const int team = team_of<T>(rows, kAdjacent);
     const int64_t blocks = std::min(device.resident_blocks(kernel, {kThreads}),
                                     softmax_ce::ceil_div(call.problem.count(), kThreads / team));

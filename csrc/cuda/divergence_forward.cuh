@@ -33,8 +33,8 @@ __device__ __forceinline__ Value of_team(Value value, int team) {
 
 // Each row belongs to a team of `team` neighbouring threads, a power of two up to a warp, or a block.
 template <class T, class S, bool kAdjacent>
-__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Forward call, const int team,
-                                                                  const GridScratch scratch) {
+__global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_by_teams(const Forward call, const int team,
+                                                                           const GridScratch scratch) {
   using A = Accumulate<T>;
   const Rows& rows = call.rows;
   const Options& options = rows.options;
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward(const Forward 
       value = beta * (terms.first * A(1 / kLift));
       second_value = rest * (terms.other * A(1 / kLift));
     } else {
-      value = kl(row);
+      value = kl<A>(row);
     }
     if (r >= count || thread != 0) continue;
     const Statistics<A> statistics(rows, call.statistics, r);

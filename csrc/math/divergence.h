@@ -224,15 +224,15 @@ struct OnlineSums {
 };
 
 // log_of_quotient is log(a / b) of sums, given a - b too.
-template <class V>
+template <class A, class V>
 TORCHCE_HD V log_of_quotient(V a, V b, V surplus) {
-  return math::log_ratio(a / b, surplus / b);
+  return math::log_ratio(a * math::kRatioLift<A> / b, surplus / b);
 }
 
 // remainder is K, of the references, which may be the largest logits, and sums of both.
-template <class V>
+template <class A, class V>
 TORCHCE_HD V remainder(const Offsets<V>& offsets, V first_reference, V other_reference, V first, V other, V surplus) {
-  return offsets.gap(first_reference, other_reference) + log_of_quotient(first, other, surplus);
+  return offsets.gap(first_reference, other_reference) + log_of_quotient<A>(first, other, surplus);
 }
 
 // KnownSums are a row's sums as its softmax takes them: 1 of probabilities, whatever they add up to, and of an operand
@@ -256,11 +256,11 @@ struct KnownSums {
 };
 
 // kl is KL(F || O) of a row.
-template <class V, class S, class Sum>
+template <class A, class V, class S, class Sum>
 TORCHCE_HD V kl(const OnlineSums<V, S, Sum>& row) {
   const auto sums = KnownSums<V>::of(row);
   const auto& [first, other, offsets] = row.against;
-  const V rest = remainder(offsets, first, other, sums.first, sums.other, sums.surplus);
+  const V rest = remainder<A>(offsets, first, other, sums.first, sums.other, sums.surplus);
   const V finite = row.gaps.sum / sums.first - rest * sums.weights;
   return math::select(row.most == V{} + math::kInfinityF, row.most + sums.first + sums.other, finite);
 }
@@ -279,8 +279,8 @@ struct MixtureLogs {
     constexpr A kSmallest = sizeof(A) == sizeof(double) ? A(__DBL_MIN__) : A(__FLT_MIN__);  // where both are 0
     const V mixture = beta * f + rest * o;
     const V inverse = A(1) / math::larger(mixture, V{} + kSmallest), excess = (f - o) * inverse;
-    first = math::log_ratio(f * inverse, rest * excess);
-    other = math::log_ratio(o * inverse, -beta * excess);
+    first = math::log_ratio(f * math::kRatioLift<A> * inverse, rest * excess);
+    other = math::log_ratio(o * math::kRatioLift<A> * inverse, -beta * excess);
   }
 };
 
@@ -343,7 +343,7 @@ class RowGradients {
     lowered = LoweredGradient<V>(of_logits);
     f = First(in.first_max, in.first_sum, S::kJs ? lift : of_logits);
     o = Other(in.other_max, in.other_sum, S::kJs ? lift : of_logits * weights);
-    const V k = remainder(offsets, in.first_max, in.other_max, first_sum, other_sum, first_sum - other_sum);
+    const V k = remainder<A>(offsets, in.first_max, in.other_max, first_sum, other_sum, first_sum - other_sum);
     rest = kFirstIsKnown ? k - one : k + in.value;
   }
 

@@ -21,6 +21,10 @@ constexpr float kInfinityF = __builtin_huge_valf();
 template <class A>
 constexpr A kInfinity = A(__builtin_huge_val());
 
+// kRatioLift multiplies the quotients of log_ratio, so that none is a subnormal number.
+template <class A>
+constexpr A kRatioLift = sizeof(A) == sizeof(double) ? A(0x1p54) : A(0x1p25);
+
 // two_atanh is 2 atanh(u), as 2u + u^3 Q(u^2) with a minimax fit Q.
 // Valid: |u| <= 1/3 and NaN. -0 and subnormal numbers are right; beyond 1/3 the fit leaves the function.
 // Error: 1 ulp (0.62), of which the fit has 2^-27.7 of the value.
@@ -50,8 +54,11 @@ TORCHCE_HD double log1p(double x) { return ::log1p(x); }
 TORCHCE_HD float log_of_positive(float x) { return ::logf(x); }
 TORCHCE_HD double log_of_positive(double x) { return ::log(x); }
 template <class A>
-TORCHCE_HD A log_ratio(A r, A excess) {
-  return r < A(0.5) ? log_of_positive(r) : log1p(excess);
+TORCHCE_HD A log_ratio(A lifted, A excess) {
+  constexpr A kSmallest = sizeof(A) == sizeof(double) ? A(__DBL_MIN__) : A(__FLT_MIN__);
+  if (lifted >= A(0.5) * kRatioLift<A>) return log1p(excess);
+  if (lifted < kSmallest * kRatioLift<A>) return log_of_positive(lifted) - log(kRatioLift<A>);
+  return log_of_positive(lifted * (1 / kRatioLift<A>));
 }
 
 // tanh of doubles is CUDA's own, as above.
@@ -193,16 +200,19 @@ TORCHCE_HD F log_of_positive(F x) {
   return select(x > F{}, result, select(x == F{}, F{} - kInfinity<A>, x + A(__builtin_nan(""))));
 }
 
-// log_ratio is log r, given r - 1 too, as `excess`, which may be known more exactly than r is.
-// Valid: normal r, 0 and NaN; 0 gives minus infinity, and a subnormal r a finite number below -87, of doubles -708.
+// log_ratio is log r, given r kRatioLift, and r - 1 as `excess`, which may be known more exactly than r is.
+// Valid: r from 2^-149, of doubles 2^-1074, to 2^100, 0 and NaN; 0 gives minus infinity.
 // Error: at most 3 ulp (2.51), beside that of r where it is below 1/2 and that of the excess elsewhere.
 template <class F>
-TORCHCE_HD F log_ratio(F r, F excess) {
+TORCHCE_HD F log_ratio(F lifted, F excess) {
   using A = ElementOf<F>;
-  const auto n = exponent_around_one(r);
+  constexpr int kLift = kWide<F> ? 54 : 25;
+  const auto of_lifted = exponent_around_one(lifted), n = of_lifted - kLift;
+  const F mantissa = from_bits(to_bits(lifted) - (of_lifted << kMantissaBits<F>));
   const F scale = from_bits(to_bits(A(1)) - (n << kMantissaBits<F>));
-  const F of_mantissa = select(r < A(0.5), r * scale - A(1), excess * scale + (scale - A(1)));
-  return select(r == F{}, F{} - kInfinity<A>, log_of_parts(n, of_mantissa));
+  const auto is_small = lifted < A(0.5) * kRatioLift<A>;
+  const F of_mantissa = select(is_small, mantissa - A(1), excess * scale + (scale - A(1)));
+  return select(lifted == F{}, F{} - kInfinity<A>, log_of_parts(n, of_mantissa));
 }
 
 // log1p is log(1 + x).

@@ -37,6 +37,7 @@ class Fault:
 FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
 BACKWARD_HOST, OUTPUTS_OF_ROWS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_outputs.cuh"
 SCALE = "cuda/softmax_ce_scale.cuh"
+DIVERGENCE_ROW = "cuda/divergence_row.cuh"
 FORMULAS = "math/softmax_ce.h"
 REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
@@ -62,6 +63,7 @@ INNER = "test_cuda_regimes.py::test_inner_positions_around_every_block_width"
 COLUMNS = "test_cuda_regimes.py::test_bce_weights_of_columns"
 TRANSFORMED = "test_cuda_regimes.py::test_transformed_logits"
 OUTPUTS = "test_softmax_ce_own.py::test_outputs"
+DIVERGENCES = "test_divergence.py::test_shapes"
 OF_SCALE = "test_softmax_ce_own.py::test_gradient_of_a_scale"
 
 FAULTS = {
@@ -243,6 +245,24 @@ FAULTS = {
         "if (!PLANTED) args.grad_entropy_strides = turned(args.grad_entropy_strides);",
         OUTPUTS,
         "elements differ",
+    ),
+    "lanes are merged as if all had the same references": Fault(
+        DIVERGENCE_ROW,
+        "all.sums.template raise_to<A>(largest_first, largest_other);",
+        "if (!PLANTED) all.sums.template raise_to<A>(largest_first, largest_other);",
+        DIVERGENCES,
+    ),
+    "a sum is not rescaled beside its weighted differences": Fault(
+        "math/divergence.h",
+        "gaps.sum = finite * factor;",
+        "gaps.sum = PLANTED ? finite : finite * factor;",
+        DIVERGENCES,
+    ),
+    "a team reads the other's sums of a block": Fault(
+        "cuda/divergence_forward.cuh",
+        "__syncthreads();  // it may be written again",
+        "if (!PLANTED) __syncthreads();  // it may be written again",
+        DIVERGENCES,
     ),
     "the target class has no part in the gradient of a scale": Fault(
         SCALE,
