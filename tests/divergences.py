@@ -167,7 +167,7 @@ def truth(
             moved = share * (ratio.abs() * side.error + torch.minimum(near, 1 + side.error))
             if by.is_known:
                 value = torch.where(side.p == 0, -torch.inf, share * ratio)
-                found.append(gradient(value, moved, of_logits=False))
+                found.append(gradient(value, moved, of_logits=False, subnormal=lift / mixture))
             else:
                 condition = side.p * (moved + term.abs() * side.error + size)
                 found.append(gradient(side.p * (share * ratio - term), condition, subnormal=ratio.abs() + term + 1))
