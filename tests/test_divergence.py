@@ -278,6 +278,18 @@ def test_no_number_gives_no_number(kind: Kind, value: float, classes: int) -> No
         assert loss.isnan().tolist() == [False, False, True, False], f"{tensor.shape}"
 
 
+@pytest.mark.parametrize("classes", [5, 700])
+@pytest.mark.parametrize("kind", LOGITS, ids=lambda kind: kind.name)
+def test_a_row_without_a_softmax(kind: Kind, classes: int) -> None:
+    """Of nothing but minus infinity, in either operand."""
+    input, target = operands(kind, (3, classes))
+    assert target is not None
+    nothing = torch.full((3, classes), -INF)
+    for tensors in ((nothing, target), (input, nothing), (nothing, nothing)):
+        assert bool(kind(*tensors, "none").isnan().all())
+    assert bool(ours.entropy_with_logits(nothing, "none").isnan().all())
+
+
 @pytest.mark.parametrize("kind", LOGITS, ids=lambda kind: kind.name)
 def test_masks_of_the_lowest_number(kind: Kind) -> None:
     """finfo.min in both, as masks are filled with, is as good as minus infinity."""
@@ -334,7 +346,8 @@ def test_module() -> None:
     options: dict[str, Any] = {"target_logits": True, "temperature": 2.0, "reverse": True, "dtype": torch.float64}
     loss = torchce.KLDivWithLogitsLoss("sum", **options)
     assert_bitwise_equal(loss(input, target, mask), ours.kl_div_with_logits(input, target, "sum", mask=mask, **options))
-    assert repr(loss) == "KLDivWithLogitsLoss(reduction='sum', target_logits=True, temperature=2.0, reverse=True)"
+    fields = "reduction='sum', target_logits=True, temperature=2.0, reverse=True, dtype=torch.float64"
+    assert repr(loss) == f"KLDivWithLogitsLoss({fields})"
     assert torchce.KLDivWithLogitsLoss()(input, input.softmax(1)).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -397,6 +410,11 @@ X, T = torch.zeros(3, 5), torch.full((3, 5), 0.2)
         ((X, T), {"mask": [True] * 3}, "mask: expected a bool tensor"),
         ((X, T), {"dtype": torch.int64}, "dtype: expected a floating point dtype"),
         ((X, T, "batchmean"), {}, "batchmean"),
+        ((X, T), {"temperature": 1e39}, "temperature: expected a positive number"),
+        ((X, T.to("meta")), {}, "target: expected a tensor on cpu, got one on meta"),
+        ((X, T), {"mask": torch.ones(3).bool().to("meta")}, "mask: expected a tensor on cpu, got one on meta"),
+        ((X.to_sparse(), T), {}, "input: expected a strided tensor, got a torch.sparse_coo one"),
+        ((torch.nested.nested_tensor([X[0], X[1]]), T), {}, "input: expected a strided tensor, got a nested one"),
     ],
 )
 def test_errors(arguments: tuple[Any, ...], options: dict[str, Any], words: str) -> None:

@@ -457,6 +457,25 @@ def test_meta_and_fake(kind: Kind) -> None:
             assert (of.shape, of.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS.values() if k.has_target], ids=lambda kind: kind.name)
+def test_gradients_of_fake_operands_have_the_real_layout(kind: Kind) -> None:
+    """Each that of its own operand."""
+    input, target = operands(kind, (6, 5, 3))
+    assert target is not None
+    for x, t in (
+        (input.transpose(1, 2).contiguous().transpose(1, 2), target),
+        (input, target.permute(2, 1, 0).contiguous().permute(2, 1, 0)),
+    ):
+        strides = []
+        for is_fake in (False, True):
+            with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                of = [(mode.from_tensor(a) if is_fake else a).requires_grad_() for a in (x.clone(), t.clone())]
+            with mode if is_fake else torch.enable_grad():
+                grads = torch.autograd.grad(kind(*of), of)
+            strides.append([grad.stride() for grad in grads])
+        assert strides[0] == strides[1]
+
+
 @EACH_KIND
 def test_subclasses_and_modes(kind: Kind) -> None:
     seen: list[dict[str, Any]] = []

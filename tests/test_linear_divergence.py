@@ -102,6 +102,29 @@ def test_gradients_of_what_learns_only(name: str) -> None:
 
 
 @EACH_LOSS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=cases.dtype_id)
+def test_a_teacher_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    """In pieces, too; the loss has the promoted dtype."""
+    tensors = layers()
+    mixed = {n: t.to(dtype) if n.startswith("target_") else t for n, t in tensors.items()}
+    results, expected = value_and_grads(pieces, name, mixed), value_and_grads(whole, name, mixed)
+    assert results[0].dtype == torch.promote_types(torch.float32, dtype)
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+
+
+@EACH_LOSS
+@pytest.mark.parametrize("classes", [CLASSES, 2000])
+def test_rows_that_are_left_out_may_hold_anything(name: str, classes: int) -> None:
+    """Whether they are gathered, of many classes, or not."""
+    tensors = layers(classes=classes)
+    expected = value_and_grads(pieces, name, tensors, mask=MASK)
+    for n in ("input", "target_input"):
+        tensors[n] = tensors[n].masked_fill(~MASK.unsqueeze(1), torch.nan)
+    for result, wanted in zip(value_and_grads(pieces, name, tensors, mask=MASK), expected, strict=True):
+        assert_bitwise_equal(result, wanted)
+
+
+@EACH_LOSS
 def test_a_teacher_that_learns(name: str) -> None:
     """Through whole logits."""
     results = []

@@ -138,6 +138,8 @@ def differentiate_by(name: str, formula: Callable[..., Tensor | tuple[Tensor, ..
             results = (result,) if isinstance(result, Tensor) else result
             # An output that was not asked for has no elements, and leads nowhere.
             used = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if r.requires_grad]
+            if not used:
+                return (None,) * len(needs_grad)
             outputs, grads = zip(*used, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
         return tuple(next(found) if needed else None for needed in needs_grad)

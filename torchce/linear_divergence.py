@@ -86,6 +86,10 @@ def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, chunked.Chunks, Loss]:
     return Inputs(*arguments[:N_INPUTS]), chunked.Chunks(*rest[:_N_CHUNKS]), Loss(*rest[_N_CHUNKS:])
 
 
+def _acc(inputs: Inputs) -> torch.dtype:
+    return ops.divergence_accumulation(inputs.input, inputs.target_input)
+
+
 def _student(inputs: Inputs) -> chunked.Linear:
     return chunked.Linear(inputs.input, inputs.linear_weight, inputs.linear_bias)
 
@@ -94,19 +98,28 @@ def _run(
     inputs: Inputs,
     chunks: chunked.Chunks,
     needs: tuple[bool, bool, bool],
-    turn: Callable[[Tensor, Tensor, slice | Tensor], None],
+    turn: Callable[[Tensor, Tensor, slice | Tensor], Tensor | None],
 ) -> chunked.LayerGradients:
-    """Calls ``turn`` with the student's and the teacher's logits of each piece; the former become their gradient."""
+    """Calls ``turn`` with the student's and the teacher's logits of each piece; it returns the former's gradient."""
 
     def turn_both(logits: Tensor, at: slice | Tensor) -> None:
         of_teacher = F.linear(inputs.target_input[at], inputs.target_linear_weight, inputs.target_linear_bias)
-        turn(logits, of_teacher, at)
+        of_student = logits
+        if logits.is_cuda and of_teacher.dtype != logits.dtype:  # kernels take pairs of one dtype there
+            common = torch.promote_types(logits.dtype, of_teacher.dtype)
+            of_student, of_teacher = logits.to(common), of_teacher.to(common)
+        gradient = turn(of_student, of_teacher, at)
+        if gradient is not None:
+            logits.copy_(gradient)
 
     kept = None
     if inputs.mask is not None:
         kept = chunked.kept_rows(inputs.mask, len(inputs.linear_weight), chunks)
-    beside = 2 if any(needs) else 1  # the teacher's logits, and a gradient before it is written over the student's
-    row_bytes = beside * len(inputs.linear_weight) * inputs.input.element_size()
+        if kept is None:  # else what rows hold that are left out would reach the weight's gradient, a NaN times 0
+            inputs = inputs._replace(input=torch.where(inputs.mask.unsqueeze(1), inputs.input, 0))
+    # The teacher's logits, and a gradient before it is written over the student's.
+    element_bytes = inputs.target_input.element_size() + (inputs.input.element_size() if any(needs) else 0)
+    row_bytes = len(inputs.linear_weight) * element_bytes
     with torch.amp.autocast(inputs.input.device.type, enabled=False):  # it has had its say before
         return chunked.run(_student(inputs), kept, needs, chunks, turn_both, row_bytes)
 
@@ -117,7 +130,7 @@ def _piece(mask: Tensor | None, at: slice | Tensor) -> Tensor | None:
 
 def _forward(*arguments: Any) -> Tensor:
     inputs, chunks, loss = _parsed(arguments)
-    losses = inputs.input.new_zeros(len(inputs.input), dtype=ops.accumulation_dtype(inputs.input.dtype))
+    losses = inputs.input.new_zeros(len(inputs.input), dtype=_acc(inputs))
 
     def keep(logits: Tensor, of_teacher: Tensor, at: slice | Tensor) -> None:
         mask = _piece(inputs.mask, at)
@@ -132,11 +145,11 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, chunks, loss = _parsed((*arguments[1 : N_INPUTS + 1], *arguments[N_INPUTS + 2 :]))
     options = _options(loss)
 
-    def turn(logits: Tensor, of_teacher: Tensor, at: slice | Tensor) -> None:
+    def turn(logits: Tensor, of_teacher: Tensor, at: slice | Tensor) -> Tensor:
         operands = (logits, of_teacher, _piece(inputs.mask, at))
         _, *saved = ops.eager_divergence_forward(*operands, grad_output.dtype, *options)
         grad, _ = ops.eager_divergence_backward(grad_output[at], *operands, *saved, True, False, *options)
-        logits.copy_(grad)
+        return grad  # type: ignore[no-any-return]
 
     found = _run(inputs, chunks, tuple(needs), turn)
     # Of what is not needed each a tensor of its own: an op's outputs may not be the same.
@@ -145,8 +158,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_forward(*arguments: Any) -> Tensor:
     inputs, _, _ = _parsed(arguments)
-    acc = ops.accumulation_dtype(inputs.input.dtype)
-    return inputs.input.new_empty(inputs.input.shape[0], dtype=acc)
+    return inputs.input.new_empty(inputs.input.shape[0], dtype=_acc(inputs))
 
 
 def _fake_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -172,8 +184,7 @@ def _unfused(*arguments: Any) -> Tensor:
     inputs, _, loss = _parsed(arguments)
     logits = F.linear(*_student(inputs))
     of_teacher = F.linear(inputs.target_input, inputs.target_linear_weight, inputs.target_linear_bias)
-    acc = ops.accumulation_dtype(inputs.input.dtype)
-    return composite(logits, of_teacher, inputs.mask, acc, *_options(loss))
+    return composite(logits, of_teacher, inputs.mask, _acc(inputs), *_options(loss))
 
 
 def _set_up(ctx: Any, arguments: tuple[Any, ...], output: Tensor) -> None:

@@ -456,9 +456,8 @@ class KLDivWithLogitsLoss(nn.Module):
     __prepare_scriptable__ = _refuse_scripting
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}" for name in ("reduction", "target_logits", "temperature", "reverse")
-        )
+        names = ["reduction", "target_logits", "temperature", "reverse", *([] if self.dtype is None else ["dtype"])]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         return functional.kl_div_with_logits(  # type: ignore[no-any-return]

@@ -262,7 +262,9 @@ TORCHCE_HD V kl(const OnlineSums<V, S, Sum>& row) {
   const auto& [first, other, offsets] = row.against;
   const V rest = remainder<A>(offsets, first, other, sums.first, sums.other, sums.surplus);
   const V finite = row.gaps.sum / sums.first - rest * sums.weights;
-  return math::select(row.most == V{} + math::kInfinityF, row.most + sums.first + sums.other, finite);
+  const V infinite = row.most + sums.first + sums.other, nan = V{} + A(__builtin_nan(""));
+  const V value = math::select(row.most == V{} + math::kInfinityF, infinite, finite);
+  return math::select((sums.first == V{}) | (sums.other == V{}), nan, value);  // one has no class, and no softmax
 }
 
 // kLift is what probabilities are multiplied with for MixtureLogs, so that no mixture of them is a subnormal number.

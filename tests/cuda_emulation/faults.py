@@ -37,7 +37,7 @@ class Fault:
 FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
 BACKWARD_HOST, OUTPUTS_OF_ROWS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_outputs.cuh"
 SCALE = "cuda/softmax_ce_scale.cuh"
-DIVERGENCE_ROW = "cuda/divergence_row.cuh"
+DIVERGENCE_ROW, PACKED_CLASSES = "cuda/divergence_row.cuh", "cuda/packed_classes.cuh"
 FORMULAS = "math/softmax_ce.h"
 REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
@@ -96,17 +96,17 @@ FAULTS = {
         REDUCE, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks - 1 + PLANTED)", MANY_ROWS, "counter"
     ),
     "half of a warp's lanes are not added": Fault(REDUCE, "width / 2;", "width / (2 + 2 * PLANTED);", PLANS),
-    "the tail ends one class early": Fault(CLASSES, "k < end;", "k < end - PLANTED;", PLANS),
-    "the head ends one class early": Fault(CLASSES, "k < body;", "k < body - PLANTED;", PLANS),
+    "the tail ends one class early": Fault(PACKED_CLASSES, "k < end;", "k < end - PLANTED;", PLANS),
+    "the head ends one class early": Fault(PACKED_CLASSES, "k < body;", "k < body - PLANTED;", PLANS),
     "the tail takes one class twice": Fault(
-        CLASSES,
+        PACKED_CLASSES,
         "k = body + packs * V + thread;",
         "k = body + packs * V + thread - (PLANTED && packs > 0);",
         "test_ops.py::test_in_place_backward_at_every_remainder",
         "elements differ",
     ),
     "the tail steps wrongly": Fault(
-        CLASSES,
+        PACKED_CLASSES,
         "; k += threads) f(k);\n  }\n};",
         "; k += threads + PLANTED) f(k);\n  }\n};",
         "test_softmax_ce.py::test_every_remainder",

@@ -259,6 +259,10 @@ def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None
             raise ValueError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a floating point tensor of 16 bits or more, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name}: expected a strided tensor, got a {kind} one")
+        _check_device(name, tensor, input)
     shape = input.shape
     if len(shape) == 0:
         raise ValueError("input: expected at least one dimension, got a scalar")
@@ -267,7 +271,12 @@ def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None
         raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
     if has_target and not has_shape(target, shape):
         raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
-    check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]))
+    check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]), input)
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected a tensor on {input.device}, got one on {tensor.device}")
 
 
 def check_loss_dtype(dtype: Any) -> None:
@@ -281,9 +290,10 @@ def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
     check_positive("1 / temperature", 1 / temperature, acc)
 
 
-def check_mask(mask: Any, row_shape: Sequence[int]) -> None:
+def check_mask(mask: Any, row_shape: Sequence[int], input: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not has_shape(mask, row_shape):
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"mask: expected a bool tensor of shape {list(row_shape)}, one for each row, got {got}")
+    _check_device("mask", mask, input)

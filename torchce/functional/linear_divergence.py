@@ -62,8 +62,9 @@ def linear_kl_div(
     loss go through pieces of rows, so that the logits of neither are ever whole. The backward computes a piece's
     logits anew; both passes together take six matrix products, where whole logits take four.
 
-    Only the student has gradients. Where a tensor of the teacher's requires grad, in transforms of :mod:`torch.func`
-    and second derivatives, the logits are whole, and so they are where those of a small call take 2 MiB at most.
+    In pieces only the student has gradients. Where a tensor of the teacher's requires grad, it has its own, but through
+    whole logits; so do transforms of :mod:`torch.func` and second derivatives, and small calls, whose logits take 2 MiB
+    at most.
 
     Args:
         input (Tensor): the student's features
@@ -193,7 +194,7 @@ def _linear_divergence(
     inputs = Inputs(*student, *teacher, inputs.mask)
     check_loss_dtype(dtype)
     check_temperature(temperature, promoted(inputs.input.dtype, inputs.target_input.dtype))
-    check_mask(inputs.mask, inputs.input.shape[:1])
+    check_mask(inputs.mask, inputs.input.shape[:1], inputs.input)
     chunks = chunks_of(
         options=None, **of_chunks, compact_ignored=None, input=inputs.input, linear_weight=inputs.linear_weight
     )
@@ -201,7 +202,6 @@ def _linear_divergence(
     if (
         (by_rule and _is_small(inputs))
         or not have_kernels(*inputs)
-        or inputs.input.dtype != inputs.target_input.dtype
         or any(map(requires_grad, inputs[3:]))
         or transformed(*inputs)
     ):
@@ -210,7 +210,8 @@ def _linear_divergence(
             return js_div_with_logits(*logits, target_logits=True, beta=beta, **of_loss)
         return kl_div_with_logits(*logits, target_logits=True, reverse=kind == REVERSE_KL, **of_loss)
     if dtype is None:
-        dtype = promoted(inputs.input.dtype, torch.float32) if autocasts(inputs.input) else inputs.input.dtype
+        dtype = promoted(inputs.input.dtype, inputs.target_input.dtype)
+        dtype = promoted(dtype, torch.float32) if autocasts(inputs.input) else dtype
     losses = linear_divergence(inputs, chunks, Loss(kind, float(temperature), float(beta)))
     if number == _MEAN:
         total = losses.sum()
