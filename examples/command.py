@@ -29,7 +29,7 @@ def main(*tasks: Callable[[], Task], description: str, arguments: Sequence[str] 
     console = Console(highlight=False)
     results = []
     for build in tasks:
-        with console.status("reading data"):
+        with console.status("preparing data"):
             task = build()
         console.print(f"[bold]{task.name}[/bold]: {task.summary}")
         results.append(_watch(task, options, console))
@@ -99,7 +99,7 @@ def _table(results: list[Result]) -> Table:
     table.add_column("")
     table.add_column("loss of")
     for heading in ("held out", "largest\ndifference", "loss time\na step", "share", "loss\nmemory"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         names = list(result.runs)
         for name, run in result.runs.items():

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import torchce
-from examples import digits, glyphs, tokens, vocabulary
+from examples import digits, distillation, glyphs, information, tokens, vocabulary
 from examples.command import main
 from examples.heads import HEADS
 from examples.picture import bars
@@ -31,18 +32,23 @@ def _one_thread(restore_threads: None) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def files() -> Iterator[list[Path]]:
-    """One font and the first files only: as real, and read in a second. The value is all files."""
+    """One font, the first files only, one teacher: as real, and ready in a second. The value is all files."""
     every = tokens.files()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "FONTS", ("DejaVuSansMono",))
         patch.setattr(tokens, "files", lambda: every[:20])
+        patch.setattr(distillation, "taught", cache(distillation.taught))
         yield every
 
 
-@pytest.mark.parametrize("example", [digits, glyphs, tokens], ids=["digits", "glyphs", "tokens"])
+TRAINED = [digits, distillation, glyphs, tokens]
+
+
+@pytest.mark.parametrize("example", TRAINED, ids=lambda example: example.__name__)
 def test_trains_alike(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "picture.png"
-    arguments = ["--steps", "4", "--device", "cpu", "--output", str(picture)]
+    steps = 40 if example is distillation else 4  # softened by a temperature, a loss falls slowly at first
+    arguments = ["--steps", str(steps), "--device", "cpu", "--output", str(picture)]
     (result,) = main(example.task, description=example.__doc__, arguments=arguments)
 
     fused_too = ["torchce linear"] if example is tokens else []
@@ -50,7 +56,7 @@ def test_trains_alike(example: ModuleType, tmp_path: Path, capsys: pytest.Captur
     theirs, *all_ours = result.runs.values()
     assert max(result.differences) < 1e-5
     for ours in all_ours:
-        assert len(ours.curve) == len(theirs.curve) == 4
+        assert len(ours.curve) == len(theirs.curve) == steps
         assert ours.curve[-1] < ours.curve[0]
         assert ours.score == pytest.approx(theirs.score, abs=0.01)
         assert 0 < ours.loss_share < 1
@@ -63,7 +69,7 @@ def test_trains_alike(example: ModuleType, tmp_path: Path, capsys: pytest.Captur
     assert f"{max(result.differences):.1e}" in printed
 
 
-@pytest.mark.parametrize("example", [digits, glyphs, tokens], ids=["digits", "glyphs", "tokens"])
+@pytest.mark.parametrize("example", TRAINED, ids=lambda example: example.__name__)
 def test_help(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(example.task, description=example.__doc__, arguments=["--help"])
@@ -175,6 +181,71 @@ def test_digits_are_learnt() -> None:
     assert result.constant_score < 0.2
     for run in result.runs.values():
         assert run.score > 0.85
+
+
+def test_distillation_teaches_the_unseen() -> None:
+    device = torch.device("cpu")
+    images, labels = digits.task().held_out
+    unseen = labels == distillation.UNSEEN
+    shares = {}
+    for task in (distillation.labels_task(), distillation.task()):
+        *_, result = train(task, device, task.steps, seed=0)
+        for name, run in result.runs.items():
+            with torch.no_grad():
+                guesses = run.model(images).argmax(1)
+            shares[task.name, name] = float((guesses[unseen] == labels[unseen]).float().mean())
+            assert (guesses[~unseen] == labels[~unseen]).float().mean() > 0.85
+    assert shares["labels", "torch"] == shares["labels", "torchce"] == 0
+    assert min(shares["distilled", "torch"], shares["distilled", "torchce"]) > 0.5
+
+
+def test_distillation_data() -> None:
+    whole, labelled, distilled = digits.task(), distillation.labels_task(), distillation.task()
+    assert labelled.train[1].unique().tolist() == [digit for digit in range(10) if digit != distillation.UNSEEN]
+    assert torch.equal(labelled.train[0], distilled.train[0])
+    assert distilled.train[1].shape == (len(labelled.train[1]), 10)
+    assert (distilled.train[1].argmax(1) == labelled.train[1]).float().mean() > 0.98
+    for task in (labelled, distilled):
+        assert all(map(torch.equal, task.held_out, whole.held_out))
+
+
+def test_distillation_losses_are_alike() -> None:
+    torch.manual_seed(0)
+    student, teacher = 10 * torch.randn(64, 10), 10 * torch.randn(64, 10)
+    theirs, ours = (loss_and_gradients(loss, (student,), teacher) for loss in distillation.task().losses.values())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_information(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "picture.png"
+    panels = information.main(["--device", "cpu", "--output", str(picture)])
+    printed = capsys.readouterr().out
+    for panel in panels:
+        for name, difference in panel.identities.items():
+            assert difference.numel() > 0
+            assert difference.abs().max() < 1e-13
+            assert name in printed
+        for curve in panel.curves.values():
+            assert curve.shape == panel.positions.shape
+            assert curve.min() > -1e-15
+    _, coin, moving, apart = panels
+    assert coin.positions[coin.curves["H"].argmax()] == 0.5
+    assert "H(P, Q) at 1.00, KL(P || Q) at 1.00" in printed
+    assert moving.curves["H(P, Q)"].min().item() == pytest.approx(moving.level[1], abs=1e-13)
+    assert 0.69 < apart.curves["JS(P, Q)"].max() <= information.LOG_2 < apart.curves["KL(P || Q)"].max()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_information_has_curves_of_the_seed() -> None:
+    first, again, other = (information.moving(torch.device("cpu"), seed).curves["H(P, Q)"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_information_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        information.main(["--help"])
+    assert re.search(r"--output.*information\.png", capsys.readouterr().out, re.DOTALL)
 
 
 def test_digits_data() -> None:
