@@ -16,7 +16,7 @@ from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchce import ops, sigmoid_bce, softmax_ce, softmax_ce_formulas
+from torchce import divergence, divergence_formulas, ops, sigmoid_bce, softmax_ce, softmax_ce_formulas
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
@@ -29,7 +29,7 @@ OPS = sorted(
     and not name.startswith("torchce::linear_")  # not compiled: test_linear_softmax_ce.py
 )
 PROBLEM_H = Path(__file__).resolve().parents[1] / "csrc" / "problem.h"
-OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options}
+OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options, "divergence": divergence.Options}
 PLAIN_OPS = ("softmax_ce_forward", "softmax_ce_backward", "softmax_ce_backward_")  # which take torch's own options
 # Python functions that take an op's arguments, by position. Behind those that they name they may take any.
 FUNCTIONS = [
@@ -43,6 +43,8 @@ FUNCTIONS = [
     ("sigmoid_bce_forward", sigmoid_bce.composite),
     ("sigmoid_bce_backward", sigmoid_bce.gradients),
     ("sigmoid_bce_backward_", ops.sigmoid_bce_backward_),
+    ("divergence_forward", divergence_formulas.composite),
+    ("divergence_forward", divergence_formulas.decomposition),
 ]
 
 Named = dict[str, Any]
@@ -84,6 +86,16 @@ BCE_SAMPLES = {
     "weighted": {"shape": (6, 5), "weighted": True},
     "loss_dtype": {"shape": (6, 5), "dtype": torch.float16, "loss_dtype": torch.float32, "reduction": NONE},
     "empty": {"shape": (0, 5), "reduction": SUM},  # opcheck takes NaN, the mean, for a difference
+}
+DIVERGENCE_SAMPLES = {
+    "kl": {"shape": (6, 5)},
+    "kl_probabilities": {"shape": (3, 5, 4), "target_logits": False, "reduction": NONE},
+    "reverse_kl": {"shape": (5,), "kind": divergence.REVERSE_KL},
+    "reverse_kl_probabilities": {"shape": (6, 5), "kind": divergence.REVERSE_KL, "target_logits": False},
+    "js": {"shape": (2, 5, 3, 4), "kind": divergence.JS, "layout": "channels_last"},
+    "js_probabilities": {"shape": (6, 300), "kind": divergence.JS, "target_logits": False, "dtype": torch.bfloat16},
+    "entropy": {"shape": (6, 5), "kind": divergence.ENTROPY, "target_logits": False, "layout": "sliced"},
+    "empty": {"shape": (0, 5), "reduction": SUM},
 }
 
 
@@ -190,9 +202,44 @@ def bce_problem(
     return named, names + ["sigmoid_bce_backward_"] * (layout not in NOT_DENSE)
 
 
+def divergence_problem(
+    device: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    layout: str | None = None,
+    reduction: int = MEAN,
+    kind: int = divergence.KL,
+    target_logits: bool = True,
+) -> tuple[Named, list[str]]:
+    """What both ops of divergences are given, by name, and these."""
+    target = make_logits(shape, dtype, layout, device) * 2
+    named = {
+        "input": make_logits(shape, dtype, layout, device),
+        "target": None
+        if kind == divergence.ENTROPY
+        else target
+        if target_logits
+        else target.softmax(min(1, len(shape) - 1)),
+        "mask": torch.ones(cases.index_shape(shape), dtype=torch.bool, device=device),
+        "dtype": None,
+        "needs_input": True,
+        "needs_target": kind != divergence.ENTROPY,
+        "kind": kind,
+        "reduction": reduction,
+        "target_logits": target_logits,
+        "temperature": 1.5,
+        "beta": 0.3,
+    }
+    loss, named["statistics"], named["totals"] = call("divergence_forward", named)
+    named["grad_output"] = torch.ones_like(loss)
+    return named, ["divergence_forward", "divergence_backward"]
+
+
 def problem_of(loss: str, sample: str, device: str) -> tuple[Named, list[str]]:
     if loss == "bce":
         return bce_problem(device, **BCE_SAMPLES[sample])
+    if loss == "divergence":
+        return divergence_problem(device, **DIVERGENCE_SAMPLES[sample])
     return softmax_problem(device, loss, **PROBABILITY_SAMPLES[sample])
 
 
@@ -200,6 +247,7 @@ SAMPLES = [
     *(pytest.param("index", sample, id=f"index-{sample}") for sample in SOFTMAX_SAMPLES),
     *(pytest.param("probability", sample, id=f"probability-{sample}") for sample in PROBABILITY_SAMPLES),
     *(pytest.param("bce", sample, id=f"bce-{sample}") for sample in BCE_SAMPLES),
+    *(pytest.param("divergence", sample, id=f"divergence-{sample}") for sample in DIVERGENCE_SAMPLES),
 ]
 
 
