@@ -26,9 +26,7 @@ __device__ __forceinline__ Value of_team(Value value, int team) {
   value = reduce_block(value);
   if (threadIdx.x == 0) of_block = value;
   __syncthreads();
-  value = of_block;
-  __syncthreads();  // it may be written again
-  return value;
+  return of_block;  // which the next call writes after the barriers of reduce_block
 }
 
 // Each row belongs to a team of `team` neighbouring threads, a power of two up to a warp, or a block.

@@ -258,12 +258,6 @@ FAULTS = {
         "gaps.sum = PLANTED ? finite : finite * factor;",
         DIVERGENCES,
     ),
-    "a team reads the other's sums of a block": Fault(
-        "cuda/divergence_forward.cuh",
-        "__syncthreads();  // it may be written again",
-        "if (!PLANTED) __syncthreads();  // it may be written again",
-        DIVERGENCES,
-    ),
     "the target class has no part in the gradient of a scale": Fault(
         SCALE,
         "row.subtract_hot(gradient, k);",
