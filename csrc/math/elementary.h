@@ -180,7 +180,9 @@ TORCHCE_HD F log(F x) {
 // Error: none.
 template <class F>
 TORCHCE_HD typename BitsOf<F>::type exponent_around_one(F x) {
-  return (to_bits(x) - to_bits(ElementOf<F>(0.70710678f))) >> kMantissaBits<F>;
+  using Words = typename WordsOf<F>::type;  // without a sign: the difference of others may overflow
+  using I = typename BitsOf<F>::type;
+  return I(Words(to_bits(x)) - Words(to_bits(F{} + ElementOf<F>(0.70710678f)))) >> kMantissaBits<F>;
 }
 
 // log_of_positive is the natural logarithm.
@@ -209,7 +211,9 @@ TORCHCE_HD F log_ratio(F lifted, F excess) {
   constexpr int kLift = kWide<F> ? 54 : 25;
   const auto of_lifted = exponent_around_one(lifted), n = of_lifted - kLift;
   const F mantissa = from_bits(to_bits(lifted) - (of_lifted << kMantissaBits<F>));
-  const F scale = from_bits(to_bits(A(1)) - (n << kMantissaBits<F>));
+  using Words = typename WordsOf<F>::type;  // of 0 or a NaN the difference of others overflows
+  using I = typename BitsOf<F>::type;
+  const F scale = from_bits(I(Words(to_bits(F{} + A(1))) - (Words(n) << kMantissaBits<F>)));
   const auto is_small = lifted < A(0.5) * kRatioLift<A>;
   const F of_mantissa = select(is_small, mantissa - A(1), excess * scale + (scale - A(1)));
   return select(lifted == F{}, F{} - kInfinity<A>, log_of_parts(n, of_mantissa));
