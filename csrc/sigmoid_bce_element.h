@@ -39,10 +39,6 @@ auto pick(First first, Second second) {
     return second;
 }
 
-// The smallest normal number: one below has lost digits.
-template <class A>
-constexpr A kSmallestNormal = sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__);
-
 // The upstream gradient of a reduced loss, as each element receives it: a product of two factors, the second of which
 // is mostly 1.
 template <class A>
@@ -57,7 +53,7 @@ TORCHCE_HD GradOutputOfAll<A> grad_output_of_all(const Elements& problem) {
   const A grad_output = load_as<A>(problem.dtypes[kGradOutput], problem.data[kGradOutput], 0);
   if (problem.options.reduction != Reduction::mean) return {grad_output, A(1)};
   const A share = grad_output / A(problem.numel);
-  const bool is_exact = grad_output == A(0) || !(math::abs(share) < kSmallestNormal<A>);
+  const bool is_exact = grad_output == A(0) || !(math::abs(share) < math::kSmallestNormal<A>);
   return is_exact ? GradOutputOfAll<A>{share, A(1)} : GradOutputOfAll<A>{grad_output, A(1) / A(problem.numel)};
 }
 
@@ -65,7 +61,7 @@ TORCHCE_HD GradOutputOfAll<A> grad_output_of_all(const Elements& problem) {
 template <class A>
 TORCHCE_HD bool is_exact_product(A a, A b) {
   const A product = math::abs(a * b);
-  return a == A(0) || b == A(0) || (product >= kSmallestNormal<A> && product < math::kInfinity<A>);
+  return a == A(0) || b == A(0) || (product >= math::kSmallestNormal<A> && product < math::kInfinity<A>);
 }
 
 }  // namespace torchce::sigmoid_bce

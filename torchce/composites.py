@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,24 +127,51 @@ def differentiate_by(name: str, formula: Callable[..., Tensor | tuple[Tensor, ..
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         arguments = [next(tensors) if argument is Tensor else argument for argument in ctx.arguments]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Each argument becomes a view of its own, at which its gradient stops: one may be computed from another, or
-            # be the same tensor.
-            needs_grad = ctx.needs_input_grad
-            arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, needs_grad, strict=True)]
-            wanted = [argument for argument, needed in zip(arguments, needs_grad, strict=True) if needed]
-            result = formula(*arguments)
-            results = (result,) if isinstance(result, Tensor) else result
-            # An output that was not asked for has no elements, and leads nowhere.
-            used = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if r.requires_grad]
-            if not used:
-                return (None,) * len(needs_grad)
-            outputs, grads = zip(*used, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in needs_grad)
+        return gradients_of(formula, arguments, ctx.needs_input_grad, grad_outputs)
 
     differentiate(name, formula, set_up, backward)
+
+
+def gradients_of(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Sequence[Any],
+    needs_grad: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of those ``arguments`` that need one, from operations that torch can transform and differentiate.
+
+    ``grad_outputs`` are those of what ``formula`` makes of the arguments; None of an output that has none. An output
+    that was not asked for has no elements, and leads nowhere.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each argument becomes a view of its own, at which its gradient stops: one may be computed from another, or be
+        # the same tensor.
+        arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, needs_grad, strict=True)]
+        wanted = [argument for argument, needed in zip(arguments, needs_grad, strict=True) if needed]
+        result = formula(*arguments)
+        results = (result,) if isinstance(result, Tensor) else result
+        used = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if g is not None and r.requires_grad]
+        if not used:
+            return (None,) * len(needs_grad)
+        outputs, grads = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs_grad)
+
+
+def refuse_derivative(name: str, loss: str) -> None:
+    """Has the op ``name``, a backward, raise where it is to be differentiated: it has no formula of its own."""
+    op = below_autograd(getattr(torch.ops.torchce, name).default)
+
+    def kernel(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            raise RuntimeError(
+                f"{name}: expected tensors that do not require grad: in a graph that holds the backward of {loss} that "
+                "has no derivative; differentiate the loss itself twice, outside a graph"
+            )
+        return op(*arguments)
+
+    _library.impl(name, kernel, "Autograd")
 
 
 def decompose_for_onnx(name: str, decomposition: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchce import chunked, ops
-from torchce.composites import decompose_for_onnx, differentiate
+from torchce.composites import decompose_for_onnx, differentiate, gradients_of, refuse_derivative
 from torchce.divergence_formulas import Options, composite
 from torchce.transforms import differentiates_backward, is_batched
 
@@ -199,37 +199,17 @@ def _op_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     inputs, none = ctx.saved_tensors, (None,) * (len(ctx.needs_input_grad) - _N_STUDENT)
     batched = not torch.compiler.is_compiling() and is_batched(grad_output)
     if batched or differentiates_backward(grad_output, *inputs):
-        return *_differentiable(ctx, inputs, grad_output, needs), *none
+
+        def losses(*student: Tensor) -> Tensor:
+            return _unfused(*student, *inputs[_N_STUDENT:], *ctx.rest)
+
+        with torch.amp.autocast(grad_output.device.type, enabled=False):
+            return *gradients_of(losses, inputs[:_N_STUDENT], needs, (grad_output,)), *none
     with torch.no_grad():  # while torch.compile traces a backward, gradients are enabled
         found = torch.ops.torchce.linear_divergence_backward(grad_output, *inputs, needs, *ctx.rest)
     return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *none
 
 
-def _differentiable(
-    ctx: Any, inputs: tuple[Tensor | None, ...], grad_output: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients from operations that torch can transform and differentiate again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.amp.autocast(grad_output.device.type, enabled=False):
-        # Views, at which a gradient stops: one input may be computed from another, or be the same tensor.
-        student = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs, strict=False)]  # type: ignore[union-attr, arg-type]
-        losses = _unfused(*student, *inputs[_N_STUDENT:], *ctx.rest)
-        sought = [t for t, needed in zip(student, needs, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(losses, sought, grad_output, create_graph=create_graph))
-    return tuple(next(found) if needed else None for needed in needs)
-
-
-def _backward_without_derivative(*arguments: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "linear_divergence_backward: expected tensors that do not require grad: in a graph that holds the backward "
-            "of a linear divergence that has no derivative; differentiate the loss itself twice, outside a graph"
-        )
-    found: tuple[Tensor, ...] = _backward_below_autograd(*arguments)
-    return found
-
-
-_backward_below_autograd = ops.below_autograd(torch.ops.torchce.linear_divergence_backward.default)
-_library.impl("linear_divergence_backward", _backward_without_derivative, "Autograd")
+refuse_derivative("linear_divergence_backward", "a linear divergence")
 differentiate("linear_divergence_forward", _unfused, _set_up, _op_backward)
 decompose_for_onnx("linear_divergence_forward", _unfused)

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchce import chunked, inplace, ops
-from torchce.composites import decompose_for_onnx, differentiate, sum_of_rows, times
+from torchce.composites import (
+    decompose_for_onnx,
+    differentiate,
+    gradients_of,
+    refuse_derivative,
+    sum_of_rows,
+    times,
+)
 from torchce.softmax_ce_formulas import (
     Gradients,
     Options,
@@ -449,30 +456,15 @@ def _of_rows(ctx: Any, inputs: Inputs, needs: tuple[bool, ...], grads: tuple[Ten
 
 def _differentiable(ctx: Any, inputs: Inputs, grads: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs, from operations that torch can transform and differentiate again."""
-    create_graph = torch.is_grad_enabled()
-    needs_grad = ctx.needs_input_grad[:N_INPUTS]
-    with torch.enable_grad(), _without_autocast(inputs):
-        # Views, at which a gradient stops: one input may be computed from another, or be the same tensor.
-        views: list[Any] = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs_grad, strict=True)]  # type: ignore[union-attr, arg-type]
-        loss, lse, _, entropy, _ = _unfused(Inputs(*views), ctx.wanted, ctx.options)
-        pairs = [(output, grad) for output, grad in zip((loss, lse, entropy), grads, strict=True) if grad is not None]
-        outputs, of_outputs = zip(*pairs, strict=True)
-        sought = [view for view, needed in zip(views, needs_grad, strict=True) if needed]
-        found = iter(torch.autograd.grad(outputs, sought, of_outputs, create_graph=create_graph, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in needs_grad)
+
+    def outputs(*tensors: Any) -> tuple[Tensor, ...]:
+        loss, lse, _, entropy, _ = _unfused(Inputs(*tensors), ctx.wanted, ctx.options)
+        return loss, lse, entropy
+
+    with _without_autocast(inputs):
+        return gradients_of(outputs, inputs, ctx.needs_input_grad[:N_INPUTS], grads)
 
 
-def _backward_without_derivative(*arguments: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "linear_softmax_ce_backward: expected tensors that do not require grad: in a graph that holds the backward "
-            "of linear_cross_entropy that has no derivative; differentiate the loss itself twice, outside a graph"
-        )
-    found: tuple[Tensor, ...] = _backward_below_autograd(*arguments)
-    return found
-
-
-_backward_below_autograd = ops.below_autograd(torch.ops.torchce.linear_softmax_ce_backward.default)
-_library.impl("linear_softmax_ce_backward", _backward_without_derivative, "Autograd")
+refuse_derivative("linear_softmax_ce_backward", "linear_cross_entropy")
 differentiate("linear_softmax_ce_forward", _unfused_forward, _set_up, _op_backward, _with_gradients)
 decompose_for_onnx("linear_softmax_ce_forward", _unfused_forward)

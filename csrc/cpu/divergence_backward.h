@@ -19,15 +19,8 @@ struct GradientInputs {
         second_value{} {
     const Rows& rows = call.rows;
     const Statistics<A> statistics(rows, call.statistics);
-    const bool each = rows.options.reduction == Reduction::none;
-    const A sign = rows.options.kind == Kind::entropy ? -1 : 1;  // which is a negative divergence
-    const A divisor = rows.options.reduction == Reduction::mean ? *static_cast<const A*>(call.totals) : A(1);
     RowPosition at(rows, row);
-    for (int l = 0; l < count; ++l, at.advance(rows)) {
-      const int64_t place = each ? at.offset(call.grad_output_strides) : 0;
-      const A g = sign * load_as<A>(call.grad_output_dtype, call.grad_output, place) / divisor;
-      upstream[l] = kept[l] == 0 ? A(0) : g;
-    }
+    for (int l = 0; l < count; ++l, at.advance(rows)) upstream[l] = kept[l] == 0 ? A(0) : upstream_of<A>(call, at);
     const auto read = [&](const A* p) { return PerRow<A, W>::of(p + row, count); };
     first_sum = read(statistics.first_sum);
     if constexpr (S::kFirst == Side::logits) first_max = read(statistics.first_max);
@@ -35,8 +28,8 @@ struct GradientInputs {
       other_max = read(statistics.other_max);
       other_sum = read(statistics.other_sum);
     }
-    value = read(statistics.values);
-    if constexpr (S::kJs) second_value = read(statistics.values + rows.outer * rows.inner);
+    value = read(statistics.value);
+    if constexpr (S::kJs) second_value = read(statistics.second_value);
   }
 
   // Those of vector w, or of row l in every lane.

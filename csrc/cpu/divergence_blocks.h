@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <new>
 
-#include "../math/divergence.h"
+#include "../divergence_row.h"
 #include "strip.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::divergences {
@@ -149,32 +149,9 @@ TORCHCE_SIMD PerRow<A, W> kept_rows(const Rows& rows, int64_t row, int count) {
   PerRow<A, W> kept{};
   RowPosition at(rows, row);
   for (int l = 0; l < count; ++l, at.advance(rows)) {
-    kept[l] = rows.mask == nullptr || rows.mask[at.offset(rows.mask_strides)] != 0 ? A(1) : A(0);
+    kept[l] = is_kept(rows, at) ? A(1) : A(0);
   }
   return kept;
 }
-
-// Where the statistics of rows lie.
-template <class A>
-struct Statistics {
-  A *first_max = nullptr, *first_sum = nullptr, *other_max = nullptr, *other_sum = nullptr, *values;
-
-  Statistics(const Rows& rows, const void* data) {
-    const int64_t count = rows.outer * rows.inner;
-    A* next = static_cast<A*>(const_cast<void*>(data));
-    const auto take = [&] {
-      A* mine = next;
-      next += count;
-      return mine;
-    };
-    if (rows.first.side == Side::logits) first_max = take();
-    first_sum = take();
-    if (rows.other.side == Side::logits) {
-      other_max = take();
-      other_sum = take();
-    }
-    values = take();
-  }
-};
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL::divergences

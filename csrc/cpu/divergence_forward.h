@@ -34,7 +34,7 @@ struct Results {
   TORCHCE_SIMD void write(const Forward& call, int64_t row, int count, const PerRow<A, W>& kept, Partial* partial) {
     const Rows& rows = call.rows;
     const Statistics<A> statistics(rows, call.statistics);
-    const A sign = rows.options.kind == Kind::entropy ? -1 : 1;
+    const A sign = sign_of<A>(rows);
     PerRow<A, W> loss;
     SumInDouble<A> loss_sum, kept_sum;
     for (int w = 0; w < vectors_of<A>(count); ++w) {
@@ -53,8 +53,8 @@ struct Results {
       other_max.write(statistics.other_max + row, count);
       other_sum.write(statistics.other_sum + row, count);
     }
-    value.write(statistics.values + row, count);
-    if constexpr (S::kJs) second_value.write(statistics.values + rows.outer * rows.inner + row, count);
+    value.write(statistics.value + row, count);
+    if constexpr (S::kJs) second_value.write(statistics.second_value + row, count);
     if (rows.options.reduction != Reduction::none) return;
     with_float_type(call.loss_dtype, [&](auto storage) {
       auto* out = static_cast<decltype(storage)*>(call.loss) + row;

@@ -1,7 +1,6 @@
 // What the classes of rows add up to, from blocks of both operands (divergence_blocks.h).
 #pragma once
 
-#include "../math/divergence.h"
 #include "divergence_blocks.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL::divergences {

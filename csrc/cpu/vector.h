@@ -188,9 +188,7 @@ TORCHCE_SIMD V larger_or_second(V a, V b) {
   return a > b ? a : b;
 }
 
-// The lowest finite number: no logit but -inf lies below it.
-template <class A>
-constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-__FLT_MAX__) : A(-__DBL_MAX__);
+using math::kLowest;
 
 // Lanes of two vectors: lane I of `a` and then `b` for each I.
 template <size_t... I, class V>

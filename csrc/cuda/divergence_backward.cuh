@@ -8,19 +8,14 @@ namespace torchce::cuda::divergence {
 
 template <class S, class A>
 __device__ __forceinline__ RowInputs<A> load_row_inputs(const Backward& call, int64_t r, RowPosition at) {
-  const Rows& rows = call.rows;
-  const Statistics<A> statistics(rows, call.statistics, r);
-  const bool each = rows.options.reduction == Reduction::none;
-  const A divisor = rows.options.reduction == Reduction::mean ? *static_cast<const A*>(call.totals) : A(1);
-  const A sign = rows.options.kind == Kind::entropy ? -1 : 1;
-  const A g = load_as<A>(call.grad_output_dtype, call.grad_output, each ? at.offset(call.grad_output_strides) : 0);
-  RowInputs<A> in{sign * g / divisor, 0, *statistics.first_sum, 0, 1, *statistics.value, 0};
-  if constexpr (S::kFirst == Side::logits) in.first_max = *statistics.first_max;
+  const Statistics<A> statistics(call.rows, call.statistics);
+  RowInputs<A> in{upstream_of<A>(call, at), 0, statistics.first_sum[r], 0, 1, statistics.value[r], 0};
+  if constexpr (S::kFirst == Side::logits) in.first_max = statistics.first_max[r];
   if constexpr (S::kOther == Side::logits) {
-    in.other_max = *statistics.other_max;
-    in.other_sum = *statistics.other_sum;
+    in.other_max = statistics.other_max[r];
+    in.other_sum = statistics.other_sum[r];
   }
-  if constexpr (S::kJs) in.second_value = *statistics.second_value;
+  if constexpr (S::kJs) in.second_value = statistics.second_value[r];
   return in;
 }
 

@@ -75,17 +75,16 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void forward_by_teams(const
       value = kl<A>(row);
     }
     if (r >= count || thread != 0) continue;
-    const Statistics<A> statistics(rows, call.statistics, r);
-    if constexpr (S::kFirst == Side::logits) *statistics.first_max = row.against.first;
-    *statistics.first_sum = row.first.sum;
+    const Statistics<A> statistics(rows, call.statistics);
+    if constexpr (S::kFirst == Side::logits) statistics.first_max[r] = row.against.first;
+    statistics.first_sum[r] = row.first.sum;
     if constexpr (S::kOther == Side::logits) {
-      *statistics.other_max = row.against.other;
-      *statistics.other_sum = row.other.sum;
+      statistics.other_max[r] = row.against.other;
+      statistics.other_sum[r] = row.other.sum;
     }
-    *statistics.value = value;
-    if constexpr (S::kJs) *statistics.second_value = second_value;
-    const A sign = options.kind == Kind::entropy ? -1 : 1;
-    const A loss = kept ? sign * value + second_value : A(0);
+    statistics.value[r] = value;
+    if constexpr (S::kJs) statistics.second_value[r] = second_value;
+    const A loss = kept ? sign_of<A>(rows) * value + second_value : A(0);
     total.loss += loss;
     total.weight += kept ? 1 : 0;
     if (options.reduction == Reduction::none) store_as(call.loss_dtype, call.loss, r, loss);

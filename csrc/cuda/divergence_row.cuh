@@ -1,8 +1,7 @@
 // The classes of two distributions as the divergence kernels read them, and what each adds to the sums of its row.
 #pragma once
 
-#include "../math/divergence.h"
-#include "../row_position.h"
+#include "../divergence_row.h"
 #include "exp.cuh"
 #include "pack.cuh"
 #include "packed_classes.cuh"
@@ -11,34 +10,6 @@
 namespace torchce::cuda::divergence {
 
 using namespace torchce::divergence;
-
-// Where the statistics of row r lie.
-template <class A>
-struct Statistics {
-  A *first_max = nullptr, *first_sum, *other_max = nullptr, *other_sum = nullptr, *value, *second_value;
-
-  __device__ __forceinline__ Statistics(const Rows& rows, const void* data, int64_t r) {
-    const int64_t count = rows.outer * rows.inner;
-    A* next = static_cast<A*>(const_cast<void*>(data)) + r;
-    const auto take = [&] {
-      A* mine = next;
-      next += count;
-      return mine;
-    };
-    if (rows.first.side == Side::logits) first_max = take();
-    first_sum = take();
-    if (rows.other.side == Side::logits) {
-      other_max = take();
-      other_sum = take();
-    }
-    value = take();
-    second_value = next;
-  }
-};
-
-__device__ __forceinline__ bool is_kept(const Rows& rows, RowPosition at) {
-  return rows.mask == nullptr || rows.mask[at.offset(rows.mask_strides)] != 0;
-}
 
 // Calls add(class, values of the first operand, of the other one), packs of them, for the classes of thread `thread`
 // out of `team` that share a row. kAdjacent: classes are adjacent in memory. The first operand decides where packs

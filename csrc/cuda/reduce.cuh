@@ -52,7 +52,8 @@ struct Sum {
   __device__ __forceinline__ Sum of_lanes(int width) const { return {sum_of_lanes(value, width)}; }
 };
 
-// What a launch adds up to: the reduced loss before its division, and the divisor of a mean over class indices.
+// What a launch adds up to: the reduced loss before its division, and the divisor of a mean over class indices, or of a
+// divergence's over rows.
 struct LossSums {
   double loss;
   double weight;

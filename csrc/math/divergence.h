@@ -5,12 +5,14 @@
 //
 //   KL(F || O) = sum_k F_k (log F_k - log O_k) = sum_k F_k (f_k - lse_f - o_k + lse_o)
 //
-// One pass adds up sum_k exp(f_k - f*), the same of o, and sum_k exp(f_k - f*) d_k, d_k = (f_k - c) - o_k, against
-// numbers f* and o* near the largest. c, an integer near f* - o*, is there because d_k would be rounded in proportion
-// to a number that all of the f_k have beyond the o_k. The difference of two floats that are near each other is exact:
-// of equal logits nothing is left, and of almost equal ones little is lost. With K what c and the lses leave over:
+// One pass adds up sum_k exp(f_k - f*), of O sum_k exp(o_k - o*), and sum_k exp(f_k - f*) d_k, against numbers f* and
+// o* near the largest logits, with d_k = (f_k - c_f) - (o_k - c_o). The offset c = c_f - c_o is an integer near f* -
+// o*: a d_k is rounded in proportion to its size, which would be what all of the f_k have beyond the o_k. It is taken
+// from whichever of both is larger, which has no digits below it, and the other one is 0. The difference of two floats
+// that are near each other is exact: of equal logits nothing is left, and of almost equal ones little is lost. With K
+// what c and the lses leave over:
 //
-//   log F_k - log O_k = d_k - K,  K = (lse_f - lse_o) - c = ((f* - c) - o*) + log(sum_f / sum_o)
+//   log F_k - log O_k = d_k - K,  K = (lse_f - lse_o) - c = ((f* - c_f) - (o* - c_o)) + log(sum_f / sum_o)
 //   KL(F || O) = sum_k F_k d_k - K sum_k F_k
 //
 // Without O, all o_k and lse_o 0, it is the negative of F's entropy, -H(F) = sum_k F_k log F_k.
@@ -20,7 +22,7 @@
 //   dKL/do_j = O_j sum_k F_k - F_j            of logits,  dKL/dO_j = -F_j / O_j                   of probabilities
 //   dKL/df_j = F_j (log F_j - log O_j - KL)   of logits,  dKL/dF_j = log F_j - log O_j + 1        of probabilities
 //
-// The generalised Jensen-Shannon divergence has the mixture M = beta F + (1 - beta) O in the place of both others:
+// The generalised Jensen-Shannon divergence is of both from their mixture M = beta F + (1 - beta) O:
 //
 //   JS = beta KL(F || M) + (1 - beta) KL(O || M)
 //
@@ -59,12 +61,6 @@ inline __attribute__((always_inline)) void with_sides(const Rows& rows, F f) {
   f(Sides<Side::logits, Side::logits, false>{});
 }
 
-// lowest is the lowest finite number: no logit but minus infinity lies below it.
-template <class A>
-constexpr A lowest() {
-  return sizeof(A) == sizeof(double) ? A(-__DBL_MAX__) : A(-__FLT_MAX__);
-}
-
 // value_of is what the formulas take for an element x: a logit divided by the temperature, whose inverse is `scale`, or
 // a probability. The product is rounded before anything is subtracted from it. A negative probability has no logarithm,
 // and is as good as a NaN.
@@ -101,12 +97,11 @@ template <class V>
 struct Bounds {
   V most, least;
 #if defined(__CUDACC__)
-  TORCHCE_HD Bounds() : most(sizeof(V) == sizeof(double) ? V(__DBL_MAX__) : V(__FLT_MAX__)), least(-most) {}
+  TORCHCE_HD Bounds() : most(-math::kLowest<V>), least(math::kLowest<V>) {}
 #else
   TORCHCE_HD Bounds() : most{}, least{} {
-    using A = math::ElementOf<V>;
-    most += math::unseen(sizeof(A) == sizeof(double) ? A(__DBL_MAX__) : A(__FLT_MAX__));
-    least -= most;
+    least += math::unseen(math::kLowest<math::ElementOf<V> >);
+    most -= least;
   }
 #endif
   // x, or the nearer bound; of a NaN the upper one.
@@ -135,8 +130,8 @@ struct References {
 
   template <class A>
   TORCHCE_HD static References lowest() {
-    return {V{} + (S::kFirst == Side::logits ? divergence::lowest<A>() : A(0)),
-            V{} + (S::kOther == Side::logits ? divergence::lowest<A>() : A(0))};
+    return {V{} + (S::kFirst == Side::logits ? math::kLowest<A> : A(0)),
+            V{} + (S::kOther == Side::logits ? math::kLowest<A> : A(0))};
   }
   // What a class adds; `most` becomes the largest d_k. Exp: e^x, of x up to the headroom that references are given.
   template <class Exp>
@@ -248,8 +243,7 @@ struct KnownSums {
     if constexpr (S::kFirst == Side::logits) sums.first = row.first.sum;
     if constexpr (S::kFirst == Side::probabilities) sums.weights = row.first.sum;
     if constexpr (S::kOther == Side::logits) sums.other = row.other.sum;
-    if constexpr (S::kOther == Side::probabilities)
-      sums.other += V{} * row.other.sum;  // where there is a NaN, it stays
+    if constexpr (S::kOther == Side::probabilities) sums.other += V{} * row.other.sum;  // NaN, if there was one
     sums.surplus = S::kTwoLogits ? row.surplus.sum : sums.first - sums.other;
     return sums;
   }
@@ -278,9 +272,8 @@ struct MixtureLogs {
   V first, other;
 
   TORCHCE_HD MixtureLogs(V f, V o, A beta, A rest) {
-    constexpr A kSmallest = sizeof(A) == sizeof(double) ? A(__DBL_MIN__) : A(__FLT_MIN__);  // where both are 0
-    const V mixture = beta * f + rest * o;
-    const V inverse = A(1) / math::larger(mixture, V{} + kSmallest), excess = (f - o) * inverse;
+    const V mixture = beta * f + rest * o;  // 0 where both are
+    const V inverse = A(1) / math::larger(mixture, V{} + math::kSmallestNormal<A>), excess = (f - o) * inverse;
     first = math::log_ratio(f * math::kRatioLift<A> * inverse, rest * excess);
     other = math::log_ratio(o * math::kRatioLift<A> * inverse, -beta * excess);
   }

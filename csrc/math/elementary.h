@@ -21,6 +21,13 @@ constexpr float kInfinityF = __builtin_huge_valf();
 template <class A>
 constexpr A kInfinity = A(__builtin_huge_val());
 
+// kLowest is the lowest finite number, below which there is but minus infinity, and kSmallestNormal the smallest normal
+// one: one below has lost digits.
+template <class A>
+constexpr A kLowest = sizeof(A) == sizeof(float) ? A(-__FLT_MAX__) : A(-__DBL_MAX__);
+template <class A>
+constexpr A kSmallestNormal = sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__);
+
 // kRatioLift multiplies the quotients of log_ratio, so that none is a subnormal number.
 template <class A>
 constexpr A kRatioLift = sizeof(A) == sizeof(double) ? A(0x1p54) : A(0x1p25);
@@ -55,9 +62,8 @@ TORCHCE_HD float log_of_positive(float x) { return ::logf(x); }
 TORCHCE_HD double log_of_positive(double x) { return ::log(x); }
 template <class A>
 TORCHCE_HD A log_ratio(A lifted, A excess) {
-  constexpr A kSmallest = sizeof(A) == sizeof(double) ? A(__DBL_MIN__) : A(__FLT_MIN__);
   if (lifted >= A(0.5) * kRatioLift<A>) return log1p(excess);
-  if (lifted < kSmallest * kRatioLift<A>) return log_of_positive(lifted) - log(kRatioLift<A>);
+  if (lifted < kSmallestNormal<A> * kRatioLift<A>) return log_of_positive(lifted) - log(kRatioLift<A>);
   return log_of_positive(lifted * (1 / kRatioLift<A>));
 }
 
@@ -193,8 +199,8 @@ TORCHCE_HD F log_of_positive(F x) {
   using A = ElementOf<F>;
   using I = typename BitsOf<F>::type;
   constexpr int kLift = kMantissaBits<F> + 1;  // of subnormal numbers, which have no exponent of their own
-  constexpr A kSmallestNormal = kWide<F> ? A(0x1p-1022) : A(0x1p-126), kFactor = A(int64_t{1} << kLift);
-  const auto is_subnormal = x < kSmallestNormal;
+  constexpr A kFactor = A(int64_t{1} << kLift);
+  const auto is_subnormal = x < kSmallestNormal<A>;
   const F y = select(is_subnormal, x * kFactor, x);
   const I n = exponent_around_one(y);
   const F mantissa = from_bits(to_bits(y) - (n << kMantissaBits<F>));

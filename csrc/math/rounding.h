@@ -94,8 +94,9 @@ TORCHCE_HD V product_in_range(V x, V a, One) {
 }
 
 // rounded is x, rounded before anything is added to it: a fused multiply-add would leave the rounding of a product
-// where two equal ones cancel. rounded_product is a b and rounded_difference a - b of rounded numbers. Valid: all x, a
-// and b. Error: 1/2 ulp.
+// where two equal ones cancel. So are rounded_product, a b, and both sides of rounded_difference, a - b.
+// Valid: all x, a and b.
+// Error: 1/2 ulp.
 #if defined(__CUDA_ARCH__)
 TORCHCE_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 TORCHCE_HD double rounded_product(double a, double b) { return __dmul_rn(a, b); }

@@ -87,19 +87,14 @@ def kl_div_with_logits(
         >>> torchce.functional.kl_div_with_logits(student, teacher, "none", target_logits=True)
         tensor([1.3772, 0.0000], grad_fn=<DivergenceBackward>)
     """
-    if has_torch_function_variadic(input, target, mask):
-        own = {
-            "target_logits": target_logits,
-            "temperature": temperature,
-            "reverse": reverse,
-            "mask": mask,
-            "dtype": dtype,
-        }
-        return _ask_handlers(kl_div_with_logits, (input, target), mask, own, reduction)
-    _check_bool("reverse", reverse)
-    return _divergence(
-        REVERSE_KL if reverse else KL, input, target, reduction, target_logits, temperature, mask=mask, dtype=dtype
-    )
+    own = {
+        "target_logits": target_logits,
+        "temperature": temperature,
+        "reverse": reverse,
+        "mask": mask,
+        "dtype": dtype,
+    }
+    return _answer(kl_div_with_logits, (input, target), reduction, own)
 
 
 @refuse_scripting
@@ -149,12 +144,8 @@ def js_div_with_logits(
         >>> torchce.functional.js_div_with_logits(student, teacher, target_logits=True)  # log 2
         tensor(0.6931)
     """
-    if has_torch_function_variadic(input, target, mask):
-        own = {"beta": beta, "target_logits": target_logits, "temperature": temperature, "mask": mask, "dtype": dtype}
-        return _ask_handlers(js_div_with_logits, (input, target), mask, own, reduction)
-    return _divergence(
-        kind_of_js(beta), input, target, reduction, target_logits, temperature, beta, mask=mask, dtype=dtype
-    )
+    own = {"beta": beta, "target_logits": target_logits, "temperature": temperature, "mask": mask, "dtype": dtype}
+    return _answer(js_div_with_logits, (input, target), reduction, own)
 
 
 @refuse_scripting
@@ -194,55 +185,46 @@ def entropy_with_logits(
         >>> torchce.functional.entropy_with_logits(torch.zeros(2, 4), "none")  # log 4
         tensor([1.3863, 1.3863])
     """
-    if has_torch_function_variadic(input, mask):
-        own = {"temperature": temperature, "mask": mask, "dtype": dtype}
-        return _ask_handlers(entropy_with_logits, (input,), mask, own, reduction)
-    return _divergence(ENTROPY, input, None, reduction, False, temperature, mask=mask, dtype=dtype)
+    own = {"temperature": temperature, "mask": mask, "dtype": dtype}
+    return _answer(entropy_with_logits, (input,), reduction, own)
 
 
-def _ask_handlers(
-    ours: Any, tensors: tuple[Tensor, ...], mask: Tensor | None, own: dict[str, Any], reduction: str
-) -> Tensor:
-    answer: Tensor = overrides.ask_handlers(ours, ours, (*tensors, mask), own, *tensors, reduction)
-    return answer
-
-
-def kind_of_js(beta: Any) -> int:
-    """The divergence that goes with ``beta``; raises ValueError if none does."""
+def kind_of(own: dict[str, Any]) -> int:
+    """The divergence that the keyword arguments ask for; raises ValueError if they ask for none."""
+    if "beta" not in own:
+        check_bool("reverse", own["reverse"])
+        return REVERSE_KL if own["reverse"] else KL
+    beta = own["beta"]
     if not is_plain_number(beta) or not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
     return KL if beta == 0 else REVERSE_KL if beta == 1 else JS
 
 
-def _check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name}: expected a bool, got {value!r}")
 
 
-def _divergence(
-    kind: int,
-    input: Tensor,
-    target: Tensor | None,
-    reduction: str,
-    target_logits: bool,
-    temperature: float,
-    beta: float = 0.5,
-    *,
-    mask: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """The loss of unchecked arguments."""
-    input, target, mask = overrides.plain(input), overrides.plain(target), overrides.plain(mask)
+def _answer(ours: Any, operands: tuple[Tensor, ...], reduction: str, own: dict[str, Any]) -> Tensor:
+    """The loss of unchecked operands, an input and perhaps a target, or what their handlers make of the call."""
+    relevant = (*operands, own["mask"])
+    if has_torch_function_variadic(*relevant):
+        answer: Tensor = overrides.ask_handlers(ours, ours, relevant, own, *operands, reduction)
+        return answer
+    input, *targets, mask = map(overrides.plain, relevant)
+    temperature, dtype, target_logits = own["temperature"], own["dtype"], own.get("target_logits", False)
     number = reduction_number(reduction, None, None)
-    _check_bool("target_logits", target_logits)
-    _check_tensors(input, target, mask, has_target=kind != ENTROPY)
+    kind = kind_of(own) if targets else ENTROPY
+    check_bool("target_logits", target_logits)
+    _check_tensors(input, targets, mask)
     check_loss_dtype(dtype)
+    target = targets[0] if targets else None
     check_temperature(temperature, ops.divergence_accumulation(input, target))
     if dtype is None:
         dtype = promoted(input.dtype, input.dtype if target is None else target.dtype)
         if autocasts(input):
             dtype = promoted(dtype, torch.float32)
-    options = Options(kind, number, target_logits, float(temperature), float(beta))
+    options = Options(kind, number, target_logits, float(temperature), float(own.get("beta", 0.5)))
     if target is not None and input.is_cuda and target.dtype != input.dtype:  # kernels take pairs of one dtype there
         common = promoted(input.dtype, target.dtype)
         input, target = input.to(common), target.to(common)
@@ -252,9 +234,9 @@ def _divergence(
     return divergence(input, target, mask, dtype, options)
 
 
-def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None:
+def _check_tensors(input: Any, targets: list[Any], mask: Any) -> None:
     """Raises ValueError for what no formula takes, naming the argument and both values."""
-    for name, tensor in (("input", input), *((("target", target),) if has_target else ())):
+    for name, tensor in (("input", input), *(("target", target) for target in targets)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
@@ -269,8 +251,9 @@ def _check_tensors(input: Any, target: Any, mask: Any, has_target: bool) -> None
     class_dim = min(1, len(shape) - 1)
     if known(shape[class_dim] == 0):
         raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
-    if has_target and not has_shape(target, shape):
-        raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
+    for target in targets:
+        if not has_shape(target, shape):
+            raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
     check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]), input)
 
 

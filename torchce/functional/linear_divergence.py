@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import has_torch_function
+from torch.overrides import has_torch_function_variadic
 
 from torchce import overrides
-from torchce.divergence import JS, KL, REVERSE_KL
+from torchce.composites import sum_of_rows
+from torchce.divergence import JS, REVERSE_KL
 from torchce.functional._common import (
     autocasts,
-    has_shape,
     have_kernels,
     promoted,
     reduction_number,
@@ -25,13 +25,14 @@ from torchce.functional.divergence import (
     check_mask,
     check_temperature,
     js_div_with_logits,
-    kind_of_js,
+    kind_of,
     kl_div_with_logits,
 )
 from torchce.functional.linear_chunks import chunks_of
 from torchce.functional.linear_layer import autocast_layer, check_dtypes, check_layer
 from torchce.functional.linear_softmax_ce import SMALL_BYTES
 from torchce.linear_divergence import Inputs, Loss, linear_divergence
+from torchce.sizes import known
 from torchce.transforms import transformed
 
 _MEAN = 1
@@ -98,18 +99,19 @@ def linear_kl_div(
         >>> torchce.functional.linear_kl_div(features, student, features, teacher)
         tensor(0., grad_fn=<DivergenceBackward>)
     """
-    layers = (input, linear_weight, target_input, target_linear_weight, linear_bias, target_linear_bias, mask)
-    of_chunks = {"chunk_bytes": chunk_bytes, "chunk_rows": chunk_rows, "acc_policy": acc_policy}
-    of_loss = {"reduction": reduction, "temperature": temperature, "mask": mask, "dtype": dtype}
-    of_layers = {"linear_bias": linear_bias, "target_linear_bias": target_linear_bias}
-    if has_torch_function(tuple(t for t in layers if t is not None)):
-        own = {**of_layers, **of_loss, "reverse": reverse, **of_chunks}
-        answer: Tensor = overrides.ask_handlers(linear_kl_div, linear_kl_div, layers, own, *layers[:4])
-        return answer
-    if type(reverse) is not bool:
-        raise ValueError(f"reverse: expected a bool, got {reverse!r}")
-    inputs = Inputs(input, linear_weight, linear_bias, target_input, target_linear_weight, target_linear_bias, mask)
-    return _linear_divergence(inputs, REVERSE_KL if reverse else KL, 0.5, of_chunks, of_loss)
+    own = {
+        "linear_bias": linear_bias,
+        "target_linear_bias": target_linear_bias,
+        "reduction": reduction,
+        "reverse": reverse,
+        "temperature": temperature,
+        "mask": mask,
+        "dtype": dtype,
+        "chunk_bytes": chunk_bytes,
+        "chunk_rows": chunk_rows,
+        "acc_policy": acc_policy,
+    }
+    return _answer(linear_kl_div, (input, linear_weight, target_input, target_linear_weight), own)
 
 
 @refuse_scripting
@@ -163,25 +165,34 @@ def linear_js_div(
         >>> torchce.functional.linear_js_div(features, student, features, teacher, beta=0.1)
         tensor(0., grad_fn=<DivergenceBackward>)
     """
-    layers = (input, linear_weight, target_input, target_linear_weight, linear_bias, target_linear_bias, mask)
-    of_chunks = {"chunk_bytes": chunk_bytes, "chunk_rows": chunk_rows, "acc_policy": acc_policy}
-    of_loss = {"reduction": reduction, "temperature": temperature, "mask": mask, "dtype": dtype}
-    of_layers = {"linear_bias": linear_bias, "target_linear_bias": target_linear_bias}
-    if has_torch_function(tuple(t for t in layers if t is not None)):
-        own = {**of_layers, **of_loss, "beta": beta, **of_chunks}
-        answer: Tensor = overrides.ask_handlers(linear_js_div, linear_js_div, layers, own, *layers[:4])
+    own = {
+        "linear_bias": linear_bias,
+        "target_linear_bias": target_linear_bias,
+        "reduction": reduction,
+        "beta": beta,
+        "temperature": temperature,
+        "mask": mask,
+        "dtype": dtype,
+        "chunk_bytes": chunk_bytes,
+        "chunk_rows": chunk_rows,
+        "acc_policy": acc_policy,
+    }
+    return _answer(linear_js_div, (input, linear_weight, target_input, target_linear_weight), own)
+
+
+def _answer(ours: Any, layers: tuple[Tensor, ...], own: dict[str, Any]) -> Tensor:
+    """The loss of unchecked arguments, or what their handlers make of the call."""
+    input, weight, target_input, target_weight = layers
+    biases = own["linear_bias"], own["target_linear_bias"]
+    inputs = Inputs(input, weight, biases[0], target_input, target_weight, biases[1], own["mask"])
+    if has_torch_function_variadic(*inputs):
+        answer: Tensor = overrides.ask_handlers(ours, ours, inputs, own, *layers)
         return answer
-    inputs = Inputs(input, linear_weight, linear_bias, target_input, target_linear_weight, target_linear_bias, mask)
-    return _linear_divergence(inputs, kind_of_js(beta), beta, of_chunks, of_loss)
-
-
-def _linear_divergence(
-    inputs: Inputs, kind: int, beta: float, of_chunks: dict[str, Any], of_loss: dict[str, Any]
-) -> Tensor:
-    """The loss of unchecked arguments."""
     inputs = Inputs(*map(overrides.plain, inputs))
-    reduction, temperature, mask, dtype = (of_loss[name] for name in ("reduction", "temperature", "mask", "dtype"))
-    number = reduction_number(reduction, None, None)
+    of_loss = {name: own[name] for name in ("reduction", "temperature", "mask", "dtype")}
+    of_chunks = {name: own[name] for name in ("chunk_bytes", "chunk_rows", "acc_policy")}
+    temperature, dtype, beta, kind = own["temperature"], own["dtype"], own.get("beta", 0.5), kind_of(own)
+    number = reduction_number(own["reduction"], None, None)
     for name, tensor in inputs._asdict().items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith(("bias", "mask"))):
             raise ValueError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -214,10 +225,9 @@ def _linear_divergence(
         dtype = promoted(dtype, torch.float32) if autocasts(inputs.input) else dtype
     losses = linear_divergence(inputs, chunks, Loss(kind, float(temperature), float(beta)))
     if number == _MEAN:
-        total = losses.sum()
-        losses = total / (len(losses) if mask is None else inputs.mask.sum())  # type: ignore[union-attr]
+        losses = sum_of_rows(losses) / (len(losses) if inputs.mask is None else inputs.mask.sum())
     elif number > _MEAN:
-        losses = losses.sum()
+        losses = sum_of_rows(losses)
     return losses.to(dtype)
 
 
@@ -229,13 +239,15 @@ def _check_layers(inputs: Inputs) -> None:
             shapes = f"{list(input.shape)} and {list(weight.shape)}"
             raise ValueError(f"{prefix}input, {prefix}linear_weight: expected two dimensions each, got {shapes}")
         check_layer(input, weight, bias, prefix)
-    if not has_shape(inputs.target_input[:, :0], (*inputs.input.shape[:1], 0)):
-        rows = inputs.input.shape[0]
-        raise ValueError(f"target_input: expected {rows} rows as the input's, got {inputs.target_input.shape[0]}")
-    if not has_shape(inputs.target_linear_weight[:, :0], (*inputs.linear_weight.shape[:1], 0)):
-        classes, got = inputs.linear_weight.shape[0], inputs.target_linear_weight.shape[0]
-        raise ValueError(f"target_linear_weight: expected {classes} classes as the student's layer has, got {got}")
-    if inputs.linear_weight.shape[0] == 0:
+    (rows, _), (target_rows, _) = inputs.input.shape, inputs.target_input.shape
+    if known(rows != target_rows):
+        raise ValueError(f"target_input: expected {rows} rows as the input's, got {target_rows}")
+    (classes, _), (target_classes, _) = inputs.linear_weight.shape, inputs.target_linear_weight.shape
+    if known(classes != target_classes):
+        raise ValueError(
+            f"target_linear_weight: expected {classes} classes as the student's layer has, got {target_classes}"
+        )
+    if known(classes == 0):
         raise ValueError(f"linear_weight: expected at least one class, got shape {list(inputs.linear_weight.shape)}")
 
 
