@@ -22,9 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 import torchce
 import torchce.functional as ours
+from torchce.divergence_formulas import decomposition
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 SHAPE = (6, 5)
+CODES = {
+    name: {"kl": 0, "reverse_kl": 1, "js": 2, "entropy": 3}[name.removesuffix("_probabilities").removesuffix("_beta")]
+    for name in KINDS
+}
 MASK = torch.tensor([True, False, True, True, False, True])
 
 
@@ -330,34 +335,38 @@ def test_traced_backward_has_derivatives(kind: Kind) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_the_backward_op_is_differentiable() -> None:
-    """By what comes in, and by both operands, of the gradients that are asked for."""
+@EACH_KIND
+def test_the_backward_op_is_differentiable(kind: Kind) -> None:
+    """By what comes in and by both operands, of the gradients that are asked for, as torch's composition is."""
     ops = torch.ops.torchce
-    for kind, has_logits in ((0, True), (0, False), (1, True), (1, False), (2, True), (2, False), (3, False)):
-        input, target = operands(KINDS["kl" if has_logits else "kl_probabilities"], (4, 5), torch.float64)
-        target = None if kind == 3 else target
-        options = (kind, 0, has_logits, 1.3, 0.3)
-        _, *saved = ops.divergence_forward(input, target, None, None, *options)
-        upstream = cases.normal((4,), torch.float64, "cpu", seed=4)
-        for needs in ((True, False), (True, True), (False, True)):
-            if target is None and needs[1]:
-                continue
+    tensors = tensors_of(kind, (4, 5), torch.float64)
+    upstream = cases.normal((4,), torch.float64, "cpu", seed=4)
+    has_logits, beta = kind.options.get("target_logits", False), kind.options.get("beta", 0.5)
+    options = (CODES[kind.name], 0, has_logits, 1.3, beta)
+    _, *saved = ops.divergence_forward(*tensors, *(None,) * (4 - len(tensors)), *options)
+    for needs in ((True, False), (True, True), (False, True))[:: 3 if len(tensors) == 1 else 1]:
+        second = []
+        for by_op in (True, False):
+            g, *of = leaves((upstream, *tensors))
+            if by_op:
+                operands_of_op = (*of, *(None,) * (3 - len(of)))
+                found = ops.divergence_backward(g, *operands_of_op, *saved, *needs, *options)
+            else:
+                rows = divergences.composed(kind, of[0], of[1] if len(of) > 1 else None, "none", temperature=1.3)
+                found = torch.autograd.grad(rows, of, g, create_graph=True)
+            wanted = [t for t, needed in zip(found, needs, strict=False) if needed]
+            second.append(torch.autograd.grad(sum(t.sin().sum() for t in wanted), [g, *of]))
+        torch.testing.assert_close(*second)
 
-            def gradients(*tensors: Tensor, needs: Any = needs, saved: Any = saved, options: Any = options) -> Any:
-                g, x, t = tensors if len(tensors) == 3 else (*tensors, None)
-                found = ops.divergence_backward(g, x, t, None, *saved, *needs, *options)
-                return tuple(f for f, needed in zip(found, needs, strict=True) if needed)
 
-            of = leaves((upstream, input, *([] if target is None else [target])))
-            assert gradgradcheck_of_first(gradients, of)
-
-
-def gradgradcheck_of_first(gradients: Callable[..., Any], of: tuple[Tensor, ...]) -> bool:
-    """Derivatives of the op against differences; its statistics do not follow the operands, so by what comes in only,
-    and by the operands against the composition elsewhere."""
-    return gradcheck(lambda g: gradients(g, *(t.detach() for t in of[1:])), of[:1]) and all(
-        grad is not None for grad in torch.autograd.grad(sum(t.sum() for t in gradients(*of)), of)
-    )
+@EACH_KIND
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)], ids=str)
+def test_the_decomposition_gives_what_the_op_gives(kind: Kind, shape: tuple[int, ...]) -> None:
+    """Statistics too, which a backward takes."""
+    tensors = tensors_of(kind, shape)
+    options = (CODES[kind.name], 1, kind.options.get("target_logits", False), 1.3, 0.3)
+    arguments = (*tensors, *(None,) * (2 - len(tensors)), None, None, *options)
+    torch.testing.assert_close(decomposition(*arguments), torch.ops.torchce.divergence_forward(*arguments))
 
 
 @EACH_KIND
@@ -394,13 +403,10 @@ def test_onnx(kind: Kind, tmp_path: Path) -> None:
 def test_opcheck(kind: Kind, shape: tuple[int, ...]) -> None:
     """Schema, autograd registration, fake against real, and AOT dispatch with dynamic shapes."""
     input, target = operands(kind, shape)
-    code = {"kl": 0, "reverse_kl": 1, "js": 2, "entropy": 3}[
-        kind.name.removesuffix("_probabilities").removesuffix("_beta")
-    ]
     ops = torch.ops.torchce
     mask = torch.ones(cases.index_shape(shape), dtype=torch.bool)
     for reduction in (0, 2):
-        options = (code, reduction, kind.options.get("target_logits", False), 1.5, 0.3)
+        options = (CODES[kind.name], reduction, kind.options.get("target_logits", False), 1.5, 0.3)
         of = (input.clone().requires_grad_(), None if target is None else target.clone().requires_grad_(), mask)
         torch.library.opcheck(ops.divergence_forward.default, (*of, None, *options))
         loss, *saved = ops.divergence_forward(input, target, mask, None, *options)

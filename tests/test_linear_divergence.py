@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchce.functional as ours
 from torchce import ops
+from torchce.functional import linear_divergence
 
 ROWS, CLASSES = 24, 13
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]] = {
@@ -154,6 +155,25 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = layers(classes=2000)
     value_and_grads(pieces, "kl", tensors, mask=MASK)
     assert sum(seen) == 3 * int(MASK.sum())
+
+
+def test_a_budget_holds_the_logits_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a piece: the student's, the teacher's, and in the backward a gradient."""
+    rows: list[int] = []
+    forward = ops.eager_divergence_forward
+    monkeypatch.setattr(ops, "eager_divergence_forward", lambda x, *rest: rows.append(len(x)) or forward(x, *rest))
+    value_and_grads(pieces, "kl", layers(), chunk_rows=None, chunk_bytes=12 * CLASSES * 4)
+    assert rows == [6] * (ROWS // 6) + [4] * (ROWS // 4)
+
+
+def test_small_logits_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(linear_divergence, "linear_divergence", refuse)
+    pieces("kl", layers(), chunk_rows=None)
+    with pytest.raises(AssertionError):
+        pieces("kl", layers())
 
 
 @EACH_LOSS

@@ -9,8 +9,8 @@ what torch raises, with a message that names the argument, or answers where only
 - complex or integer inputs, inputs without classes (``C = 0``), and BCE inputs of more than 16 dimensions;
 - weights that require grad, but for the one that torch differentiates: ``weight`` beside probability targets.
 
-Divergences and entropies have no function of torch's behind them: their own formulas in torch's operations answer there, or
-they raise.
+Divergences and entropies have no function of torch's behind them: their own formulas in torch's operations answer
+there, or they raise.
 
 The same formulas in torch's own operations, with the same answers for everything that torch's functions do not take,
 serve :mod:`torch.func` transforms, forward-mode AD, ``torch.jit.trace`` and that ``weight``. ``torch.jit.script``
