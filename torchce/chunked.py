@@ -7,7 +7,7 @@ know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,19 @@ class LayerGradients(NamedTuple):
     input: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+
+def as_outputs(gradients: LayerGradients, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op returns: of what is not needed an empty tensor, each its own, as no two outputs may be the same."""
+    of_input, of_weight, of_bias = (linear.input.new_empty(0) if grad is None else grad for grad in gradients)
+    return of_input, of_weight, of_bias
+
+
+def new_outputs(input: Tensor, weight: Tensor, needs: Iterable[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`as_outputs` returns of a layer to outputs of any shape, not filled."""
+    shapes = (input.shape, weight.shape, weight.shape[:-1])
+    of_input, of_weight, of_bias = (input.new_empty(s if n else [0]) for s, n in zip(shapes, needs, strict=True))
+    return of_input, of_weight, of_bias
 
 
 class Chunks(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the formulas in torch's own operations share, and how autograd and decompositions come to know them."""
+"""What the formulas in torch's own operations share, and how torch comes to know them and the ops they stand for."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ def sum_of_rows(rows: Tensor) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, -rows.numel() % fewer_than_a_grain)).view(-1, fewer_than_a_grain)
         rows = rows.sum(1, dtype=torch.float64)
     return rows.sum(dtype=torch.float64)
+
+
+def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes ``function`` the op ``name`` on every device, and ``fake`` the op of tensors that hold nothing."""
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, function, device)
+    torch.library.register_fake(f"torchce::{name}", fake, lib=_library)
 
 
 def differentiate(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchce import chunked, ops
-from torchce.composites import decompose_for_onnx, differentiate, gradients_of, refuse_derivative
+from torchce.composites import decompose_for_onnx, differentiate, gradients_of, implement, refuse_derivative
 from torchce.divergence_formulas import Options, composite
 from torchce.transforms import differentiates_backward, is_batched
 
@@ -151,9 +151,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         grad, _ = ops.eager_divergence_backward(grad_output[at], *operands, *saved, True, False, *options)
         return grad  # type: ignore[no-any-return]
 
-    found = _run(inputs, chunks, tuple(needs), turn)
-    # Of what is not needed each a tensor of its own: an op's outputs may not be the same.
-    return tuple(inputs.input.new_empty(0) if gradient is None else gradient for gradient in found)
+    return chunked.as_outputs(_run(inputs, chunks, tuple(needs), turn), _student(inputs))
 
 
 def _fake_forward(*arguments: Any) -> Tensor:
@@ -163,17 +161,11 @@ def _fake_forward(*arguments: Any) -> Tensor:
 
 def _fake_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs = Inputs(*arguments[:N_INPUTS]), arguments[N_INPUTS]
-    shapes = (inputs.input.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:1])
-    return tuple(inputs.input.new_empty(s if needed else [0]) for s, needed in zip(shapes, needs, strict=True))
+    return chunked.new_outputs(inputs.input, inputs.linear_weight, needs)
 
 
-for _name, _function, _fake in (
-    ("linear_divergence_forward", _forward, _fake_forward),
-    ("linear_divergence_backward", _backward, _fake_backward),
-):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _device)
-    torch.library.register_fake(f"torchce::{_name}", _fake, lib=_library)
+implement("linear_divergence_forward", _forward, _fake_forward)
+implement("linear_divergence_backward", _backward, _fake_backward)
 
 
 # --- autograd ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torchce.composites import (
     decompose_for_onnx,
     differentiate,
     gradients_of,
+    implement,
     refuse_derivative,
     sum_of_rows,
     times,
@@ -223,8 +224,7 @@ def _gradients_of_pieces(
 
     linear = _linear(rows.inputs)
     found = chunked.run(linear, kept, (needs[0], needs[1], needs[2]), chunks, turn, rows.turn_bytes())
-    # Of what is not needed each a tensor of its own: an op's outputs may not be the same.
-    grad_input, grad_weight, grad_bias = (linear.input.new_empty(0) if grad is None else grad for grad in found)
+    grad_input, grad_weight, grad_bias = chunked.as_outputs(found, linear)
     if needs[1]:
         grad_weight = grad_weight.view(rows.inputs.linear_weight.shape)
     if needs[2]:
@@ -285,10 +285,8 @@ def _parsed(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[bool, ...], Wante
 
 
 def _empty_gradients(inputs: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    new = inputs.input.new_empty
-    shapes = (inputs.input.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:-1])
-    grads = [new(shape if needed else [0]) for shape, needed in zip(shapes, needs, strict=False)]
-    return *grads, new([] if needs[3] else [0], dtype=_acc(inputs))
+    grads = chunked.new_outputs(inputs.input, inputs.linear_weight, needs[:3])
+    return *grads, inputs.input.new_empty([] if needs[3] else [0], dtype=_acc(inputs))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -308,13 +306,8 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return _empty_gradients(Inputs(*arguments[3 : 3 + N_INPUTS]), tuple(arguments[3 + N_INPUTS]))
 
 
-for _name, _function, _fake in (
-    ("linear_softmax_ce_forward", _forward, _fake_forward),
-    ("linear_softmax_ce_backward", _backward, _fake_backward),
-):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _device)
-    torch.library.register_fake(f"torchce::{_name}", _fake, lib=_library)
+implement("linear_softmax_ce_forward", _forward, _fake_forward)
+implement("linear_softmax_ce_backward", _backward, _fake_backward)
 
 
 # --- autograd ------------------------------------------------------------------------------------------------------
