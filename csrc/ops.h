@@ -4,6 +4,7 @@
 // call that csrc/host prepares. schemas.h says what the arguments are.
 #pragma once
 
+#include "host/binary_divergence.h"
 #include "host/boxing.h"
 #include "host/divergence.h"
 #include "host/sigmoid_bce.h"
@@ -119,11 +120,35 @@ struct Divergence {
   }
 };
 
+template <class Backend>
+struct BinaryDivergence {
+  using Tensor = host::Tensor;
+  using DType = std::optional<host::ScalarType>;
+  using Inputs = host::binary_divergence::Inputs;
+  using Options = binary_divergence::Options;
+
+  static Tensor forward(Inputs inputs, DType dtype, Options options) {
+    const typename Backend::Scope scope(inputs.input);
+    const auto call = host::binary_divergence::prepare_forward(inputs, dtype, options);
+    Backend::run(scope, call);
+    return call.elements.loss;
+  }
+
+  template <GradientOf of>
+  static Tensor backward(Tensor grad_output, Inputs inputs, Options options) {
+    const typename Backend::Scope scope(inputs.input);
+    const auto call = host::binary_divergence::prepare_backward(of, grad_output, inputs, options);
+    Backend::run(scope, call);
+    return call.elements.grad;
+  }
+};
+
 // Registers the backend's ops in a library of one dispatch key.
 template <class Backend, class Library>
 void implement_ops(Library& m) {
   using CE = SoftmaxCE<Backend>;
   using BCE = SigmoidBCE<Backend>;
+  using Binary = BinaryDivergence<Backend>;
   using host::box, host::box_without_result;
   m.impl("softmax_ce_forward", &box<&CE::forward>);
   m.impl("softmax_ce_forward_outputs", &box<&CE::forward_outputs>);
@@ -140,6 +165,9 @@ void implement_ops(Library& m) {
   m.impl("sigmoid_bce_backward", &box<&BCE::template backward<GradientOf::logits, false>>);
   m.impl("sigmoid_bce_backward_", &box_without_result<&BCE::template backward<GradientOf::logits, true>>);
   m.impl("sigmoid_bce_backward_target", &box<&BCE::template backward<GradientOf::target, false>>);
+  m.impl("binary_divergence_forward", &box<&Binary::forward>);
+  m.impl("binary_divergence_backward", &box<&Binary::template backward<GradientOf::logits>>);
+  m.impl("binary_divergence_backward_target", &box<&Binary::template backward<GradientOf::target>>);
 }
 
 }  // namespace torchce

@@ -207,4 +207,20 @@ struct Elements {
 };
 
 }  // namespace sigmoid_bce
+
+namespace binary_divergence {
+
+// The same contract as softmax_ce::Options has.
+struct Options {
+  Reduction reduction;
+  bool target_logits;
+
+  static constexpr std::tuple kFields{&Options::reduction, &Options::target_logits};
+};
+
+// What is computed of every element of a sigmoid_bce problem without weights: KL(target || logits) of a target that is
+// a logit or a probability, or the entropy of the logits, which are the target then too.
+enum class Formula { of_logits, of_probability, entropy };
+
+}  // namespace binary_divergence
 }  // namespace torchce

@@ -37,6 +37,11 @@
 //     statistics   [n, rows] acc, what the backward needs of each row (problem.h)
 //     totals       [1] acc, the number of rows that are kept, the divisor of a mean
 //     needs_input, needs_target   which gradients are wanted; one that is not is [0]
+//   binary_divergence, of a student's logit from a teacher's, elementwise
+//     input        the student's logits, any shape, any strides
+//     target       the teacher's probabilities, or its logits where target_logits says so, of the input's shape and of
+//                  the input's dtype or float32; none for the entropy of the input
+//     loss         as that of sigmoid_bce
 //   all
 //     grad_output  the loss's shape
 //     a gradient   the shape, dtype and layout of the logits, or of the target; of the scale its rows' parts, in the
@@ -57,6 +62,7 @@
 #define TORCHCE_SIGMOID_BCE_OPTIONS "int reduction"
 
 #define TORCHCE_DIVERGENCE_OPTIONS "int kind, int reduction, bool target_logits, float temperature=1.0, float beta=0.5"
+#define TORCHCE_BINARY_DIVERGENCE_OPTIONS "int reduction, bool target_logits"
 
 #define TORCHCE_SOFTMAX_CE_TARGET "Tensor target, Tensor? weight, "
 #define TORCHCE_SOFTMAX_CE_OF_FORWARD "Tensor statistics, Tensor totals, "
@@ -67,6 +73,7 @@
 #define TORCHCE_DIVERGENCE_TARGET "Tensor input, Tensor? target, Tensor? mask, "
 #define TORCHCE_SIGMOID_BCE_TARGET "Tensor target, Tensor? weight, Tensor? pos_weight, "
 #define TORCHCE_SIGMOID_BCE_BACKWARD TORCHCE_SIGMOID_BCE_TARGET TORCHCE_SIGMOID_BCE_OPTIONS
+#define TORCHCE_BINARY_DIVERGENCE_TARGET "Tensor input, Tensor? target, "
 
 namespace torchce {
 
@@ -106,6 +113,14 @@ void define_ops(Library& m) {
   m.def("sigmoid_bce_backward(Tensor grad_output, Tensor logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> Tensor");
   m.def("sigmoid_bce_backward_(Tensor grad_output, Tensor(a!) logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> ()");
   m.def("sigmoid_bce_backward_target(Tensor grad_output, Tensor logits, " TORCHCE_SIGMOID_BCE_BACKWARD ") -> Tensor");
+  m.def("binary_divergence_forward(" TORCHCE_BINARY_DIVERGENCE_TARGET
+        "ScalarType? dtype, " TORCHCE_BINARY_DIVERGENCE_OPTIONS ") -> Tensor");
+  m.def(
+      "binary_divergence_backward(Tensor "
+      "grad_output, " TORCHCE_BINARY_DIVERGENCE_TARGET TORCHCE_BINARY_DIVERGENCE_OPTIONS ") -> Tensor");
+  m.def(
+      "binary_divergence_backward_target(Tensor "
+      "grad_output, " TORCHCE_BINARY_DIVERGENCE_TARGET TORCHCE_BINARY_DIVERGENCE_OPTIONS ") -> Tensor");
 }
 
 }  // namespace torchce

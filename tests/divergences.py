@@ -25,10 +25,17 @@ class Kind(NamedTuple):
 
     @property
     def has_target(self) -> bool:
-        return self.name != "entropy"
+        return "entropy" not in self.name
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it is of elements, which have no options but a reduction, and not of rows."""
+        return self.name.startswith("binary")
 
     def __call__(self, input: Tensor, target: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
         tensors = (input, target) if self.has_target else (input,)
+        if self.is_binary:
+            options = {name: value for name, value in options.items() if name == "reduction"}
         return self.function(*tensors, *args, **self.options, **options)
 
 
@@ -46,6 +53,15 @@ KINDS = {
     )
 }
 
+BINARY_KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("binary_kl", ours.binary_kl_div_with_logits, {"target_logits": True}),
+        Kind("binary_kl_probabilities", ours.binary_kl_div_with_logits, {}),
+        Kind("binary_entropy", ours.binary_entropy_with_logits, {}),
+    )
+}
+
 
 def operands(
     kind: Kind, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float = 3.0
@@ -55,6 +71,8 @@ def operands(
         return input, None
     if kind.options.get("target_logits"):
         return input, cases.normal(shape, dtype, device, seed=2, scale=scale)
+    if kind.is_binary:
+        return input, cases.uniform(shape, dtype, device, seed=2)
     # Reverse divergences from what excludes a class are infinite.
     softmax = cases.normal(shape, torch.float64, "cpu", seed=2, scale=min(scale, 3.0)).softmax(min(1, len(shape) - 1))
     return input, softmax.clamp_min(torch.finfo(dtype).smallest_normal).to(device, dtype)
@@ -104,6 +122,8 @@ def truth(
     **_: Any,
 ) -> Truths:
     """Loss and gradients, each with its condition (reference.py): exponentials and quotients are rounded relatively."""
+    if kind.is_binary:
+        return _binary_truth(kind, input, target, reduction, grad_output)
     class_dim = min(1, input.dim() - 1)
 
     def total(terms: Tensor) -> Tensor:
@@ -191,6 +211,60 @@ def truth(
     return Truths(row_truth, *((of_first, of_other) if "reverse" in kind.name else (of_other, of_first)))
 
 
+def _binary_truth(kind: Kind, input: Tensor, target: Tensor | None, reduction: str, grad_output: Tensor) -> Truths:
+    """Of elements; each logarithm of a probability is one of sigmoid, never of 1 minus something."""
+    b = float64(input)
+    q, not_q = b.sigmoid(), (-b).sigmoid()
+    log_q, log_not_q = F.logsigmoid(b), F.logsigmoid(-b)
+    least = torch.finfo(torch.float32).smallest_normal  # where an exponential is less, float32 rounds it to 0
+    if target is None:
+        value = -(times(q, log_q) + times(not_q, log_not_q))
+        row_truth, g = reference._reduce(value, value, torch.tensor(float(b.numel())), reduction, grad_output)
+        slope = times(times(-b, q), not_q)
+        moved = g.abs() * torch.where(b.isinf(), 0, b.abs()) + 1
+        return Truths(row_truth, Truth(g * slope, (g * slope).abs(), subnormal=moved), None)
+    if kind.options.get("target_logits"):
+        a = float64(target)
+        p, not_p, log_p, log_not_p = a.sigmoid(), (-a).sigmoid(), F.logsigmoid(a), F.logsigmoid(-a)
+    else:
+        p = float64(target)
+        not_p, log_p, log_not_p = 1 - p, p.log(), (-p).log1p()
+        a = log_p - log_not_p
+    gaps = [torch.where(f == -torch.inf, 0, f - o) for f, o in ((log_p, log_q), (log_not_p, log_not_q))]
+    terms = [torch.where(gap == torch.inf, gap, times(f, gap)) for f, gap in zip((p, not_p), gaps, strict=True)]
+    value = terms[0] + terms[1]
+    smaller, is_yes = torch.minimum(p, not_p), p <= 0.5
+    d = torch.where(a == b, 0, torch.where(is_yes, b - a, a - b))
+    value = torch.where(d.abs() <= 1, (smaller * d.expm1()).log1p() - smaller * d, value)  # nothing of d is lost
+    of_far = torch.where((a - b).abs() <= 1, 0, torch.minimum(-log_q - log_not_q, -log_p - log_not_p + value.abs()))
+    condition = (times(smaller, torch.where(a == b, 0, a - b)).abs() + of_far + value.abs()).nan_to_num(nan=0)
+    row_truth, g = reference._reduce(value, condition, torch.tensor(float(b.numel())), reduction, grad_output)
+    of_input = Truth(
+        g * torch.where(is_yes, q - p, not_p - not_q),
+        g.abs() * (torch.where(is_yes, q, not_q) + smaller),
+        subnormal=2 * g.abs() + 1,
+    )
+    gap = torch.where(a == b, 0, a - b)
+    if kind.options.get("target_logits"):
+        slope = torch.where(gap.isinf() & (smaller > least), gap, times(times(p, not_p), gap))
+        of_target = Truth(g * slope, (g * slope).abs(), subnormal=g.abs() * gap.abs() + 1)
+    else:
+        of_target = Truth(g * gap, g.abs() * (log_p.abs() + log_not_p.abs() + b.abs()))
+    return Truths(row_truth, of_input, of_target)
+
+
+def _binary_composed(kind: Kind, input: Tensor, target: Tensor | None, reduction: str) -> Tensor:
+    logs = [F.logsigmoid(input), F.logsigmoid(-input)]
+    if target is None:
+        losses = -sum(log.exp() * torch.where(log == -torch.inf, 0, log) for log in logs)
+    elif kind.options.get("target_logits"):
+        targets = F.logsigmoid(target), F.logsigmoid(-target)
+        losses = sum(F.kl_div(q, p, reduction="none", log_target=True) for q, p in zip(logs, targets, strict=True))
+    else:
+        losses = sum(F.kl_div(q, p, reduction="none") for q, p in zip(logs, (target, 1 - target), strict=True))
+    return {"none": lambda t: t, "mean": torch.mean, "sum": torch.sum}[reduction](losses)
+
+
 def composed(
     kind: Kind,
     input: Tensor,
@@ -202,6 +276,8 @@ def composed(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What one writes with torch's functions."""
+    if kind.is_binary:
+        return _binary_composed(kind, input, target, reduction)
     class_dim = min(1, input.dim() - 1)
     log_q = F.log_softmax(input / temperature, class_dim)
     if target is None:

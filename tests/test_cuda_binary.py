@@ -30,10 +30,15 @@ KERNELS = {
     "backward_scale",
     "forward_by_teams",
     "backward_by_teams",
+    "binary_forward",
+    "binary_backward",
     "forward",
     "backward",
 }
 
+
+# Kernels that are compiled once for every size of a pack.
+BY_PACK = {"forward_across", "backward_across", "forward", "backward", "binary_forward", "binary_backward"}
 
 pytestmark = [
     pytest.mark.skipif(EXTENSION is None, reason="torchce._cuda is not built"),
@@ -93,7 +98,7 @@ def has_packs(symbol: str) -> bool:
         return "Lb1E" in symbol  # kAdjacent
     if "by_teams" in kernel_name(symbol):
         return "EELb1EEEv" in symbol  # the last argument: kAdjacent
-    across = kernel_name(symbol) in {"forward_across", "backward_across", "forward", "backward"}
+    across = kernel_name(symbol) in BY_PACK
     return not across or "Li1EEEv" not in symbol
 
 
@@ -101,7 +106,12 @@ def widest(symbol: str) -> tuple[int, int]:
     """Bits of a load and of a store. What is computed in float64 comes two at a time: float32 elements in 8 bytes."""
     float_logits = "FloatInDouble" in symbol
     in_double = float_logits or "IdNS_10softmax_ce" in symbol
-    float_target = (in_double and "ProbabilitiesIfE" in symbol) or "backwardIdf" in symbol
+    float_target = (
+        (in_double and "ProbabilitiesIfE" in symbol)
+        or "backwardIdf" in symbol
+        or "yEdfL" in symbol
+        or "sEdfL" in symbol
+    )
     of_target = "GradientOfE1E" in symbol  # reads the logits alone
     load = 64 if float_logits and (float_target or of_target) else 128
     return load, 64 if (float_target if of_target else float_logits) else 128

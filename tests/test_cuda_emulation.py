@@ -39,6 +39,7 @@ PARTS = [
         "tests/test_sigmoid_bce.py",
         "tests/test_determinism.py",
         "tests/test_divergence.py",
+        "tests/test_binary_divergence.py",
     ],
 ]
 

@@ -12,7 +12,7 @@ import divergences
 import pytest
 import torch
 from comparison import assert_bitwise_equal
-from divergences import KINDS, Kind, operands
+from divergences import BINARY_KINDS, KINDS, Kind, operands
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -24,7 +24,8 @@ import torchce
 import torchce.functional as ours
 from torchce.divergence_formulas import decomposition
 
-EACH_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+EACH_KIND = pytest.mark.parametrize("kind", [*KINDS.values(), *BINARY_KINDS.values()], ids=lambda kind: kind.name)
+EACH_OF_ROWS = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 SHAPE = (6, 5)
 CODES = {
     name: {"kl": 0, "reverse_kl": 1, "js": 2, "entropy": 3}[name.removesuffix("_probabilities").removesuffix("_beta")]
@@ -136,7 +137,7 @@ def test_an_operand_that_was_changed_is_refused(kind: Kind) -> None:
 def test_batched_gradients(kind: Kind) -> None:
     of = leaves(tensors_of(kind))
     rows = kind(*of, reduction="none")
-    upstream = cases.normal((3, SHAPE[0]), torch.float32, "cpu", seed=8)
+    upstream = cases.normal((3, *rows.shape), torch.float32, "cpu", seed=8)
     batched = torch.autograd.grad(rows, of, upstream, is_grads_batched=True, retain_graph=True)
     for number, one in enumerate(upstream):
         expected = torch.autograd.grad(rows, of, one, retain_graph=True)
@@ -165,7 +166,7 @@ def test_func(name: str, kind: Kind) -> None:
     torch.testing.assert_close(*results)
 
 
-@EACH_KIND
+@EACH_OF_ROWS
 def test_func_as_eager_at_the_ends(kind: Kind) -> None:
     """Masked classes, rows that are left out and hold NaN: the composite gives what the kernels give."""
     inf, lowest = torch.inf, torch.finfo(torch.float32).min
@@ -238,10 +239,10 @@ def test_no_recompile_when_only_the_rows_change() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["kl", "js_probabilities", "entropy"])
+@pytest.mark.parametrize("name", ["kl", "js_probabilities", "entropy", "binary_kl"])
 def test_data_dependent_rows(name: str) -> None:
     """As many rows as a mask has, which no trace can know."""
-    kind = KINDS[name]
+    kind = (KINDS | BINARY_KINDS)[name]
 
     def loss(keep: Tensor, *tensors: Tensor) -> Tensor:
         return kind(*(t[keep] for t in tensors), reduction="none").sum()
@@ -276,7 +277,7 @@ class Model(torch.nn.Module):
             return self.kind(self.student(x), mask=mask, temperature=2.0)
         teacher = self.teacher(x)
         if not self.kind.options.get("target_logits"):
-            teacher = teacher.softmax(-1)
+            teacher = teacher.sigmoid() if self.kind.is_binary else teacher.softmax(-1)
         return self.kind(self.student(x), teacher, mask=mask, temperature=2.0)
 
 
@@ -300,7 +301,7 @@ def test_an_exported_program_trains(kind: Kind, strict: bool) -> None:
         for rows_now in (6, 4000):
             arguments = cases.normal((rows_now, 5), torch.float32, "cpu"), torch.arange(rows_now) % 3 != 1
             results, expected = gradients_of(module, *arguments), gradients_of(model, *arguments)
-            assert len(expected) == (2 if kind.name == "entropy" else 4)
+            assert len(expected) == (4 if kind.has_target else 2)
             assert_same_bits(results, expected)
 
 
@@ -318,7 +319,7 @@ def test_make_fx(kind: Kind) -> None:
     tensors = tensors_of(kind)
     assert_bitwise_equal(make_fx(kind)(*tensors)(*tensors), kind(*tensors))
     traced = make_fx(lambda *t: value_and_grads(kind, t))(*tensors)
-    assert_same_bits(traced(*(2 * t for t in tensors)), value_and_grads(kind, tuple(2 * t for t in tensors)))
+    assert_same_bits(traced(*(t.flip(0) for t in tensors)), value_and_grads(kind, tuple(t.flip(0) for t in tensors)))
 
 
 @EACH_KIND
@@ -335,7 +336,7 @@ def test_traced_backward_has_derivatives(kind: Kind) -> None:
     torch.testing.assert_close(*results)
 
 
-@EACH_KIND
+@EACH_OF_ROWS
 def test_the_backward_op_is_differentiable(kind: Kind) -> None:
     """By what comes in and by both operands, of the gradients that are asked for, as torch's composition is."""
     ops = torch.ops.torchce
@@ -359,7 +360,7 @@ def test_the_backward_op_is_differentiable(kind: Kind) -> None:
         torch.testing.assert_close(*second)
 
 
-@EACH_KIND
+@EACH_OF_ROWS
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)], ids=str)
 def test_the_decomposition_gives_what_the_op_gives(kind: Kind, shape: tuple[int, ...]) -> None:
     """Statistics too, which a backward takes."""
@@ -373,11 +374,11 @@ def test_the_decomposition_gives_what_the_op_gives(kind: Kind, shape: tuple[int,
 def test_jit_trace(kind: Kind) -> None:
     tensors = tensors_of(kind)
     traced = torch.jit.trace(lambda *t: kind(*t), tensors)
-    torch.testing.assert_close(traced(*(2 * t for t in tensors)), kind(*(2 * t for t in tensors)))
+    torch.testing.assert_close(traced(*(t.flip(0) for t in tensors)), kind(*(t.flip(0) for t in tensors)))
 
 
 def test_scripting_is_refused() -> None:
-    for function in (ours.kl_div_with_logits, ours.js_div_with_logits, ours.entropy_with_logits):
+    for function in {kind.function for kind in (*KINDS.values(), *BINARY_KINDS.values())}:
         with pytest.raises(RuntimeError, match="cannot be scripted"):
             torch.jit.script(function)
     with pytest.raises(RuntimeError, match="cannot be scripted"):
@@ -398,7 +399,7 @@ def test_onnx(kind: Kind, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(result), model(*arguments).detach(), rtol=1e-5, atol=1e-6)
 
 
-@EACH_KIND
+@EACH_OF_ROWS
 @pytest.mark.parametrize("shape", [(6, 5), (3, 300), (2, 5, 3), (0, 4)], ids=str)
 def test_opcheck(kind: Kind, shape: tuple[int, ...]) -> None:
     """Schema, autograd registration, fake against real, and AOT dispatch with dynamic shapes."""
@@ -445,7 +446,7 @@ def test_autocast(kind: Kind) -> None:
     for enabled in (True, False):
         of = leaves(tensors)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = kind(*of, dtype=None if enabled else torch.float32)
+            loss = kind(*of) if enabled else kind(*(t.float() for t in of))
         results.append([loss.detach(), *torch.autograd.grad(loss, of)])
     assert_same_bits(*results)
 
@@ -463,7 +464,9 @@ def test_meta_and_fake(kind: Kind) -> None:
             assert (of.shape, of.dtype) == (expected.shape, expected.dtype)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS.values() if k.has_target], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [k for k in (*KINDS.values(), *BINARY_KINDS.values()) if k.has_target], ids=lambda kind: kind.name
+)
 def test_gradients_of_fake_operands_have_the_real_layout(kind: Kind) -> None:
     """Each that of its own operand."""
     input, target = operands(kind, (6, 5, 3))
@@ -499,7 +502,7 @@ def test_subclasses_and_modes(kind: Kind) -> None:
     expected = kind(*tensors, temperature=2.0, mask=MASK)
     with Mode():
         assert_bitwise_equal(kind(*tensors, temperature=2.0, mask=MASK), expected)
-    assert seen[0].keys() >= {"temperature", "mask"}
+    assert seen[0].keys() >= (set() if kind.is_binary else {"temperature", "mask"}) | kind.options.keys()
     result = kind(tensors[0].as_subclass(Subclass), *tensors[1:], temperature=2.0, mask=MASK)
     assert type(result) is Subclass
     assert_bitwise_equal(result.as_subclass(Tensor), expected)

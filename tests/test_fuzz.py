@@ -319,6 +319,9 @@ def test_in_place_and_autocast(problem: Softmax, data: st.DataObject, device: st
 # --- divergences ----------------------------------------------------------------------------------------------------
 
 
+DIVERGENCES = divergences.KINDS | divergences.BINARY_KINDS
+
+
 class Diverging(NamedTuple):
     kind: str
     input: Tensor
@@ -331,7 +334,7 @@ def diverging_problems(draw: st.DrawFn) -> Diverging:
     """Both operands of drawn layouts and dtypes, of which one excludes what the other does."""
     shape = draw(softmax_shapes())
     class_dim = min(1, len(shape) - 1)
-    kind = divergences.KINDS[draw(st.sampled_from(sorted(divergences.KINDS)))]
+    kind = DIVERGENCES[draw(st.sampled_from(sorted(DIVERGENCES)))]
     scale = draw(st.sampled_from([1e-3, 1.0, 10.0, 1e3]))
     has_logits = not kind.has_target or kind.options.get("target_logits", False)
     # By a probability that is 0 as the student's is there is no derivative.
@@ -343,7 +346,7 @@ def diverging_problems(draw: st.DrawFn) -> Diverging:
         values = cases.normal(shape, torch.float64, "cpu", seed=draw(seeds), scale=scale)
         values = values.masked_fill(excluded & ~excluded.all(class_dim, keepdim=True), -math.inf)
         if not is_logits:
-            values = values.softmax(class_dim)
+            values = values.sigmoid() if kind.is_binary else values.softmax(class_dim)
             values = torch.where(values < 1e-290, 0, values)  # which the reference has digits of
             if "reverse" in kind.name:  # from what rounds to 0 it is infinite
                 values = values.clamp_min(max(1e-290, torch.finfo(dtype).smallest_normal))
@@ -356,9 +359,9 @@ def diverging_problems(draw: st.DrawFn) -> Diverging:
             operand = draw_values
         operands.append(operand)
     options: dict[str, Any] = {"reduction": draw(reductions)}
-    if draw(st.booleans()):
+    if not kind.is_binary and draw(st.booleans()):
         options["temperature"] = draw(st.sampled_from([0.5, 1.3, 7.0]))
-    if draw(st.booleans()):
+    if not kind.is_binary and draw(st.booleans()):
         mask = cases.uniform(cases.index_shape(shape), torch.float32, "cpu", seed=draw(seeds)) < 0.7
         assume(bool(mask.any()) or options["reduction"] != "mean")
         options["mask"] = mask
@@ -369,7 +372,7 @@ def diverging_problems(draw: st.DrawFn) -> Diverging:
 @given(problem=diverging_problems())
 def test_divergences(problem: Diverging, counts: Counter[str]) -> None:
     kind, input, target, options = problem
-    divergences.check(divergences.KINDS[kind], input, target, **options)
+    divergences.check(DIVERGENCES[kind], input, target, **options)
     counts["fuzzed problems"] += 1
 
 

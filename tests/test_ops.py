@@ -16,7 +16,15 @@ from comparison import assert_bitwise_equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchce import divergence, divergence_formulas, ops, sigmoid_bce, softmax_ce, softmax_ce_formulas
+from torchce import (
+    binary_divergence,
+    divergence,
+    divergence_formulas,
+    ops,
+    sigmoid_bce,
+    softmax_ce,
+    softmax_ce_formulas,
+)
 
 NONE, MEAN, SUM = 0, 1, 2
 NOT_DENSE = ("sliced", "channels_last_sliced", "expanded_rows")  # layouts whose memory cannot be overwritten
@@ -29,7 +37,12 @@ OPS = sorted(
     and not name.startswith("torchce::linear_")  # not compiled: test_linear_softmax_ce.py
 )
 PROBLEM_H = Path(__file__).resolve().parents[1] / "csrc" / "problem.h"
-OPTIONS = {"softmax_ce": softmax_ce.Options, "sigmoid_bce": sigmoid_bce.Options, "divergence": divergence.Options}
+OPTIONS = {
+    "softmax_ce": softmax_ce.Options,
+    "sigmoid_bce": sigmoid_bce.Options,
+    "divergence": divergence.Options,
+    "binary_divergence": binary_divergence.Options,
+}
 PLAIN_OPS = ("softmax_ce_forward", "softmax_ce_backward", "softmax_ce_backward_")  # which take torch's own options
 # Python functions that take an op's arguments, by position. Behind those that they name they may take any.
 FUNCTIONS = [
@@ -45,6 +58,8 @@ FUNCTIONS = [
     ("sigmoid_bce_backward_", ops.sigmoid_bce_backward_),
     ("divergence_forward", divergence_formulas.composite),
     ("divergence_forward", divergence_formulas.decomposition),
+    ("binary_divergence_forward", binary_divergence.composite),
+    ("binary_divergence_backward", binary_divergence.gradients),
 ]
 
 Named = dict[str, Any]
@@ -95,6 +110,16 @@ DIVERGENCE_SAMPLES = {
     "js": {"shape": (2, 5, 3, 4), "kind": divergence.JS, "layout": "channels_last"},
     "js_probabilities": {"shape": (6, 300), "kind": divergence.JS, "target_logits": False, "dtype": torch.bfloat16},
     "entropy": {"shape": (6, 5), "kind": divergence.ENTROPY, "target_logits": False, "layout": "sliced"},
+    "empty": {"shape": (0, 5), "reduction": SUM},
+}
+BINARY_SAMPLES = {
+    "kl": {"shape": (6, 5)},
+    "kl_0d": {"shape": ()},
+    "kl_none": {"shape": (2, 5, 3, 4), "layout": "channels_last", "reduction": NONE},
+    "kl_probabilities": {"shape": (3, 5, 4), "target_logits": False, "reduction": NONE},
+    "kl_bfloat16": {"shape": (6, 5), "dtype": torch.bfloat16, "layout": "sliced"},
+    "entropy": {"shape": (6, 5), "entropy": True, "layout": "sliced"},
+    "entropy_none": {"shape": (6, 5), "entropy": True, "reduction": NONE},
     "empty": {"shape": (0, 5), "reduction": SUM},
 }
 
@@ -235,11 +260,36 @@ def divergence_problem(
     return named, ["divergence_forward", "divergence_backward"]
 
 
+def binary_problem(
+    device: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    layout: str | None = None,
+    reduction: int = MEAN,
+    target_logits: bool = True,
+    entropy: bool = False,
+) -> tuple[Named, list[str]]:
+    """What the ops of binary divergences are given, by name, and these."""
+    target = make_logits(shape, dtype, layout, device) * 2
+    named = {
+        "input": make_logits(shape, dtype, layout, device),
+        "target": None if entropy else target if target_logits else target.sigmoid(),
+        "dtype": None,
+        "reduction": reduction,
+        "target_logits": target_logits,
+    }
+    named["grad_output"] = torch.ones_like(call("binary_divergence_forward", named))
+    names = ["binary_divergence_forward", "binary_divergence_backward"]
+    return named, names + ["binary_divergence_backward_target"] * (not entropy)
+
+
 def problem_of(loss: str, sample: str, device: str) -> tuple[Named, list[str]]:
     if loss == "bce":
         return bce_problem(device, **BCE_SAMPLES[sample])
     if loss == "divergence":
         return divergence_problem(device, **DIVERGENCE_SAMPLES[sample])
+    if loss == "binary":
+        return binary_problem(device, **BINARY_SAMPLES[sample])
     return softmax_problem(device, loss, **PROBABILITY_SAMPLES[sample])
 
 
@@ -248,13 +298,14 @@ SAMPLES = [
     *(pytest.param("probability", sample, id=f"probability-{sample}") for sample in PROBABILITY_SAMPLES),
     *(pytest.param("bce", sample, id=f"bce-{sample}") for sample in BCE_SAMPLES),
     *(pytest.param("divergence", sample, id=f"divergence-{sample}") for sample in DIVERGENCE_SAMPLES),
+    *(pytest.param("binary", sample, id=f"binary-{sample}") for sample in BINARY_SAMPLES),
 ]
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_options_are_the_end_of_every_schema(name: str) -> None:
     """The same fields, types and defaults in the same order; no op is without them."""
-    (options,) = [options for stem, options in OPTIONS.items() if name.startswith(stem)]
+    (options,) = [options for stem, options in OPTIONS.items() if name.startswith(stem)]  # no stem begins another
     fields = options._fields[: softmax_ce_formulas.N_PLAIN] if name in PLAIN_OPS else options._fields
     types = get_type_hints(options)
     last = arguments_of(name)[-len(fields) :]

@@ -41,6 +41,8 @@ KERNELS = (
     r"sigmoid_bce_forward\(.*<torchce::BFloat16, torchce::BFloat16>",
     r"sigmoid_bce_gradient<false>\(.*<float, float>",
     r"sigmoid_bce_gradient<false>\(.*<torchce::BFloat16, torchce::BFloat16>",
+    r"binary_divergence_forward\(.*<torchce::binary_divergence::OfLogits, float, float>",
+    r"binary_divergence_gradient<false>\(.*<torchce::binary_divergence::OfLogits, float, float>",
     r"divergences::forward_(group|strip)<float, ",
     r"divergences::backward_(group|strip)<float, ",
 )
@@ -139,6 +141,7 @@ def test_values_at_lower_levels(level: str) -> None:
         "infinite_weights",
         "sigmoid_bce",
         "divergence",
+        "binary_divergence",
     ]
     selection = [*(f"tests/test_{name}.py" for name in kernels), "-k", "not cuda"]
     result = run_python(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selection)

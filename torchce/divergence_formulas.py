@@ -26,7 +26,7 @@ class Options(NamedTuple):
     beta: float = 0.5
 
 
-class _Distribution(NamedTuple):
+class Distribution(NamedTuple):
     """Probabilities and their logarithms; without a NaN in rows that are left out."""
 
     p: Tensor
@@ -44,17 +44,17 @@ class _Problem:
         self.acc = ops.divergence_accumulation(input, target)
         self.mask = None if mask is None else mask.to(torch.bool)
         self.student = self._softmax(input)
-        self.teacher: _Distribution | None = None
+        self.teacher: Distribution | None = None
         if target is not None and options.target_logits:
             self.teacher = self._softmax(target)
         elif target is not None:
             t = self._kept(target.to(self.acc), 1)
-            self.teacher = _Distribution(t, t.log(), is_known=True)
+            self.teacher = Distribution(t, t.log(), is_known=True)
 
-    def _softmax(self, logits: Tensor) -> _Distribution:
+    def _softmax(self, logits: Tensor) -> Distribution:
         x = self._kept(logits.to(self.acc)) * (1 / self.options.temperature)
         log_p = x.log_softmax(self.class_dim)
-        return _Distribution(log_p.exp(), log_p, is_known=False)
+        return Distribution(log_p.exp(), log_p, is_known=False)
 
     def _kept(self, t: Tensor, filler: int = 0) -> Tensor:
         return t if self.mask is None else torch.where(self.mask.unsqueeze(self.class_dim), t, filler)
@@ -75,12 +75,12 @@ class _Problem:
         """The loss of each row."""
         kind = self.options.kind
         if kind == ENTROPY:
-            return self.over_classes(0 - self.student.p * _finite_log(self.student))
+            return self.over_classes(0 - self.student.p * finite_log(self.student))
         assert self.teacher is not None
         if kind == JS:
             return sum(self.js_terms(), start=self.student.p.new_zeros(()))
         first, other = (self.teacher, self.student) if kind == KL else (self.student, self.teacher)
-        return self.over_classes(_kl_terms(first, other))
+        return self.over_classes(kl_terms(first, other))
 
     def js_terms(self) -> tuple[Tensor, Tensor]:
         """Each row's beta KL(teacher || M) and (1 - beta) KL(student || M)."""
@@ -98,12 +98,12 @@ def _x_log_x(x: Tensor) -> Tensor:
     return torch.where(x < 0, torch.nan, -torch.special.entr(x))
 
 
-def _finite_log(distribution: _Distribution) -> Tensor:
+def finite_log(distribution: Distribution) -> Tensor:
     """The logarithms, 0 where the probability is 0: they multiply it."""
     return torch.where(distribution.log == -torch.inf, 0, distribution.log)
 
 
-def _gap(first: _Distribution, other: _Distribution) -> Tensor:
+def _gap(first: Distribution, other: Distribution) -> Tensor:
     """``log F_k - log O_k``, 0 where ``F_k`` is."""
     return torch.where(first.log == -torch.inf, 0, first.log - other.log)
 
@@ -114,7 +114,7 @@ def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return torch.where(mixture == 0, 1, mixture)
 
 
-def _ratio_terms(distribution: _Distribution, mixture: Tensor) -> Tensor:
+def _ratio_terms(distribution: Distribution, mixture: Tensor) -> Tensor:
     """What each class adds to KL(distribution || mixture)."""
     p = distribution.p
     if distribution.is_known:
@@ -122,7 +122,7 @@ def _ratio_terms(distribution: _Distribution, mixture: Tensor) -> Tensor:
     return p * torch.where(p == 0, 1, p / mixture).log()  # the derivative by a logit is 0 there, not by p
 
 
-def _kl_terms(first: _Distribution, other: _Distribution) -> Tensor:
+def kl_terms(first: Distribution, other: Distribution) -> Tensor:
     """What each class adds to KL(F || O)."""
     if first.is_known:
         return _x_log_x(first.p) - times(first.p, other.log)
@@ -186,7 +186,7 @@ def gradients(
     student, teacher = problem.student, problem.teacher
     if teacher is None:
         entropy = problem.rows().unsqueeze(class_dim)
-        return (of_logits * (student.p * (-_finite_log(student) - entropy))).to(input.dtype), None
+        return (of_logits * (student.p * (-finite_log(student) - entropy))).to(input.dtype), None
     assert target is not None
     if kind == JS:
         of_teacher, of_student = (rows.unsqueeze(class_dim) for rows in problem.js_terms())

@@ -337,3 +337,33 @@ def _(grad_output, input, target, mask, statistics, totals, needs_input, needs_t
         _empty_gradient(input) if needs_input else input.new_empty(0),
         _empty_gradient(like_target) if needs_target else like_target.new_empty(0),
     )
+
+
+# --- binary divergences --------------------------------------------------------------------------------------------
+
+binary_divergence_forward = _ops.binary_divergence_forward.default
+eager_binary_divergence_forward = below_autograd(binary_divergence_forward)
+
+
+@torch.library.register_fake("torchce::binary_divergence_forward")
+def _(input, target, dtype, reduction, *_):  # type: ignore[no-untyped-def]
+    dtype = dtype or input.dtype
+    return torch.empty_like(input, dtype=dtype) if reduction == 0 else input.new_empty([], dtype=dtype)
+
+
+binary_divergence_backward = _ops.binary_divergence_backward.default
+eager_binary_divergence_backward = below_autograd(binary_divergence_backward)
+
+
+@torch.library.register_fake("torchce::binary_divergence_backward")
+def _(grad_output, input, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(input)
+
+
+binary_divergence_backward_target = _ops.binary_divergence_backward_target.default
+eager_binary_divergence_backward_target = below_autograd(binary_divergence_backward_target)
+
+
+@torch.library.register_fake("torchce::binary_divergence_backward_target")
+def _(grad_output, input, target, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(target)

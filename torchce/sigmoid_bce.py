@@ -19,7 +19,8 @@ from torchce.composites import decompose_for_onnx, differentiate, differentiate_
 from torchce.transforms import differentiates_backward, transformed
 
 
-def _log_sigmoid(x: Tensor) -> Tensor:
+def log_sigmoid(x: Tensor) -> Tensor:
+    """``F.logsigmoid``, but for ONNX."""
     if torch.onnx.is_in_onnx_export():
         # ONNX's exporters write logsigmoid as log(sigmoid(x)): -inf where onnxruntime rounds the sigmoid to 0, from
         # x = -18 on. What takes its place here has no right second derivative at 0.
@@ -52,7 +53,7 @@ def composite(
     """
     acc = ops.accumulation_dtype(logits.dtype)
     x, t = logits.to(acc), target.to(acc)
-    loss = -(times(t, _log_sigmoid(x), pos_weight) + times(1 - t, _log_sigmoid(-x)))
+    loss = -(times(t, log_sigmoid(x), pos_weight) + times(1 - t, log_sigmoid(-x)))
     if weight is not None:
         loss = weight * loss
     return reduced(loss, Options(*options).reduction).to(dtype or logits.dtype)

@@ -8,6 +8,7 @@ namespace torchce::cpu::TORCHCE_LEVEL::divergences {
 // What the gradients of rows are made of, a lane a row. Of rows that are left out the upstream gradient is 0.
 template <class A, int W, class S>
 struct GradientInputs {
+  using V = Lanes<A>;
   PerRow<A, W> kept, upstream, first_max, first_sum, other_max, other_sum, value, second_value;
 
   TORCHCE_SIMD GradientInputs(const Backward& call, int64_t row, int count)
@@ -20,7 +21,12 @@ struct GradientInputs {
     const Rows& rows = call.rows;
     const Statistics<A> statistics(rows, call.statistics);
     RowPosition at(rows, row);
-    for (int l = 0; l < count; ++l, at.advance(rows)) upstream[l] = kept[l] == 0 ? A(0) : upstream_of<A>(call, at);
+    if (rows.options.reduction == Reduction::none) {
+      for (int l = 0; l < count; ++l, at.advance(rows)) upstream[l] = kept[l] == 0 ? A(0) : upstream_of<A>(call, at);
+    } else {  // one for all: to make it for each row takes as long as 19 classes do
+      const auto of_all = broadcast(upstream_of<A>(call, at));
+      for (int w = 0; w < W; ++w) upstream.set(w, math::select(kept.lanes(w) == V{}, V{}, of_all));
+    }
     const auto read = [&](const A* p) { return PerRow<A, W>::of(p + row, count); };
     first_sum = read(statistics.first_sum);
     if constexpr (S::kFirst == Side::logits) first_max = read(statistics.first_max);

@@ -147,6 +147,13 @@ bool lanes_run_along(const Rows& rows) {
 template <class A, int W>
 TORCHCE_SIMD PerRow<A, W> kept_rows(const Rows& rows, int64_t row, int count) {
   PerRow<A, W> kept{};
+  if (rows.mask == nullptr) {
+    for (int w = 0; w < W; ++w) {
+      const auto is_there = lane_numbers<A>() < A(count - w * kLanes<A>);
+      kept.set(w, math::select(is_there, broadcast(A(1)), Lanes<A>{}));
+    }
+    return kept;
+  }
   RowPosition at(rows, row);
   for (int l = 0; l < count; ++l, at.advance(rows)) {
     kept[l] = is_kept(rows, at) ? A(1) : A(0);

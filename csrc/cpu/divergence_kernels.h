@@ -2,6 +2,7 @@
 // other kernels take the compiler minutes.
 #pragma once
 
+#include "binary_divergence_kernels.h"
 #include "divergence_backward.h"
 
 namespace torchce::cpu::TORCHCE_LEVEL {

@@ -34,6 +34,10 @@ struct Kernels {
   void (*sigmoid_bce_forward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end, Partial*);
   void (*sigmoid_bce_backward)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
   void (*sigmoid_bce_backward_target)(const sigmoid_bce::Elements&, int64_t begin, int64_t end);
+  void (*binary_divergence_forward)(const sigmoid_bce::Elements&, binary_divergence::Formula, int64_t begin,
+                                    int64_t end, Partial*);
+  void (*binary_divergence_backward)(const sigmoid_bce::Elements&, binary_divergence::Formula, GradientOf,
+                                     int64_t begin, int64_t end);
   void (*divergence_forward)(const divergence::Forward&, int64_t row_begin, int64_t row_end, Partial*);
   void (*divergence_backward)(const divergence::Backward&, int64_t row_begin, int64_t row_end);
 };

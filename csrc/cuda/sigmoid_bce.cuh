@@ -35,6 +35,13 @@ __device__ __forceinline__ void store_output(const Elements& problem, int64_t of
   });
 }
 
+// Adds up what every block has, and writes the one loss of all elements, if there is one.
+__device__ __forceinline__ void store_total(const Elements& problem, LossSums& total, const GridScratch& scratch) {
+  if (problem.options.reduction == Reduction::none || !reduce_grid(total, scratch) || threadIdx.x != 0) return;
+  const double divisor = problem.options.reduction == Reduction::mean ? double(problem.numel) : 1;
+  store_as(problem.dtypes[kOutput], problem.output, 0, total.loss / divisor);
+}
+
 // Adds up the losses, or writes each.
 template <class A>
 struct Losses {
@@ -79,9 +86,7 @@ template <class T, class U, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void forward(const Elements problem, const GridScratch scratch) {
   Losses<Accumulate<T>> losses{problem};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, losses);
-  if (problem.options.reduction == Reduction::none || !reduce_grid(losses.total, scratch) || threadIdx.x != 0) return;
-  const double divisor = problem.options.reduction == Reduction::mean ? double(problem.numel) : 1;
-  store_as(problem.dtypes[kOutput], problem.output, 0, losses.total.loss / divisor);
+  store_total(problem, losses.total, scratch);
 }
 
 // exp(-|x|) for a gradient of type G. The special function unit is exact enough for 16 bits, but flushes subnormal
@@ -97,34 +102,12 @@ __device__ __forceinline__ A odds_of_gradient(A x) {
   }
 }
 
-// Writes the gradients.
-template <class A, GradientOf of>
-struct Gradients {
+// The upstream gradients of a thread's packs.
+template <class A>
+struct GradOutputs {
   const Elements& problem;
-  bool one_for_all;  // upstream gradient
+  bool one_for_all;
   GradOutputOfAll<A> of_all;
-
-  template <class T, class U, Layout layout, int V, int kPacks>
-  __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
-    using G = decltype(pick<of == GradientOf::target>(U{}, T{}));
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (batch.is_there[i]) {
-        const Weights<layout, A, V> weights(problem, batch.places[i]);
-        const Pack<A, V> grad_output = load_grad_output<layout, V>(batch.places[i].offset(kGradOutput));
-        A grad[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const A x = get<A>(batch.logits[i], v);
-          const auto c = weights.pos_weight(v);
-          grad[v] = of == GradientOf::target ? target_gradient(x, c)
-                                             : gradient(x, get<A>(batch.target[i], v), c, odds_of_gradient<G>(x));
-        }
-        scale(grad, grad_output, weights);
-        store_pack(static_cast<G*>(problem.output) + batch.places[i].offset(kOutput), rounded<G>(grad), true);
-      }
-    }
-  }
 
   // Multiplies by upstream gradients and weights, where there are any.
   template <Layout layout, int V>
@@ -144,7 +127,7 @@ struct Gradients {
   }
 
   template <Layout layout, int V>
-  __device__ __forceinline__ Pack<A, V> load_grad_output(int64_t offset) const {
+  __device__ __forceinline__ Pack<A, V> load(int64_t offset) const {
     Pack<A, V> grad_output = repeat<V>(of_all.value);
     if (!one_for_all) {
       with_float_type(problem.dtypes[kGradOutput], [&](auto storage) {
@@ -157,13 +140,46 @@ struct Gradients {
   }
 };
 
+template <class A, Layout layout>
+__device__ __forceinline__ GradOutputs<A> grad_outputs(const Elements& problem) {
+  const bool one_for_all = problem.options.reduction != Reduction::none ||
+                           (layout != Layout::strided && problem.strides[kGradOutput][problem.dims - 1] == 0);
+  return {problem, one_for_all, one_for_all ? grad_output_of_all<A>(problem) : GradOutputOfAll<A>{A(0), A(1)}};
+}
+
+// Writes the gradients.
+template <class A, GradientOf of>
+struct Gradients {
+  const Elements& problem;
+  GradOutputs<A> grad_outputs;
+
+  template <class T, class U, Layout layout, int V, int kPacks>
+  __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
+    using G = decltype(pick<of == GradientOf::target>(U{}, T{}));
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      if (batch.is_there[i]) {
+        const Weights<layout, A, V> weights(problem, batch.places[i]);
+        const auto grad_output = grad_outputs.template load<layout, V>(batch.places[i].offset(kGradOutput));
+        A grad[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const A x = get<A>(batch.logits[i], v);
+          const auto c = weights.pos_weight(v);
+          grad[v] = of == GradientOf::target ? target_gradient(x, c)
+                                             : gradient(x, get<A>(batch.target[i], v), c, odds_of_gradient<G>(x));
+        }
+        grad_outputs.scale(grad, grad_output, weights);
+        store_pack(static_cast<G*>(problem.output) + batch.places[i].offset(kOutput), rounded<G>(grad), true);
+      }
+    }
+  }
+};
+
 template <class T, class U, GradientOf of, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocks<T, U>) void backward(const Elements problem) {
   using A = Accumulate<T>;
-  const bool one_for_all = problem.options.reduction != Reduction::none ||
-                           (layout != Layout::strided && problem.strides[kGradOutput][problem.dims - 1] == 0);
-  const GradOutputOfAll<A> of_all = one_for_all ? grad_output_of_all<A>(problem) : GradOutputOfAll<A>{A(0), A(1)};
-  Gradients<A, of> gradients{problem, one_for_all, of_all};
+  Gradients<A, of> gradients{problem, grad_outputs<A, layout>(problem)};
   for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, gradients);
 }
 

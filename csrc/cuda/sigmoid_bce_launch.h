@@ -3,6 +3,8 @@
 
 #include "device.h"
 #include "pack.cuh"
+#include "reduce.cuh"
+#include "scratch.h"
 #include "sigmoid_bce_layout.h"
 #include "sigmoid_bce_operands.cuh"
 
@@ -36,6 +38,14 @@ template <class... Parameters>
 Grid grid_for(const DeviceScope& device, void (*kernel)(Parameters...), int64_t packs) {
   const int64_t needed = (packs + kThreads - 1) / kThreads;
   return {std::clamp<int64_t>(needed, 1, std::max<int64_t>(device.resident_blocks(kernel, {kThreads}), 1)), {kThreads}};
+}
+
+// Launches a forward kernel whose threads take packs of so many elements, with the memory that its blocks share.
+inline void launch_forward(const DeviceScope& device, void (*kernel)(Elements, GridScratch), const Elements& problem,
+                           int pack, const host::Tensor& loss) {
+  const Grid grid = grid_for(device, kernel, problem.numel / pack);
+  const Scratch scratch(device, loss, grid.blocks * int64_t(sizeof(LossSums)));
+  launch(device, kernel, grid, problem, GridScratch{reinterpret_cast<LossSums*>(scratch.data), scratch.counters});
 }
 
 }  // namespace torchce::cuda::sigmoid_bce

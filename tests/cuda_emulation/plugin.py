@@ -21,6 +21,7 @@ import torchce.ops
 # Where the kernels are tested; the other files ask about the layers above them.
 EMULATED_FILES = {
     "test_autograd",
+    "test_binary_divergence",
     "test_cuda_regimes",
     "test_determinism",
     "test_divergence",

@@ -18,6 +18,7 @@ raises: TorchScript cannot compile these functions.
 """
 
 from torchce.functional._common import NO_TORCHSCRIPT
+from torchce.functional.binary_divergence import binary_entropy_with_logits, binary_kl_div_with_logits
 from torchce.functional.divergence import entropy_with_logits, js_div_with_logits, kl_div_with_logits
 from torchce.functional.linear_divergence import linear_js_div, linear_kl_div
 from torchce.functional.linear_softmax_ce import linear_cross_entropy
@@ -32,6 +33,8 @@ __all__ = [
     "CrossEntropyOutput",
     "TokenLogprobsOutput",
     "binary_cross_entropy_with_logits",
+    "binary_entropy_with_logits",
+    "binary_kl_div_with_logits",
     "check_targets",
     "cross_entropy",
     "entropy_with_logits",

@@ -236,6 +236,18 @@ def _answer(ours: Any, operands: tuple[Tensor, ...], reduction: str, own: dict[s
 
 def _check_tensors(input: Any, targets: list[Any], mask: Any) -> None:
     """Raises ValueError for what no formula takes, naming the argument and both values."""
+    check_operands(input, targets)
+    shape = input.shape
+    if len(shape) == 0:
+        raise ValueError("input: expected at least one dimension, got a scalar")
+    class_dim = min(1, len(shape) - 1)
+    if known(shape[class_dim] == 0):
+        raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
+    check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]), input)
+
+
+def check_operands(input: Any, targets: Sequence[Any]) -> None:
+    """Raises ValueError unless these are floating tensors of one shape on one device."""
     for name, tensor in (("input", input), *(("target", target) for target in targets)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -245,16 +257,8 @@ def _check_tensors(input: Any, targets: list[Any], mask: Any) -> None:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise ValueError(f"{name}: expected a strided tensor, got a {kind} one")
         _check_device(name, tensor, input)
-    shape = input.shape
-    if len(shape) == 0:
-        raise ValueError("input: expected at least one dimension, got a scalar")
-    class_dim = min(1, len(shape) - 1)
-    if known(shape[class_dim] == 0):
-        raise ValueError(f"input: expected at least one class, got shape {list(shape)}")
-    for target in targets:
-        if not has_shape(target, shape):
-            raise ValueError(f"target: expected the input's shape {list(shape)}, got {list(target.shape)}")
-    check_mask(mask, (*shape[:class_dim], *shape[class_dim + 1 :]), input)
+        if not has_shape(tensor, input.shape):
+            raise ValueError(f"{name}: expected the input's shape {list(input.shape)}, got {list(tensor.shape)}")
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:

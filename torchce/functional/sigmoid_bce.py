@@ -27,7 +27,7 @@ from torchce.sigmoid_bce import PLAIN_OPTIONS, sigmoid_bce
 from torchce.sizes import are_numbers
 
 _torch_bce_with_logits = F.binary_cross_entropy_with_logits  # bound now: torchce.patch_torch cannot lead back here
-_MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
+MOST_DIMENSIONS = 16  # that sigmoid_bce's kernels can keep apart (csrc/problem.h)
 
 
 @overrides.stands_for(_torch_bce_with_logits)
@@ -136,8 +136,8 @@ def _problem(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: T
             return f"{name}: expected a shape that broadcasts to {list(input.shape)}, got {list(tensor.shape)}"
     if pos_weight is not None and pos_weight.dtype == torch.bool:
         return f"pos_weight: expected a tensor of numbers, got {pos_weight.dtype}"
-    if input.dim() > _MOST_DIMENSIONS:
-        return f"input: expected at most {_MOST_DIMENSIONS} dimensions, got {input.dim()}"
+    if input.dim() > MOST_DIMENSIONS:
+        return f"input: expected at most {MOST_DIMENSIONS} dimensions, got {input.dim()}"
     return None
 
 
