@@ -224,7 +224,7 @@ def test_composite_at_the_ends() -> None:
 
 
 def test_probabilities_at_the_ends(device: str) -> None:
-    """0 and 1 cost the student's surprise; what is no probability gives NaN, as 1 divided by 3 and an eighth does not."""
+    """0 and 1 cost the student's surprise; what is no probability gives NaN."""
     t = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, -0.1, 1.1, NAN, 1e-40, 0.5], device=device)
     x = torch.tensor([0.5, 0.5, -INF, INF, INF, -INF, 0.5, 0.5, 0.5, 0.0, 0.0], device=device)
     soft = math.log1p(math.exp(0.5))

@@ -89,10 +89,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         grad_input, grad_target = gradients(*saved)
         return grad_input if needs_input else None, grad_target if needs_target else None
     # Compiled autograd is traced by Dynamo, which cannot step below autograd (ops.below_autograd).
-    if torch.compiler.is_compiling():
-        of_input, of_target = ops.binary_divergence_backward, ops.binary_divergence_backward_target
-    else:
-        of_input, of_target = ops.eager_binary_divergence_backward, ops.eager_binary_divergence_backward_target
+    compiling = torch.compiler.is_compiling()
+    of_input = ops.binary_divergence_backward if compiling else ops.eager_binary_divergence_backward
+    of_target = ops.binary_divergence_backward_target if compiling else ops.eager_binary_divergence_backward_target
     return of_input(*saved) if needs_input else None, of_target(*saved) if needs_target else None
 
 

@@ -38,8 +38,8 @@ void with_formula_and_types(Formula formula, const sigmoid_bce::Elements& proble
 
 }  // namespace binary
 
-void binary_divergence_forward(const sigmoid_bce::Elements& problem, binary_divergence::Formula formula,
-                                      int64_t begin, int64_t end, Partial* partial) {
+void binary_divergence_forward(const sigmoid_bce::Elements& problem, binary_divergence::Formula formula, int64_t begin,
+                               int64_t end, Partial* partial) {
   using namespace bce;
   if (is_tile(problem)) {
     return with_packed_operands(
@@ -102,8 +102,8 @@ void binary_divergence_gradient(const sigmoid_bce::Elements& problem, binary_div
   });
 }
 
-void binary_divergence_backward(const sigmoid_bce::Elements& problem, binary_divergence::Formula formula,
-                                       GradientOf of, int64_t begin, int64_t end) {
+void binary_divergence_backward(const sigmoid_bce::Elements& problem, binary_divergence::Formula formula, GradientOf of,
+                                int64_t begin, int64_t end) {
   if (of == GradientOf::target) {
     binary_divergence_gradient<true>(problem, formula, begin, end);
   } else {

@@ -107,12 +107,26 @@ TORCHCE_SIMD void with_sinks(const Backward& call, Sink sink, F f) {
   }
 }
 
+// The gradients of W vectors of rows, made where they stay: a copy of them takes as long as some classes do.
+template <class A, int W, class S>
+struct StripGradients {
+  const GradientsOf<A, S> of[W];
+
+  TORCHCE_SIMD StripGradients(const Options& options, const GradientInputs<A, W, S>& in, bool of_first)
+      : StripGradients(options, in, of_first, std::make_integer_sequence<int, W>()) {}
+
+ private:
+  template <int... w>
+  TORCHCE_SIMD StripGradients(const Options& options, const GradientInputs<A, W, S>& in, bool of_first,
+                              std::integer_sequence<int, w...>)
+      : of{GradientsOf<A, S>(options, in.lanes(w), of_first)...} {}
+};
+
 template <class A, int W, class S>
 void backward_strip(const Backward& call, int64_t row, int count) {
   const Rows& rows = call.rows;
   const GradientInputs<A, W, S> in(call, row, count);
-  GradientsOf<A, S> gradients[W];
-  for (int w = 0; w < W; ++w) gradients[w] = GradientsOf<A, S>(rows.options, in.lanes(w));
+  const StripGradients<A, W, S> gradients(rows.options, in, call.first.data != nullptr);
   const auto sink = [&](const Gradient& of, const Operand& operand) {
     return StripOperand<A, W>(rows, of.data, operand.dtype, of.strides, row, count);
   };
@@ -120,7 +134,7 @@ void backward_strip(const Backward& call, int64_t row, int count) {
     constexpr bool kOfFirst = decltype(of_first)::value, kOfOther = decltype(of_other)::value;
     with_sinks<kOfFirst, kOfOther>(call, sink, [&](const auto& first_sink, const auto& other_sink) {
       with_strip<A, W, S>(rows, row, count, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
-        write_gradients<kOfFirst, kOfOther, A, W, S>(rows, first, other, rows.classes, gradients,
+        write_gradients<kOfFirst, kOfOther, A, W, S>(rows, first, other, rows.classes, gradients.of,
                                                      rows.mask == nullptr ? nullptr : &in.kept, first_sink, other_sink);
       });
     });
@@ -148,7 +162,7 @@ void backward_group(const Backward& call, int64_t row, int count) {
           });
           return;
         }
-        const GradientsOf<A, S> gradients[1] = {GradientsOf<A, S>(rows.options, in.row(l))};
+        const GradientsOf<A, S> gradients[1] = {GradientsOf<A, S>(rows.options, in.row(l), kOfFirst)};
         with_row<A, S>(rows, at, [&](const auto& first, const auto& other) TORCHCE_HD_LAMBDA {
           write_gradients<kOfFirst, kOfOther, A, 1, S>(rows, first, other, steps, gradients, nullptr, first_sink,
                                                        other_sink);

@@ -70,8 +70,8 @@ TORCHCE_SIMD Results<A, W, S> results_of(const Rows& rows, const First& first, c
   Results<A, W, S> results;
   RunningSums<A, W, S> sums;
   for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
-                                   [&](int64_t, int count, const Block<A, W>& f, const Block<A, W>& o)
-                                       TORCHCE_HD_LAMBDA { sums.add(f, o, count); });
+                                   [&](int64_t k, int count, const Block<A, W>& f, const Block<A, W>& o)
+                                       TORCHCE_HD_LAMBDA { sums.add(f, o, count, /*is_first=*/k == 0); });
   if constexpr (kAlong) sums.merge_lanes();
   for (int w = 0; w < W; ++w) {
     results.first_max.set(w, sums.first_largest(w));

@@ -26,6 +26,7 @@ class RunningSums {
   Bounds<V> bounds;
   Sums sums[W];
   V first_max[W], other_max[W];
+  bool are_against_largest = true;  // as those of a single block are
 
   // The reference of a block whose largest logit so far is `max`.
   TORCHCE_SIMD static V raised(V reference, V max) { return math::select(max > reference + kHeadroom, max, reference); }
@@ -39,14 +40,21 @@ class RunningSums {
     }
   }
 
-  TORCHCE_SIMD void add(const Block<A, W>& f, const Block<A, W>& o, int steps) {
+  // `is_first` says that no block was added before.
+  TORCHCE_SIMD void add(const Block<A, W>& f, const Block<A, W>& o, int steps, bool is_first) {
+    are_against_largest = is_first;
     for (int w = 0; w < W; ++w) {
       for (int c = 0; c < steps; ++c) {
         if constexpr (S::kFirst == Side::logits) first_max[w] = larger_or_second(f.values[c][w], first_max[w]);
         if constexpr (S::kOther == Side::logits) other_max[w] = larger_or_second(o.values[c][w], other_max[w]);
       }
-      sums[w].template raise_to<A>(raised(sums[w].against.first, first_max[w]),
-                                   raised(sums[w].against.other, other_max[w]));
+      const V next_first = raised(sums[w].against.first, first_max[w]);
+      const V next_other = raised(sums[w].against.other, other_max[w]);
+      if (is_first) {
+        sums[w].template start_from<A>(next_first, next_other);
+      } else {
+        sums[w].template raise_to<A>(next_first, next_other);
+      }
       const References<V, S> against = sums[w].against;
       V most = sums[w].most;
       math::StridedSum<kPartialSums, KLTerms<V>> of_block;
@@ -64,16 +72,18 @@ class RunningSums {
   TORCHCE_SIMD V first_largest(int w) const { return first_max[w]; }
   TORCHCE_SIMD V other_largest(int w) const { return other_max[w]; }
   TORCHCE_SIMD V first_sum(int w) const {
-    if constexpr (S::kFirst != Side::logits) return sums[w].first.sum;
+    if (S::kFirst != Side::logits || are_against_largest) return sums[w].first.sum;
     return sums[w].first.sum * math::exp_of_negative(sums[w].against.first - first_max[w]);
   }
   TORCHCE_SIMD V other_sum(int w) const {
+    if (are_against_largest) return sums[w].other.sum;
     return sums[w].other.sum * math::exp_of_negative(sums[w].against.other - other_max[w]);
   }
 
   // Makes what the lanes of a single row have together the sums of each of them.
   TORCHCE_SIMD void merge_lanes() {
     static_assert(W == 1);
+    are_against_largest = false;
     Sums& all = sums[0];
     all.template raise_to<A>(broadcast(max_of<A>(all.against.first)), broadcast(max_of<A>(all.against.other)));
     for (auto* sum : {&all.first, &all.other, &all.surplus, &all.gaps}) sum->sum = broadcast(sum_of<A>(sum->sum));

@@ -33,10 +33,20 @@ struct PerRow {
   // Read from memory where the rows lie side by side; idle lanes are 0. `write` is the way back.
   TORCHCE_SIMD static PerRow of(const A* p, int count) {
     PerRow result{};
-    std::memcpy(result.values, p, count * sizeof(A));
+    if (count == kRows) {  // a size that the compiler knows
+      std::memcpy(result.values, p, sizeof values);
+    } else {
+      std::memcpy(result.values, p, count * sizeof(A));
+    }
     return result;
   }
-  TORCHCE_SIMD void write(A* p, int count) const { std::memcpy(p, values, count * sizeof(A)); }
+  TORCHCE_SIMD void write(A* p, int count) const {
+    if (count == kRows) {
+      std::memcpy(p, values, sizeof values);
+    } else {
+      std::memcpy(p, values, count * sizeof(A));
+    }
+  }
 };
 
 }  // namespace torchce::cpu::TORCHCE_LEVEL

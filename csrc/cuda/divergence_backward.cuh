@@ -35,18 +35,27 @@ __global__ __launch_bounds__(kThreads, kBlocksToFit) void backward_by_teams(cons
   const Rows& rows = call.rows;
   const int64_t count = rows.outer * rows.inner, rows_of_block = kThreads / team, step = gridDim.x * rows_of_block;
   const int thread = threadIdx.x % team;
+  const bool of_first = call.first.data != nullptr, of_other = call.other.data != nullptr;
   for (int64_t first_row = blockIdx.x * rows_of_block; first_row < count; first_row += step) {
     const int64_t r = first_row + threadIdx.x / team;
     if (r >= count) continue;
     const RowPosition at(rows, r);
     const bool kept = is_kept(rows, at);
-    const RowGradients<A, A, S, Softmax<A, S::kFirst>, Softmax<A, S::kOther>> row(rows.options,
-                                                                                  load_row_inputs<S, A>(call, r, at));
+    const RowGradients<A, A, S, Softmax<A, S::kFirst>, Softmax<A, S::kOther>> row(
+        rows.options, load_row_inputs<S, A>(call, r, at), of_first);
     for_each_class<S, kAdjacent, T>(rows, at, thread, team, [&](int64_t k, auto& f, auto& o) {
       constexpr int n = sizeof(f) / sizeof(A);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        row.template turn<true, S::kOther != Side::none>(f[i], o[i]);
+        if constexpr (S::kOther == Side::none) {
+          row.template turn<true, false>(f[i], o[i]);
+        } else if (of_first && of_other) {
+          row.template turn<true, true>(f[i], o[i]);
+        } else if (of_first) {
+          row.template turn<true, false>(f[i], o[i]);
+        } else {
+          row.template turn<false, true>(f[i], o[i]);
+        }
         f[i] = kept ? f[i] : A(0);
         o[i] = kept ? o[i] : A(0);
       }

@@ -187,6 +187,11 @@ struct OnlineSums {
     if constexpr (S::kTwoLogits) surplus.add(terms.surplus);
     gaps.add(terms.gaps);
   }
+  // Sets the references of sums that have no terms yet.
+  template <class A>
+  TORCHCE_HD void start_from(V new_first, V new_other) {
+    against = {new_first, new_other, Offsets<V>::template near<A>(new_first, new_other)};
+  }
   // Makes the sums relative to references that are not less.
   template <class A>
   TORCHCE_HD void raise_to(V new_first, V new_other) {
@@ -324,7 +329,8 @@ class RowGradients {
 
  public:
   TORCHCE_HD RowGradients() {}
-  TORCHCE_HD RowGradients(const Options& options, const RowInputs<V>& in)
+  // `of_first` says that the first distribution's gradient is wanted, which takes a logarithm more a row.
+  TORCHCE_HD RowGradients(const Options& options, const RowInputs<V>& in, bool of_first)
       : temperature(A(options.temperature)),
         beta(A(options.beta)),
         other_share(A(1 - options.beta)),
@@ -333,11 +339,12 @@ class RowGradients {
         other_term(in.second_value),
         offsets(Offsets<V>::template near<A>(in.first_max, in.other_max)) {
     const V one = V{} + A(1), lift = V{} + A(kLift), of_logits = upstream / temperature;
-    const V first_sum = kFirstIsKnown ? one : in.first_sum, weights = kFirstIsKnown ? in.first_sum : one;
-    const V other_sum = S::kOther == Side::logits ? in.other_sum : one;
+    const V weights = kFirstIsKnown ? in.first_sum : one;
     lowered = LoweredGradient<V>(of_logits);
     f = First(in.first_max, in.first_sum, S::kJs ? lift : of_logits);
     o = Other(in.other_max, in.other_sum, S::kJs ? lift : of_logits * weights);
+    if (S::kJs || !of_first) return;
+    const V first_sum = kFirstIsKnown ? one : in.first_sum, other_sum = S::kOther == Side::logits ? in.other_sum : one;
     const V k = remainder<A>(offsets, in.first_max, in.other_max, first_sum, other_sum, first_sum - other_sum);
     rest = kFirstIsKnown ? k - one : k + in.value;
   }

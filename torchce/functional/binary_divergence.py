@@ -27,9 +27,9 @@ def binary_kl_div_with_logits(
     .. math:: \mathrm{KL}(p \| q) = p \log \frac{p}{q} + (1 - p) \log \frac{1 - p}{1 - q}
 
     which is the binary cross entropy less the entropy of p, computed as no such difference: exactly 0 where the logits
-    are the same, and with digits where they are near each other. 0 log 0 is 0: a label that both exclude, by an infinite
-    logit say, costs nothing; one that the student alone excludes makes the loss infinite. Differentiable in both
-    operands, of which each pass reads every element once. (Kullback and Leibler 1951.)
+    are the same, and with digits where they are near each other. 0 log 0 is 0: a label that both exclude, by an
+    infinite logit say, costs nothing; one that the student alone excludes makes the loss infinite. Every pass reads
+    both operands once, and nothing but them is kept for backward. Differentiable in both. (Kullback and Leibler 1951.)
 
     Args:
         input (Tensor): the student's logits, float64, float32, bfloat16 or float16, of any shape and strides.
