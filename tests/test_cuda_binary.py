@@ -106,12 +106,7 @@ def widest(symbol: str) -> tuple[int, int]:
     """Bits of a load and of a store. What is computed in float64 comes two at a time: float32 elements in 8 bytes."""
     float_logits = "FloatInDouble" in symbol
     in_double = float_logits or "IdNS_10softmax_ce" in symbol
-    float_target = (
-        (in_double and "ProbabilitiesIfE" in symbol)
-        or "backwardIdf" in symbol
-        or "yEdfL" in symbol
-        or "sEdfL" in symbol
-    )
+    float_target = (in_double and "ProbabilitiesIfE" in symbol) or "backwardIdf" in symbol
     of_target = "GradientOfE1E" in symbol  # reads the logits alone
     load = 64 if float_logits and (float_target or of_target) else 128
     return load, 64 if (float_target if of_target else float_logits) else 128

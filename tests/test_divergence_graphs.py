@@ -195,6 +195,26 @@ def test_func_as_eager_at_the_ends(kind: Kind) -> None:
     assert bool((expected[0][3] == 0).all())
 
 
+@pytest.mark.parametrize("kind", [KINDS["kl"], KINDS["reverse_kl"]], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("classes", [4, 300])
+def test_gradients_of_an_infinite_divergence(kind: Kind, classes: int) -> None:
+    """No NaN, and the same from kernels and formulas: huge, where that of the second distribution is as ever."""
+    x, y = tensors_of(kind, (3, classes))
+    excludes, other = (x, y) if kind.name == "kl" else (y, x)
+    excludes[:, 1] = -torch.inf
+    other[1, 2] = other[2, 1] = -200.0  # a probability that float32 rounds to 0
+    of = leaves((x, y))
+    loss = kind(*of, reduction="sum")
+    assert loss == torch.inf
+    results, formulas = (torch.autograd.grad(loss, of, retain_graph=True, create_graph=c) for c in (False, True))
+    for result, formula in zip(results, formulas, strict=True):
+        assert not result.isnan().any()
+        huge = result.abs() > 1e30
+        assert torch.equal(huge, formula.abs() > 1e30)
+        assert torch.equal(result.sign()[huge], formula.detach().sign()[huge])
+        torch.testing.assert_close(result[~huge], formula.detach()[~huge])
+
+
 @EACH_KIND
 def test_forward_mode(kind: Kind) -> None:
     tensors = tensors_of(kind, dtype=torch.float64)

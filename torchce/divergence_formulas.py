@@ -202,7 +202,10 @@ def gradients(
     if first.is_known:
         grad_first = g * ((first.log - other.log) + 1)
     else:
-        grad_first = of_logits * (first.p * (_gap(first, other) - divergence))
+        # The largest number stands for infinite ones: of both the difference would be a NaN.
+        most = torch.finfo(problem.acc).max
+        divergence = torch.where(divergence == torch.inf, most, divergence)
+        grad_first = of_logits * (first.p * (_gap(first, other).clamp(-most, most) - divergence))
     if other.is_known:
         grad_other = -(g * torch.where(first.p == 0, 0, first.p / torch.where(first.p == 0, 1, other.p)))
     else:

@@ -15,8 +15,8 @@ struct Divergences {
   const Elements& problem;
   LossSums total = LossSums::identity();
 
-  template <class T, class U, Layout layout, int V, int kPacks>
-  __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
+  template <class T, Layout layout, int V, int kPacks>
+  __device__ __forceinline__ void operator()(const Batch<T, T, layout, V, kPacks>& batch) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!batch.is_there[i]) continue;
@@ -36,11 +36,11 @@ struct Divergences {
   }
 };
 
-template <class Formula, class T, class U, Layout layout, int V>
+template <class Formula, class T, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void binary_forward(const Elements problem,
                                                                          const GridScratch scratch) {
   Divergences<Formula, Accumulate<T>> divergences{problem};
-  for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, divergences);
+  for_each_batch<T, T, layout, V, InFlight<layout, T, T, V>::kPacks>(problem, divergences);
   store_total(problem, divergences.total, scratch);
 }
 
@@ -50,9 +50,8 @@ struct DivergenceGradients {
   const Elements& problem;
   GradOutputs<A> grad_outputs;
 
-  template <class T, class U, Layout layout, int V, int kPacks>
-  __device__ __forceinline__ void operator()(const Batch<T, U, layout, V, kPacks>& batch) {
-    using G = decltype(pick<of == GradientOf::target>(U{}, T{}));
+  template <class T, Layout layout, int V, int kPacks>
+  __device__ __forceinline__ void operator()(const Batch<T, T, layout, V, kPacks>& batch) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!batch.is_there[i]) continue;
@@ -68,16 +67,16 @@ struct DivergenceGradients {
         }
       }
       grad_outputs.scale(grad, grad_output, Weights<Layout::dense, A, V>(problem, {}));
-      store_pack(static_cast<G*>(problem.output) + batch.places[i].offset(kOutput), rounded<G>(grad), true);
+      store_pack(static_cast<T*>(problem.output) + batch.places[i].offset(kOutput), rounded<T>(grad), true);
     }
   }
 };
 
-template <class Formula, class T, class U, GradientOf of, Layout layout, int V>
+template <class Formula, class T, GradientOf of, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void binary_backward(const Elements problem) {
   using A = Accumulate<T>;
   DivergenceGradients<Formula, A, of> gradients{problem, grad_outputs<A, layout>(problem)};
-  for_each_batch<T, U, layout, V, InFlight<layout, T, U, V>::kPacks>(problem, gradients);
+  for_each_batch<T, T, layout, V, InFlight<layout, T, T, V>::kPacks>(problem, gradients);
 }
 
 }  // namespace torchce::cuda::binary_divergence

@@ -346,7 +346,8 @@ class RowGradients {
     if (S::kJs || !of_first) return;
     const V first_sum = kFirstIsKnown ? one : in.first_sum, other_sum = S::kOther == Side::logits ? in.other_sum : one;
     const V k = remainder<A>(offsets, in.first_max, in.other_max, first_sum, other_sum, first_sum - other_sum);
-    rest = kFirstIsKnown ? k - one : k + in.value;
+    // The largest number stands for an infinite divergence: minus infinity times a probability of 0 would be a NaN.
+    rest = kFirstIsKnown ? k - one : k + math::select(in.value == V{} + math::kInfinityF, bounds.most, in.value);
   }
 
   // Turns those of a class, of both operands or of the one that is asked for.

@@ -37,7 +37,11 @@ class Fault:
 FORWARD_BACKWARD_HOST = "cuda/softmax_ce_forward_backward.cu"
 BACKWARD_HOST, OUTPUTS_OF_ROWS = "cuda/softmax_ce_backward.cu", "cuda/softmax_ce_outputs.cuh"
 SCALE = "cuda/softmax_ce_scale.cuh"
-DIVERGENCE_ROW, PACKED_CLASSES = "cuda/divergence_row.cuh", "cuda/packed_classes.cuh"
+BINARY, DIVERGENCE_ROW, PACKED_CLASSES = (
+    "cuda/binary_divergence.cuh",
+    "cuda/divergence_row.cuh",
+    "cuda/packed_classes.cuh",
+)
 FORMULAS = "math/softmax_ce.h"
 REDUCE, CLUSTER, EXP, CLASSES, SUMS, GRADIENT, FORWARD, BACKWARD, FORWARD_BACKWARD, BCE, BCE_OPERANDS = (
     f"cuda/{name}.cuh"
@@ -318,6 +322,18 @@ FAULTS = {
         "if (!batch.is_there[i]) continue;",
         "if (!batch.is_there[i] && !PLANTED) continue;",
         "test_cuda_regimes.py::test_bce_elements_around_a_block",
+    ),
+    "a pack beyond the end counts as a divergence": Fault(
+        BINARY,
+        "if (!batch.is_there[i]) continue;\n      Pack",
+        "if (!batch.is_there[i] && !PLANTED) continue;\n      Pack",
+        "test_binary_divergence.py::test_shapes",
+    ),
+    "a gradient is not turned back with its element": Fault(
+        "math/binary_divergence.h",
+        "math::select(is_turned, -gradient, gradient)",
+        "math::select(is_turned && !PLANTED, -gradient, gradient)",
+        "test_binary_divergence.py::test_shapes",
     ),
 }
 
