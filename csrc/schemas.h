@@ -40,7 +40,7 @@
 //   binary_divergence, of a student's logit from a teacher's, elementwise
 //     input        the student's logits, any shape, any strides
 //     target       the teacher's probabilities, or its logits where target_logits says so, of the input's shape and of
-//                  the input's dtype or float32; none for the entropy of the input
+//                  the input's dtype, or on the CPU float32; none for the entropy of the input
 //     loss         as that of sigmoid_bce
 //   all
 //     grad_output  the loss's shape

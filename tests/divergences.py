@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cases
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 import torchce.functional as ours
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)  # Dynamo of torch 2.10 calls no named tuple
+class Kind:
     """A function of ours with the options that make a formula of it."""
 
     name: str

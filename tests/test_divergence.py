@@ -267,7 +267,8 @@ def test_excluded_by_the_student_where_the_teacher_hardly_counts_it() -> None:
 @pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("classes", [5, 700])
 def test_no_number_gives_no_number(kind: Kind, value: float, classes: int) -> None:
-    """A NaN or +inf among the logits, or a NaN or a negative number among the probabilities, shows in its row only."""
+    """A NaN or +inf among the logits, or a NaN or a negative number among the probabilities, shows in the
+    loss and both gradients of its row only."""
     input, target = operands(kind, (4, classes))
     spoilt = [input, *([] if target is None else [target])]
     for number, tensor in enumerate(spoilt):
@@ -276,6 +277,10 @@ def test_no_number_gives_no_number(kind: Kind, value: float, classes: int) -> No
         changed[number][2, classes // 2] = (value if math.isnan(value) else -0.25) if is_probability else value
         loss = kind(*changed, "none") if len(changed) == 2 else kind(changed[0], None, "none")
         assert loss.isnan().tolist() == [False, False, True, False], f"{tensor.shape}"
+        results = value_and_gradients(lambda x, t: kind(x, t, "none"), (*changed, None)[:2])
+        for gradient in results[1:]:
+            assert gradient is None or gradient[2].isnan().any()
+            assert gradient is None or not gradient[[0, 1, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("classes", [5, 700])
@@ -317,6 +322,21 @@ def test_nearly_equal_distributions(kind: Kind, shift: float) -> None:
         errors = [(f(input, target, "none") - wanted).abs() for f in (kind, lambda *a: divergences.composed(kind, *a))]
         assert errors[0].mean() <= errors[1].mean()
         assert errors[0].max() <= errors[1].max()
+
+
+@pytest.mark.parametrize("is_strided", [False, True], ids=["", "strided"])
+@pytest.mark.parametrize("shape", [(200, 50), (40, 1000), (10, 32000)], ids=str)
+@pytest.mark.parametrize("name", ["kl_probabilities", "reverse_kl_probabilities"])
+def test_nearly_equal_probabilities(name: str, shape: tuple[int, ...], is_strided: bool) -> None:
+    """The error is on average no larger than that of torch's float32 composition."""
+    kind = KINDS[name]
+    input = cases.normal(shape, torch.float32, "cpu")
+    target = (input + cases.normal(shape, torch.float32, "cpu", seed=5, scale=1e-3)).softmax(1)
+    wanted = divergences.composed(kind, input.double(), target.double(), "none")
+    theirs = (divergences.composed(kind, input, target, "none") - wanted).abs()
+    if is_strided:
+        input, target = (t.T.contiguous().T for t in (input, target))
+    assert (kind(input, target, "none") - wanted).abs().mean() <= theirs.mean()
 
 
 def test_sums_of_rising_rows() -> None:
@@ -405,7 +425,12 @@ X, T = torch.zeros(3, 5), torch.full((3, 5), 0.2)
         ((X, T), {"temperature": 1e-50}, "temperature: expected a positive number within the range of torch.float32"),
         ((X, T), {"target_logits": 1}, "target_logits: expected a bool, got 1"),
         ((X, T), {"reverse": None}, "reverse: expected a bool, got None"),
-        ((X, T), {"mask": torch.ones(3)}, r"mask: expected a bool tensor of shape \[3\].* got torch.float32 \[3\]"),
+        (
+            (X, T),
+            {"mask": torch.ones(3)},
+            r"mask: expected a bool tensor of shape \[3\].* got torch.strided torch.float32 \[3\]",
+        ),
+        ((X, T), {"mask": torch.ones(3).bool().to_sparse()}, r"mask: expected a bool tensor .* got torch.sparse_coo"),
         ((X, T), {"mask": torch.ones(3, 5).bool()}, r"mask: expected a bool tensor of shape \[3\]"),
         ((X, T), {"mask": [True] * 3}, "mask: expected a bool tensor"),
         ((X, T), {"dtype": torch.int64}, "dtype: expected a floating point dtype"),

@@ -213,6 +213,42 @@ def test_gradients_of_an_infinite_divergence(kind: Kind, classes: int) -> None:
         assert torch.equal(huge, formula.abs() > 1e30)
         assert torch.equal(result.sign()[huge], formula.detach().sign()[huge])
         torch.testing.assert_close(result[~huge], formula.detach()[~huge])
+    number = 0 if kind.name == "kl" else 1  # the second distribution's, which torch.func has too
+    of_second = grad(lambda t: kind(*((t, y) if number == 0 else (x, t)), reduction="sum"))((x, y)[number])
+    torch.testing.assert_close(of_second, results[number])
+
+
+JS_ENDS = {
+    "nearly excluded by both": ([0.0, -95, -90], [0.0, -90, -95], True),
+    "excluded by the teacher": ([1.0, 2, 0], [1.0, -torch.inf, 2], True),
+    "excluded by the student": ([1.0, -torch.inf, 0], [1.0, 0, 2], True),
+    "excluded by both": ([1.0, 2, -torch.inf], [1.0, 3, -torch.inf], True),
+    "certain probabilities": ([0.0, 5.5, 110], [1.0, 0, 0], False),
+}
+
+
+@pytest.mark.parametrize("beta", [0.5, 1e-6, 1 - 1e-6])
+@pytest.mark.parametrize("name", JS_ENDS)
+def test_mixtures_of_excluded_classes(name: str, beta: float) -> None:
+    """Their first derivatives are the kernel's in every graph, their second ones those of float64."""
+    student, teacher, has_logits = JS_ENDS[name]
+    x, t = torch.tensor([student]), torch.tensor([teacher])
+
+    def loss(x: Tensor) -> Tensor:
+        return ours.js_div_with_logits(x, t.to(x.dtype), target_logits=has_logits, beta=beta)
+
+    def second(x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    (of,) = leaves((x,))
+    (expected,) = torch.autograd.grad(loss(of), of)
+    torch.testing.assert_close(loss(x), vmap(loss)(x[None])[0], rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(grad(loss)(x), expected, rtol=1e-5, atol=1e-9)
+    wide = second(x.double().requires_grad_())
+    assert not wide.isnan().any()
+    torch.testing.assert_close(second(of).double(), wide, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(grad(lambda x: grad(loss)(x).square().sum())(x), second(of), rtol=1e-4, atol=1e-9)
 
 
 @EACH_KIND

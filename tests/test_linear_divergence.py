@@ -126,6 +126,24 @@ def test_rows_that_are_left_out_may_hold_anything(name: str, classes: int) -> No
 
 
 @EACH_LOSS
+@pytest.mark.parametrize("chunk_rows", [None, 7], ids=["small", "pieces"])
+def test_rows_that_are_left_out_reach_no_weight(name: str, chunk_rows: int | None) -> None:
+    """Through whole logits neither: of small calls, of a teacher that learns, in second derivatives."""
+    clean = layers()
+    spoilt = dict(clean)
+    for n in ("input", "target_input"):
+        spoilt[n] = clean[n].masked_fill(~MASK.unsqueeze(1), torch.nan)
+    for learning in (("linear_weight",), ("linear_weight", "target_linear_weight")):
+        gradients = []
+        for tensors in (clean, spoilt):
+            of = [tensors[n].clone().requires_grad_() for n in learning]
+            loss = pieces(name, tensors | dict(zip(learning, of, strict=True)), mask=MASK, chunk_rows=chunk_rows)
+            first = torch.autograd.grad(loss, of, create_graph=True)
+            gradients.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), of)])
+        torch.testing.assert_close(*gradients)
+
+
+@EACH_LOSS
 def test_a_teacher_that_learns(name: str) -> None:
     """Through whole logits."""
     results = []

@@ -32,6 +32,11 @@ def _sigmoid(x: Tensor) -> Tensor:
     return log_sigmoid(x).exp()
 
 
+def _probability_or_logit(t: Tensor, is_logit: bool) -> Tensor:
+    """``t``, or NaN for what is no probability."""
+    return t if is_logit else torch.where((t < 0) | (t > 1), torch.nan, t)
+
+
 def _labels(x: Tensor) -> tuple[Distribution, Distribution]:
     """Yes and no, of a logit."""
     yes, no = (Distribution(_sigmoid(y), log_sigmoid(y), is_known=False) for y in (x, -x))
@@ -47,7 +52,7 @@ def composite(
     if target is None:
         losses = -sum((label.p * finite_log(label) for label in student), start=student[0].p.new_zeros(()))
     else:
-        t = target.to(acc)
+        t = _probability_or_logit(target.to(acc), target_logits)
         teacher = _labels(t) if target_logits else tuple(Distribution(p, p.log(), is_known=True) for p in (t, 1 - t))
         yes, no = (kl_terms(*of_label) for of_label in zip(teacher, student, strict=True))
         losses = yes + no
@@ -70,7 +75,7 @@ def gradients(
     if target is None:
         finite = torch.where(b.isinf(), 0, b)
         return (g * (-finite * _sigmoid(b) * _sigmoid(-b))).to(input.dtype), None
-    t = target.to(acc)
+    t = _probability_or_logit(target.to(acc), target_logits)
     p = _sigmoid(t) if target_logits else t
     grad_input = g * (_sigmoid(b) - p)
     if target_logits:

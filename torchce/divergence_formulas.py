@@ -49,6 +49,7 @@ class _Problem:
             self.teacher = self._softmax(target)
         elif target is not None:
             t = self._kept(target.to(self.acc), 1)
+            t = torch.where(t < 0, torch.nan, t)  # which has no logarithm, in any derivative
             self.teacher = Distribution(t, t.log(), is_known=True)
 
     def _softmax(self, logits: Tensor) -> Distribution:
@@ -86,9 +87,41 @@ class _Problem:
         """Each row's beta KL(teacher || M) and (1 - beta) KL(student || M)."""
         assert self.teacher is not None
         beta = self.options.beta
-        mixture = _mixture(self.teacher.p, self.student.p, beta)
-        of_teacher, of_student = (self.over_classes(_ratio_terms(d, mixture)) for d in (self.teacher, self.student))
+        log_teacher, log_student = self.mixture_logs()
+        if not self.teacher.is_known:
+            log_teacher = _where_counted(self.teacher, log_teacher)
+        of_teacher = self.over_classes(times(self.teacher.p, log_teacher))
+        of_student = self.over_classes(self.student.p * _where_counted(self.student, log_student))
         return beta * of_teacher, (1 - beta) * of_student
+
+    def mixture_logs(self) -> tuple[Tensor, Tensor]:
+        """``log(P_k / M_k)`` of the teacher and ``log(Q_k / M_k)`` of the student, M = beta P + (1 - beta) Q."""
+        assert self.teacher is not None
+        beta, log_p, log_q = self.options.beta, _log_of(self.teacher), self.student.log
+        gap = torch.where((log_p == -torch.inf) & (log_q == -torch.inf), 0, log_q - log_p)
+        return _log_of_share(gap, 1 - beta, beta), _log_of_share(-gap, beta, 1 - beta)
+
+
+def _log_of(distribution: Distribution) -> Tensor:
+    """The logarithms; given probabilities of 0 have no derivative here, where it would be 0 times infinity."""
+    if not distribution.is_known:
+        return distribution.log
+    is_zero = distribution.p == 0
+    return torch.where(is_zero, -torch.inf, torch.where(is_zero, 1, distribution.p).log())
+
+
+def _log_of_share(gap: Tensor, share: float, rest: float) -> Tensor:
+    """``-log(rest + share e^gap)`` of shares that add up to 1: with the digits of a small gap and of a small share, and
+    with derivatives at infinite gaps."""
+
+    def log_of_mixture(share: float, rest: float, gap: Tensor) -> Tensor:  # of gaps that are small
+        keeps_digits = gap >= (-torch.inf if share <= 0.5 else -1)
+        near = (share * torch.where(keeps_digits, gap, 0).expm1()).log1p()
+        return torch.where(keeps_digits, near, (rest + share * gap.exp()).log())
+
+    is_small = gap <= (40 if share <= 0.5 else 1)  # e^40 has a square
+    small, large = torch.where(is_small, gap, 0), torch.where(is_small, 1, gap)
+    return torch.where(is_small, -log_of_mixture(share, rest, small), -large - log_of_mixture(rest, share, -large))
 
 
 def _x_log_x(x: Tensor) -> Tensor:
@@ -103,23 +136,14 @@ def finite_log(distribution: Distribution) -> Tensor:
     return torch.where(distribution.log == -torch.inf, 0, distribution.log)
 
 
+def _where_counted(softmax: Distribution, factor: Tensor) -> Tensor:
+    """``factor``, 0 where the probability is 0: its derivative by a logit is 0 there, which times infinity is none."""
+    return torch.where(softmax.p == 0, 0, factor)
+
+
 def _gap(first: Distribution, other: Distribution) -> Tensor:
     """``log F_k - log O_k``, 0 where ``F_k`` is."""
     return torch.where(first.log == -torch.inf, 0, first.log - other.log)
-
-
-def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """``beta p + (1 - beta) q``, 1 where both are 0."""
-    mixture = beta * p + (1 - beta) * q
-    return torch.where(mixture == 0, 1, mixture)
-
-
-def _ratio_terms(distribution: Distribution, mixture: Tensor) -> Tensor:
-    """What each class adds to KL(distribution || mixture)."""
-    p = distribution.p
-    if distribution.is_known:
-        return _x_log_x(p) - p * mixture.log()
-    return p * torch.where(p == 0, 1, p / mixture).log()  # the derivative by a logit is 0 there, not by p
 
 
 def kl_terms(first: Distribution, other: Distribution) -> Tensor:
@@ -127,7 +151,9 @@ def kl_terms(first: Distribution, other: Distribution) -> Tensor:
     if first.is_known:
         return _x_log_x(first.p) - times(first.p, other.log)
     gap = _gap(first, other)
-    return torch.where(gap == torch.inf, gap, first.p * gap)
+    # An infinite gap counts even where p is rounded to 0, and p stays the derivative by log O.
+    p = torch.where(gap == torch.inf, first.p.clamp_min(torch.finfo(gap.dtype).tiny), first.p)
+    return p * gap
 
 
 def composite(
@@ -190,12 +216,13 @@ def gradients(
     assert target is not None
     if kind == JS:
         of_teacher, of_student = (rows.unsqueeze(class_dim) for rows in problem.js_terms())
-        log_teacher, log_student = _mixture_logs(teacher.p, student.p, options.beta)
-        grad_input = of_logits * (student.p * (log_student.clamp_min(_least(log_student)) - of_student))
+        log_teacher, log_student = problem.mixture_logs()
+        least, beta = torch.finfo(problem.acc).min, options.beta
+        grad_input = of_logits * (student.p * ((1 - beta) * log_student.clamp_min(least) - of_student))
         if teacher.is_known:
-            grad_target = g * log_teacher
+            grad_target = g * (beta * log_teacher)
         else:
-            grad_target = of_logits * (teacher.p * (log_teacher.clamp_min(_least(log_teacher)) - of_teacher))
+            grad_target = of_logits * (teacher.p * (beta * log_teacher.clamp_min(least) - of_teacher))
         return grad_input.to(input.dtype), grad_target.to(target.dtype)
     first, other = (teacher, student) if kind == KL else (student, teacher)
     divergence = problem.rows().unsqueeze(class_dim)
@@ -213,19 +240,3 @@ def gradients(
         grad_other = of_logits * (other.p * weights - first.p)
     grad_input, grad_target = (grad_other, grad_first) if kind == KL else (grad_first, grad_other)
     return grad_input.to(input.dtype), grad_target.to(target.dtype)
-
-
-def _least(t: Tensor) -> float:
-    return torch.finfo(t.dtype).min
-
-
-def _mixture_logs(p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """``beta log(p / M)`` and ``(1 - beta) log(q / M)``, M = beta p + (1 - beta) q."""
-    mixture = _mixture(p, q, beta)
-    excess = (p - q) / mixture
-
-    def log(ratio: Tensor, excess: Tensor) -> Tensor:
-        is_small = ratio < 0.5
-        return torch.where(is_small, torch.where(is_small, ratio, 1).log(), torch.where(is_small, 0, excess).log1p())
-
-    return beta * log(p / mixture, (1 - beta) * excess), (1 - beta) * log(q / mixture, -beta * excess)

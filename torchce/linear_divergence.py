@@ -38,6 +38,14 @@ class Inputs(NamedTuple):
     target_linear_bias: Tensor | None
     mask: Tensor | None
 
+    def without_masked_rows(self) -> Inputs:
+        """With zeros for what rows hold that are left out: a NaN times 0 would reach the weights' gradients."""
+        if self.mask is None:
+            return self
+        kept = self.mask.unsqueeze(1)
+        input, target_input = (torch.where(kept, rows, 0) for rows in (self.input, self.target_input))
+        return self._replace(input=input, target_input=target_input)
+
 
 N_INPUTS = len(Inputs._fields)
 _N_STUDENT = 3  # of the inputs, those that may have a gradient
@@ -115,8 +123,8 @@ def _run(
     kept = None
     if inputs.mask is not None:
         kept = chunked.kept_rows(inputs.mask, len(inputs.linear_weight), chunks)
-        if kept is None:  # else what rows hold that are left out would reach the weight's gradient, a NaN times 0
-            inputs = inputs._replace(input=torch.where(inputs.mask.unsqueeze(1), inputs.input, 0))
+        if kept is None:
+            inputs = inputs.without_masked_rows()
     # The teacher's logits, and a gradient before it is written over the student's.
     element_bytes = inputs.target_input.element_size() + (inputs.input.element_size() if any(needs) else 0)
     row_bytes = len(inputs.linear_weight) * element_bytes
@@ -174,6 +182,7 @@ implement("linear_divergence_backward", _backward, _fake_backward)
 def _unfused(*arguments: Any) -> Tensor:
     """What the forward op gives of the same arguments, in torch's own operations, through the whole logits."""
     inputs, _, loss = _parsed(arguments)
+    inputs = inputs.without_masked_rows()
     logits = F.linear(*_student(inputs))
     of_teacher = F.linear(inputs.target_input, inputs.target_linear_weight, inputs.target_linear_bias)
     return composite(logits, of_teacher, inputs.mask, _acc(inputs), *_options(loss))

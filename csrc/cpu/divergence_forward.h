@@ -68,7 +68,7 @@ template <class A, int W, class S, bool kAlong, class First, class Other>
 TORCHCE_SIMD Results<A, W, S> results_of(const Rows& rows, const First& first, const Other& other, int64_t steps) {
   const A scale = scale_of<A>(rows.options);
   Results<A, W, S> results;
-  RunningSums<A, W, S> sums;
+  RunningSums<A, W, S, kAlong> sums(rows.classes);
   for_each_pair_of_blocks<S, A, W>(first, other, scale, steps,
                                    [&](int64_t k, int count, const Block<A, W>& f, const Block<A, W>& o)
                                        TORCHCE_HD_LAMBDA { sums.add(f, o, count, /*is_first=*/k == 0); });

@@ -5,9 +5,53 @@
 
 namespace torchce::cpu::TORCHCE_LEVEL::divergences {
 
+// Lift is a power of two times which logarithms of known probabilities are taken. Where both distributions are near
+// each other, every d_k is about the logarithm of the logits' sum, and the sum of what is weighted with it would lose
+// digits; of lifted probabilities it is about 0. A lift is chosen by the first class of a row: 2^n is that sum
+// then, and n at most the binary logarithm of their number.
+template <class V, class S>
+class Lift {
+  using A = math::ElementOf<V>;
+  V n{};  // its binary logarithm
+
+  TORCHCE_SIMD static V power(V n) {
+    using Words = typename math::WordsOf<V>::type;
+    const V shifted = n + math::kRoundToInteger<A>;
+    return math::from_bits(typename math::BitsOf<V>::type(
+        (Words(math::to_bits(shifted)) << math::kMantissaBits<V>)+Words(math::to_bits(V{} + A(1)))));
+  }
+
+ public:
+  TORCHCE_SIMD Lift() {}
+  // From the first classes of rows, or with is_one_row of one, whose first class is in the first lane.
+  TORCHCE_SIMD Lift(const References<V, S>& against, V f, V o, A most, bool is_one_row) {
+    if constexpr (S::kFirst == Side::probabilities) f = math::log_of_positive(f);
+    if constexpr (S::kOther == Side::probabilities) o = math::log_of_positive(o);
+    const V gap = against.offsets.gap(f, o) * A(S::kFirst == Side::probabilities ? -1 : 1);
+    n = (gap * math::kLog2E<A> + math::kRoundToInteger<A>)-math::kRoundToInteger<A>;
+    n = math::select((n > V{}) & (n <= V{} + most), n, V{});
+    if (is_one_row) n = broadcast(n[0]);
+  }
+  TORCHCE_SIMD V factor() const { return power(n); }
+  TORCHCE_SIMD V inverse() const { return power(-n); }
+};
+template <class V, class S>
+  requires(!S::kOneIsKnown || S::kJs)
+class Lift<V, S> {
+  using A = math::ElementOf<V>;
+
+ public:
+  TORCHCE_SIMD Lift() {}
+  TORCHCE_SIMD Lift(const References<V, S>&, V, V, A, bool) {}
+  TORCHCE_SIMD math::One factor() const { return {}; }
+  TORCHCE_SIMD math::One inverse() const { return {}; }
+};
+
 // Adds up rows while they are read once (Milakov and Gimelshein 2018, arXiv:1805.02867): each lane against the largest
 // logits of its first block, until others exceed them by much.
-template <class A, int W, class S>
+//
+// kAlong: the lanes are of one row, and are merged in the end.
+template <class A, int W, class S, bool kAlong>
 class RunningSums {
   using V = Lanes<A>;
   using Sums = OnlineSums<V, S, math::CompensatedSum<V, true>>;
@@ -26,13 +70,15 @@ class RunningSums {
   Bounds<V> bounds;
   Sums sums[W];
   V first_max[W], other_max[W];
+  Lift<V, S> lift[W];
+  A most_lift;
   bool are_against_largest = true;  // as those of a single block are
 
   // The reference of a block whose largest logit so far is `max`.
   TORCHCE_SIMD static V raised(V reference, V max) { return math::select(max > reference + kHeadroom, max, reference); }
 
  public:
-  TORCHCE_SIMD RunningSums() {
+  TORCHCE_SIMD explicit RunningSums(int64_t classes) : most_lift(A(64 - __builtin_clzll(uint64_t(classes)))) {
     for (int w = 0; w < W; ++w) {
       sums[w] = Sums::template none<A>();
       first_max[w] = sums[w].against.first;
@@ -52,6 +98,7 @@ class RunningSums {
       const V next_other = raised(sums[w].against.other, other_max[w]);
       if (is_first) {
         sums[w].template start_from<A>(next_first, next_other);
+        lift[w] = Lift<V, S>(sums[w].against, f.values[0][w], o.values[0][w], most_lift, kAlong);
       } else {
         sums[w].template raise_to<A>(next_first, next_other);
       }
@@ -59,7 +106,8 @@ class RunningSums {
       V most = sums[w].most;
       math::StridedSum<kPartialSums, KLTerms<V>> of_block;
       of_block.add(steps, [&](int c) TORCHCE_HD_LAMBDA {
-        return against.terms(exp, bounds, f.values[c][w], S::kOther == Side::none ? V{} : o.values[c][w], most);
+        return against.terms(exp, bounds, f.values[c][w], S::kOther == Side::none ? V{} : o.values[c][w], most,
+                             lift[w].factor());
       });
       sums[w].add(of_block.value());
       sums[w].most = most;
@@ -67,7 +115,7 @@ class RunningSums {
   }
 
   // The divergences of the rows of vector w.
-  TORCHCE_SIMD V divergence(int w) const { return kl<A>(sums[w]); }
+  TORCHCE_SIMD V divergence(int w) const { return kl<A>(sums[w], lift[w].inverse()); }
   // Their largest logits, and their sums against these.
   TORCHCE_SIMD V first_largest(int w) const { return first_max[w]; }
   TORCHCE_SIMD V other_largest(int w) const { return other_max[w]; }

@@ -5,18 +5,19 @@
 //   KL(P || Q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)) = log((1 + e^b) / (1 + e^a)) - p d
 //
 // which stays the same where yes and no are swapped: p becomes 1 - p, and logits change their signs. Every element is
-// turned so that p is at most 1/2; then no 1 - p loses digits. As the logarithm and p d cancel where P and Q are near
-// each other, it is taken there of 1 + p (e^d - 1), with e^d - 1 from t = tanh(d / 2), which has the digits of d:
+// turned so that p is at most 1/2; then no 1 - p loses digits. With e = 1 - p, t = tanh(d / 2), u = p t / (1 - e t) and
+// T(x) = 2 atanh(x) - 2x it is
 //
-//   log(1 + p (e^d - 1)) = 2 atanh(p t / (1 - (1 - p) t))                                    where |d| <= 1
-//   log((1 + e^b) / (1 + e^a)) = max(b, 0) + 2 atanh((e^-|b| - e^a) / (2 + e^-|b| + e^a))    elsewhere
+//   log(1 + p (e^d - 1)) - p d = 2 atanh(u) - 2 p atanh(t) = 2 e t u + (T(u) - p T(t))               where |d| <= log 2
+//   max(b, 0) + 2 atanh(w) - p d,  w = (e^-|b| - e^a) / (2 + e^-|b| + e^a)                           elsewhere
 //
-// Both arguments of atanh are at most 1/3. Derivatives by the logits, and by p where the teacher gives that:
+// the first of which has the digits of d, where P and Q are near each other and the logarithm and p d cancel. All
+// arguments of atanh are at most 1/3. Derivatives by either logit, and by p where the teacher gives that and not a:
 //
 //   dKL/db = q - p,  dKL/da = p (1 - p) (a - b),  dKL/dp = a - b,  a = log(p / (1 - p))
 //
 // 0 log 0 is 0: a label that both exclude costs nothing. One that the student alone excludes, by an infinite logit,
-// makes the divergence infinite, even where p is too small for a number. Probabilities outside [0, 1] give NaN.
+// makes the divergence infinite, even where p is rounded to 0. Probabilities outside [0, 1] give NaN.
 //
 // Entropy: H = log(1 + e^a) - p a, of which both terms are positive where a is negative; dH/da = -a p (1 - p).
 #pragma once
@@ -29,6 +30,8 @@
 namespace torchce::binary_divergence {
 
 using sigmoid_bce::smaller_odds;
+
+constexpr float kLog2 = 0.693147f;
 
 // Element is one of the teacher and the student, turned so that the teacher's p is at most 1/2.
 template <class V>
@@ -49,6 +52,7 @@ struct Element {
     const V one = V{} + 1;
     const auto is_turned = p > V{} + 0.5f;
     p = math::select(is_turned, one - p, p);
+    p = math::select(p < V{}, V{} + math::ElementOf<V>(__builtin_nan("")), p);  // in the gradients, too
     const V a = math::log_of_positive(p) + math::two_atanh(math::divide(p, one + (one - p)));
     return {p, math::divide(p, one - p), a, math::select(is_turned, -b, b), is_turned};
   }
@@ -56,22 +60,25 @@ struct Element {
   TORCHCE_HD V turned_back(V gradient) const { return math::select(is_turned, -gradient, gradient); }
   // KL(P || Q).
   TORCHCE_HD V divergence() const {
-    const V one = V{} + 1, d = second - first, t = math::tanh(d * 0.5f), other_odds = smaller_odds(second);
-    const auto is_near = math::abs(d) <= one;
-    const V near = math::divide(p * t, one - (one - p) * t);
-    const V far = math::divide(other_odds - odds, (one + other_odds) + (one + odds));
-    const V largest = math::select(is_near | (second < V{}), V{}, second);
-    const V linear = math::select(p == V{}, V{}, p * d);  // d may be infinite there, or no number
-    const V value = largest + (math::two_atanh(math::select(is_near, near, far)) - linear);
-    const V infinity = V{} + math::kInfinityF;
-    return math::select((math::abs(second) == infinity) & (second != first), infinity + p, value);
+    const V one = V{} + 1, rest = one - p, d = second - first, other_odds = smaller_odds(second);
+    const auto is_near = math::abs(d) <= V{} + kLog2;
+    const V t = math::tanh(math::select(is_near, d, V{}) * 0.5f), u = math::divide(p * t, one - rest * t);
+    const V w = math::divide(other_odds - odds, (one + other_odds) + (one + odds));
+    const V of_atanh = math::two_atanh_rest(math::select(is_near, u, w));
+    const V near = rest * t * (u * 2.0f) + (of_atanh - p * math::two_atanh_rest(t));
+    const V largest = math::select(second < V{}, V{}, second);
+    const V linear = math::select(p == V{}, V{}, p * d);  // where p is 0, d may be infinite or NaN
+    const V value = math::select(is_near, near, largest + ((w * 2.0f + of_atanh) - linear));
+    const V infinity = V{} + math::kInfinityF, infinite = math::select(first == first, infinity, first);
+    return math::select((math::abs(second) == infinity) & (second != first), infinite, value);
   }
   TORCHCE_HD V by_second_logit() const {
     const V one = V{} + 1, other_odds = smaller_odds(second), larger = math::divide(one, one + other_odds);
     const V q = math::select(second < V{}, other_odds * larger, larger);
     return turned_back(math::rounded_difference(q, p));
   }
-  // Where the divergence is infinite, so is a - b: the largest number stands for it, as beside p = 0 it counts nothing.
+  // An infinite a - b becomes the largest number, so that an upstream gradient of 0 leaves 0 and not a NaN. Where p is
+  // 0 the gradient is 0.
   TORCHCE_HD V by_first_logit() const {
     const V gap = math::within(first - second, -math::kLowest<math::ElementOf<V>>);
     return turned_back(math::select(p == V{}, V{}, (p * ((V{} + 1) - p)) * gap));

@@ -46,6 +46,7 @@ struct Sides {
   static constexpr Side kFirst = kFirstSide, kOther = kOtherSide;
   static constexpr bool kJs = kIsJs;  // then exponentials are added up alone, in the first of two passes
   static constexpr bool kTwoLogits = kFirst == Side::logits && kOther == Side::logits;
+  static constexpr bool kOneIsKnown = kOther != Side::none && !kTwoLogits;  // by its probabilities
 };
 
 // Calls f with the Sides of a call.
@@ -100,7 +101,7 @@ struct Bounds {
   TORCHCE_HD Bounds() : most(-math::kLowest<V>), least(math::kLowest<V>) {}
 #else
   TORCHCE_HD Bounds() : most{}, least{} {
-    least += math::unseen(math::kLowest<math::ElementOf<V> >);
+    least += math::unseen(math::kLowest<math::ElementOf<V>>);
     most -= least;
   }
 #endif
@@ -133,9 +134,10 @@ struct References {
     return {V{} + (S::kFirst == Side::logits ? math::kLowest<A> : A(0)),
             V{} + (S::kOther == Side::logits ? math::kLowest<A> : A(0))};
   }
-  // What a class adds; `most` becomes the largest d_k. Exp: e^x, of x up to the headroom that references are given.
-  template <class Exp>
-  TORCHCE_HD KLTerms<V> terms(const Exp& exp, const Bounds<V>& bounds, V f, V o, V& most) const {
+  // What a class adds; `most` becomes the largest d_k. Exp: e^x, of x up to the headroom that references are given. The
+  // logarithms of known probabilities are taken of `lift` times as much, a power of two.
+  template <class Exp, class Lift = math::One>
+  TORCHCE_HD KLTerms<V> terms(const Exp& exp, const Bounds<V>& bounds, V f, V o, V& most, Lift lift = {}) const {
     KLTerms<V> terms;
     V other_value{};
     terms.first = f;
@@ -144,12 +146,12 @@ struct References {
       other_value = o;
       terms.other = exp(o - other);
     } else if constexpr (S::kOther == Side::probabilities) {
-      other_value = math::log_of_positive(o);
+      other_value = math::log_of_positive(lift * o);
       terms.other = o;
     }
     if constexpr (S::kJs) return terms;
     if constexpr (S::kTwoLogits) terms.surplus = terms.first - terms.other;
-    if constexpr (S::kFirst == Side::probabilities) f = math::log_of_positive(f);
+    if constexpr (S::kFirst == Side::probabilities) f = math::log_of_positive(lift * f);
     const V gap = offsets.gap(f, other_value);
     most = gap > most ? gap : most;  // a NaN does not count
     terms.gaps = terms.first * bounds.within(gap);
@@ -254,12 +256,19 @@ struct KnownSums {
   }
 };
 
-// kl is KL(F || O) of a row.
-template <class A, class V, class S, class Sum>
-TORCHCE_HD V kl(const OnlineSums<V, S, Sum>& row) {
+// kl is KL(F || O) of a row. Beside known probabilities, whose logarithms were taken of `lift` times as much, drop is
+// the inverse of that.
+template <class A, class V, class S, class Sum, class Drop = math::One>
+TORCHCE_HD V kl(const OnlineSums<V, S, Sum>& row, Drop drop = {}) {
   const auto sums = KnownSums<V>::of(row);
   const auto& [first, other, offsets] = row.against;
-  const V rest = remainder<A>(offsets, first, other, sums.first, sums.other, sums.surplus);
+  V rest;
+  if constexpr (S::kOneIsKnown) {
+    const V log = math::log_of_positive(drop * (S::kFirst == Side::logits ? sums.first * sums.other : sums.other));
+    rest = offsets.gap(first, other) + (S::kFirst == Side::logits ? log : -log);
+  } else {
+    rest = remainder<A>(offsets, first, other, sums.first, sums.other, sums.surplus);
+  }
   const V finite = row.gaps.sum / sums.first - rest * sums.weights;
   const V infinite = row.most + sums.first + sums.other, nan = V{} + A(__builtin_nan(""));
   const V value = math::select(row.most == V{} + math::kInfinityF, infinite, finite);
@@ -289,7 +298,7 @@ struct MixtureLogs {
 template <class V>
 TORCHCE_HD V reachable_log(V log) {
   constexpr float kBeyond = -2000;
-  return math::select(log > V{} + kBeyond, log, V{} + kBeyond);
+  return math::select(log < V{} + kBeyond, V{} + kBeyond, log);  // a NaN stays
 }
 
 // LoweredGradient is an upstream gradient in two factors, which also take the lift out again. What is multiplied with

@@ -89,11 +89,11 @@ struct SameLanes<V, Element> {
 // BitsOf<F> are integers as wide as floats or doubles F, WordsOf<F> such integers without a sign, FloatsOf<I> floats or
 // doubles as wide as integers I.
 template <class F>
-using BitsOf = SameLanes<F, std::conditional_t<kWide<F>, int64_t, int32_t> >;
+using BitsOf = SameLanes<F, std::conditional_t<kWide<F>, int64_t, int32_t>>;
 template <class F>
-using WordsOf = SameLanes<F, std::conditional_t<kWide<F>, uint64_t, uint32_t> >;
+using WordsOf = SameLanes<F, std::conditional_t<kWide<F>, uint64_t, uint32_t>>;
 template <class I>
-using FloatsOf = SameLanes<I, std::conditional_t<kWide<I>, double, float> >;
+using FloatsOf = SameLanes<I, std::conditional_t<kWide<I>, double, float>>;
 
 // to_bits gives the bits of a float or double, or of every lane of a vector of them; from_bits the number of such bits.
 // Valid: all x, all bits.

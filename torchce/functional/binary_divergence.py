@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from torchce import calls, ops, overrides
 from torchce.binary_divergence import Options, binary_divergence, composite
 from torchce.functional._common import autocasts, have_kernels, promoted, reduction_number, refuse_scripting
-from torchce.functional.divergence import check_bool, check_operands
+from torchce.functional.divergence import check_bool, check_operands, of_one_dtype_on_cuda
 from torchce.functional.sigmoid_bce import MOST_DIMENSIONS
 
 
@@ -28,8 +28,9 @@ def binary_kl_div_with_logits(
 
     which is the binary cross entropy less the entropy of p, computed as no such difference: exactly 0 where the logits
     are the same, and with digits where they are near each other. 0 log 0 is 0: a label that both exclude, by an
-    infinite logit say, costs nothing; one that the student alone excludes makes the loss infinite. Every pass reads
-    both operands once, and nothing but them is kept for backward. Differentiable in both. (Kullback and Leibler 1951.)
+    infinite logit say, costs nothing; one that the student alone excludes makes the loss infinite. Differentiable in
+    both operands. The forward and each gradient that is wanted read both once, and nothing but them is kept; of two
+    dtypes, unless the target's is float32, copies are made first. (Kullback and Leibler 1951.)
 
     Args:
         input (Tensor): the student's logits, float64, float32, bfloat16 or float16, of any shape and strides.
@@ -107,6 +108,7 @@ def _answer(ours: Any, operands: tuple[Tensor, ...], reduction: str, own: dict[s
     if not have_kernels(input, target) or input.dim() > MOST_DIMENSIONS:  # formulas in torch's operations serve those
         calls.note_composite()
         return composite(input, target, dtype, *options)
+    input, target = of_one_dtype_on_cuda(input, target)
     if target is not None and target.dtype not in (input.dtype, torch.float32):
         acc = ops.divergence_accumulation(input, target)
         target = target.to(acc)

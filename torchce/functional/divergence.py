@@ -189,6 +189,14 @@ def entropy_with_logits(
     return _answer(entropy_with_logits, (input,), reduction, own)
 
 
+def of_one_dtype_on_cuda(input: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both operands, of their promoted dtype where kernels take no others."""
+    if target is None or not input.is_cuda or target.dtype == input.dtype:
+        return input, target
+    common = promoted(input.dtype, target.dtype)
+    return input.to(common), target.to(common)
+
+
 def kind_of(own: dict[str, Any]) -> int:
     """The divergence that the keyword arguments ask for; raises ValueError if they ask for none."""
     if "beta" not in own:
@@ -225,9 +233,7 @@ def _answer(ours: Any, operands: tuple[Tensor, ...], reduction: str, own: dict[s
         if autocasts(input):
             dtype = promoted(dtype, torch.float32)
     options = Options(kind, number, target_logits, float(temperature), float(own.get("beta", 0.5)))
-    if target is not None and input.is_cuda and target.dtype != input.dtype:  # kernels take pairs of one dtype there
-        common = promoted(input.dtype, target.dtype)
-        input, target = input.to(common), target.to(common)
+    input, target = of_one_dtype_on_cuda(input, target)
     if not have_kernels(input, target, mask):  # formulas in torch's operations serve every other kind
         calls.note_composite()
         return composite(input, target, mask, dtype, *options)
@@ -256,12 +262,12 @@ def check_operands(input: Any, targets: Sequence[Any]) -> None:
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise ValueError(f"{name}: expected a strided tensor, got a {kind} one")
-        _check_device(name, tensor, input)
+        check_device(name, tensor, input)
         if not has_shape(tensor, input.shape):
             raise ValueError(f"{name}: expected the input's shape {list(input.shape)}, got {list(tensor.shape)}")
 
 
-def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
         raise ValueError(f"{name}: expected a tensor on {input.device}, got one on {tensor.device}")
 
@@ -280,7 +286,8 @@ def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
 def check_mask(mask: Any, row_shape: Sequence[int], input: Tensor) -> None:
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not has_shape(mask, row_shape):
-        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+    is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.layout == torch.strided
+    if not is_bool or not has_shape(mask, row_shape):
+        got = f"{mask.layout} {mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"mask: expected a bool tensor of shape {list(row_shape)}, one for each row, got {got}")
-    _check_device("mask", mask, input)
+    check_device("mask", mask, input)

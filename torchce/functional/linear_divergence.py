@@ -21,6 +21,7 @@ from torchce.functional._common import (
     requires_grad,
 )
 from torchce.functional.divergence import (
+    check_device,
     check_loss_dtype,
     check_mask,
     check_temperature,
@@ -203,6 +204,7 @@ def _answer(ours: Any, layers: tuple[Tensor, ...], own: dict[str, Any]) -> Tenso
     check_dtypes(*student)
     check_dtypes(*teacher, prefix="target_")
     inputs = Inputs(*student, *teacher, inputs.mask)
+    _check_devices(inputs)
     check_loss_dtype(dtype)
     check_temperature(temperature, promoted(inputs.input.dtype, inputs.target_input.dtype))
     check_mask(inputs.mask, inputs.input.shape[:1], inputs.input)
@@ -216,7 +218,8 @@ def _answer(ours: Any, layers: tuple[Tensor, ...], own: dict[str, Any]) -> Tenso
         or any(map(requires_grad, inputs[3:]))
         or transformed(*inputs)
     ):
-        logits = F.linear(*student), F.linear(*teacher)
+        inputs = inputs.without_masked_rows()
+        logits = F.linear(*inputs[:3]), F.linear(*inputs[3:6])
         if kind == JS:
             return js_div_with_logits(*logits, target_logits=True, beta=beta, **of_loss)
         return kl_div_with_logits(*logits, target_logits=True, reverse=kind == REVERSE_KL, **of_loss)
@@ -229,6 +232,12 @@ def _answer(ours: Any, layers: tuple[Tensor, ...], own: dict[str, Any]) -> Tenso
     elif number > _MEAN:
         losses = sum_of_rows(losses)
     return losses.to(dtype)
+
+
+def _check_devices(inputs: Inputs) -> None:
+    for name, tensor in inputs._asdict().items():
+        if tensor is not None:
+            check_device(name, tensor, inputs.input)
 
 
 def _check_layers(inputs: Inputs) -> None:
