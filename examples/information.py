@@ -20,7 +20,13 @@ from torch import Tensor
 
 from examples.command import option_parser
 from examples.picture import COLOURS, GREY, new_figure, tidy
-from torchce.functional import cross_entropy, entropy_with_logits, js_div_with_logits, kl_div_with_logits
+from torchce.functional import (
+    binary_entropy_with_logits,
+    cross_entropy,
+    entropy_with_logits,
+    js_div_with_logits,
+    kl_div_with_logits,
+)
 
 CLASSES = 6
 LOG_2 = torch.tensor(2.0, dtype=torch.float64).log().item()
@@ -91,7 +97,7 @@ def self_information(device: torch.device) -> Panel:
 def bernoulli(device: torch.device) -> Panel:
     """What a coin tells on average, most if it is fair."""
     p = _probabilities(device)
-    entropy = entropy_with_logits(_two_classes(p), "none")
+    entropy = binary_entropy_with_logits(p.logit(), "none")
     return Panel(
         "Entropy of a Bernoulli variable",
         "probability p",
@@ -101,6 +107,7 @@ def bernoulli(device: torch.device) -> Panel:
         {
             "H = -p log p - (1 - p) log(1 - p)": entropy - (-p.xlogy(p) - (1 - p).xlogy(1 - p)),
             "H at p = 1/2 is log 2": entropy[p == 0.5] - LOG_2,
+            "and that of two classes": entropy - entropy_with_logits(_two_classes(p), "none"),
         },
     )
 

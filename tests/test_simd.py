@@ -42,7 +42,10 @@ KERNELS = (
     r"sigmoid_bce_gradient<false>\(.*<float, float>",
     r"sigmoid_bce_gradient<false>\(.*<torchce::BFloat16, torchce::BFloat16>",
     r"binary_divergence_forward\(.*<torchce::binary_divergence::OfLogits, float, float>",
+    r"binary_divergence_forward\(.*<torchce::binary_divergence::OfProbability, float, float>",
+    r"binary_divergence_forward\(.*<torchce::binary_divergence::Entropy, float, float>",
     r"binary_divergence_gradient<false>\(.*<torchce::binary_divergence::OfLogits, float, float>",
+    r"binary_divergence_gradient<true>\(.*<torchce::binary_divergence::OfLogits, float, float>",
     r"divergences::forward_(group|strip)<float, ",
     r"divergences::backward_(group|strip)<float, ",
 )

@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """Whose derivatives lose no digits where it is nearly 1."""
+    """The sigmoid, by a formula whose derivatives keep their digits where it is nearly 1."""
     return log_sigmoid(x).exp()
 
 

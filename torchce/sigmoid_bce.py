@@ -20,7 +20,7 @@ from torchce.transforms import differentiates_backward, transformed
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """``F.logsigmoid``, but for ONNX."""
+    """``F.logsigmoid``, except in an ONNX export."""
     if torch.onnx.is_in_onnx_export():
         # ONNX's exporters write logsigmoid as log(sigmoid(x)): -inf where onnxruntime rounds the sigmoid to 0, from
         # x = -18 on. What takes its place here has no right second derivative at 0.

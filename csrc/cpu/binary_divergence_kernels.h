@@ -11,27 +11,27 @@ namespace binary {
 using namespace binary_divergence;
 
 // The sum of a few divergences.
-template <class A, class Formula>
-struct Few {
+template <class A, class Terms>
+struct FewDivergences {
   using V = Lanes<A>;
   V losses{};
   TORCHCE_SIMD void add(V x, V target, int count = kLanes<A>) {
-    losses += bce::first_lanes<A>(count, Formula::value(x, target));
+    losses += bce::first_lanes<A>(count, Terms::value(x, target));
   }
   TORCHCE_SIMD V sum() const { return losses; }
 };
 
-// Calls f with the formula, the storage types of logits and targets.
+// Calls f with the formula's type, the storage types of logits and targets.
 template <class F>
 void with_formula_and_types(Formula formula, const sigmoid_bce::Elements& problem, F f) {
-  with_formula(formula, [&](auto formula) {
+  with_formula(formula, [&](auto terms) {
     with_float_type(problem.dtypes[sigmoid_bce::kLogits], [&](auto logits) {
       using T = decltype(logits);
       const bool is_float = problem.dtypes[sigmoid_bce::kTarget] == DType::float32;
-      if constexpr (!std::is_same_v<decltype(formula), Entropy> && !std::is_same_v<T, float>) {
-        if (is_float) return f(formula, logits, float{});
+      if constexpr (!std::is_same_v<decltype(terms), Entropy> && !std::is_same_v<T, float>) {
+        if (is_float) return f(terms, logits, float{});
       }
-      f(formula, logits, T{});
+      f(terms, logits, T{});
     });
   });
 }
@@ -45,7 +45,7 @@ void binary_divergence_forward(const sigmoid_bce::Elements& problem, binary_dive
     return with_packed_operands(
         problem, [&](const Elements& packed) { binary_divergence_forward(packed, formula, begin, end, partial); });
   }
-  binary::with_formula_and_types(formula, problem, [&](auto of, auto logits_type, auto target_type) {
+  binary::with_formula_and_types(formula, problem, [&](auto terms, auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using U = decltype(target_type);
     using A = Accumulate<T>;
@@ -53,13 +53,13 @@ void binary_divergence_forward(const sigmoid_bce::Elements& problem, binary_dive
       const auto logits = run_of<const T>(problem, kLogits, problem.data[kLogits], offsets);
       const auto target = run_of<const U>(problem, kTarget, problem.data[kTarget], offsets);
       if (problem.options.reduction != Reduction::none) {
-        partial->loss += sum_of_losses(logits, target, length, binary::Few<A, decltype(of)>{});
+        partial->loss += sum_of_losses(logits, target, length, binary::FewDivergences<A, decltype(terms)>{});
         return;
       }
       with_float_type(problem.dtypes[kOutput], [&](auto storage) {
         const auto output = run_of<decltype(storage)>(problem, kOutput, problem.output, offsets);
         for_each_vector<A>(0, length, [&](int64_t i, int count) {
-          output.put(i, count, of.value(logits.template at<A>(i, count), target.template at<A>(i, count)));
+          output.put(i, count, terms.value(logits.template at<A>(i, count), target.template at<A>(i, count)));
         });
       });
     });
@@ -74,17 +74,17 @@ void binary_divergence_gradient(const sigmoid_bce::Elements& problem, binary_div
     return with_packed_operands(
         problem, [&](const Elements& packed) { binary_divergence_gradient<kOfTarget>(packed, formula, begin, end); });
   }
-  binary::with_formula_and_types(formula, problem, [&](auto of, auto logits_type, auto target_type) {
+  binary::with_formula_and_types(formula, problem, [&](auto terms, auto logits_type, auto target_type) {
     using T = decltype(logits_type);
     using U = decltype(target_type);
     using A = Accumulate<T>;
-    if constexpr (!kOfTarget || !std::is_same_v<decltype(of), binary_divergence::Entropy>) {
+    if constexpr (!kOfTarget || !std::is_same_v<decltype(terms), binary_divergence::Entropy>) {
       using Output = decltype(pick<kOfTarget>(target_type, logits_type));
       const auto gradient = [&](auto x, auto t) TORCHCE_HD_LAMBDA {
         if constexpr (kOfTarget) {
-          return of.by_target(x, t);
+          return terms.by_target(x, t);
         } else {
-          return of.by_logit(x, t);
+          return terms.by_logit(x, t);
         }
       };
       for_each_run(problem, begin, end, [&](const int64_t* offsets, int64_t length) {

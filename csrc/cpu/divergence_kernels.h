@@ -1,4 +1,4 @@
-// The CPU kernels of divergences, compiled once for every SIMD level (levels.h), in a file of their own: a level's
+// The CPU kernels of divergences, of rows and of elements, compiled once for every SIMD level (levels.h), in a file of their own: a level's
 // other kernels take the compiler minutes.
 #pragma once
 

@@ -10,7 +10,7 @@ using namespace torchce::binary_divergence;
 using namespace torchce::cuda::sigmoid_bce;
 
 // Adds up the divergences, or writes each.
-template <class Formula, class A>
+template <class Terms, class A>
 struct Divergences {
   const Elements& problem;
   LossSums total = LossSums::identity();
@@ -24,7 +24,7 @@ struct Divergences {
       A sum = 0;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        values.elements[v] = Formula::value(get<A>(batch.logits[i], v), get<A>(batch.target[i], v));
+        values.elements[v] = Terms::value(get<A>(batch.logits[i], v), get<A>(batch.target[i], v));
         sum += values.elements[v];
       }
       if (problem.options.reduction != Reduction::none) {
@@ -36,16 +36,16 @@ struct Divergences {
   }
 };
 
-template <class Formula, class T, Layout layout, int V>
+template <class Terms, class T, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void binary_forward(const Elements problem,
                                                                          const GridScratch scratch) {
-  Divergences<Formula, Accumulate<T>> divergences{problem};
+  Divergences<Terms, Accumulate<T>> divergences{problem};
   for_each_batch<T, T, layout, V, InFlight<layout, T, T, V>::kPacks>(problem, divergences);
   store_total(problem, divergences.total, scratch);
 }
 
 // Writes the gradients.
-template <class Formula, class A, GradientOf of>
+template <class Terms, class A, GradientOf of>
 struct DivergenceGradients {
   const Elements& problem;
   GradOutputs<A> grad_outputs;
@@ -61,9 +61,9 @@ struct DivergenceGradients {
       for (int v = 0; v < V; ++v) {
         const A x = get<A>(batch.logits[i], v), t = get<A>(batch.target[i], v);
         if constexpr (of == GradientOf::target) {
-          grad[v] = Formula::by_target(x, t);
+          grad[v] = Terms::by_target(x, t);
         } else {
-          grad[v] = Formula::by_logit(x, t);
+          grad[v] = Terms::by_logit(x, t);
         }
       }
       grad_outputs.scale(grad, grad_output, Weights<Layout::dense, A, V>(problem, {}));
@@ -72,10 +72,10 @@ struct DivergenceGradients {
   }
 };
 
-template <class Formula, class T, GradientOf of, Layout layout, int V>
+template <class Terms, class T, GradientOf of, Layout layout, int V>
 __global__ __launch_bounds__(kThreads, kBlocksToFit) void binary_backward(const Elements problem) {
   using A = Accumulate<T>;
-  DivergenceGradients<Formula, A, of> gradients{problem, grad_outputs<A, layout>(problem)};
+  DivergenceGradients<Terms, A, of> gradients{problem, grad_outputs<A, layout>(problem)};
   for_each_batch<T, T, layout, V, InFlight<layout, T, T, V>::kPacks>(problem, gradients);
 }
 

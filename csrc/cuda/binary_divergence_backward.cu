@@ -11,9 +11,9 @@ using namespace binary_divergence;
 template <GradientOf gradient_of>
 void run_kernel(const DeviceScope& device, Formula formula, const Elements& problem) {
   if (problem.numel == 0) return;
-  with_kernel_of(formula, problem, [&](auto of, auto storage, auto layout, auto pack) {
-    if constexpr (gradient_of == GradientOf::logits || !std::is_same_v<decltype(of), Entropy>) {
-      const auto kernel = binary_backward<decltype(of), decltype(storage), gradient_of, layout(), pack()>;
+  with_kernel_of(formula, problem, [&](auto terms, auto storage, auto layout, auto pack) {
+    if constexpr (gradient_of == GradientOf::logits || !std::is_same_v<decltype(terms), Entropy>) {
+      const auto kernel = binary_backward<decltype(terms), decltype(storage), gradient_of, layout(), pack()>;
       launch(device, kernel, grid_for(device, kernel, problem.numel / pack()), problem);
     }
   });

@@ -9,8 +9,8 @@ void Backend::run(const DeviceScope& device, const host::binary_divergence::Forw
   using namespace binary_divergence;
   const Elements& problem = call.elements.problem.elements;
   if (problem.numel == 0 && problem.options.reduction == Reduction::none) return;
-  with_kernel_of(call.formula, problem, [&](auto of, auto storage, auto layout, auto pack) {
-    const auto kernel = binary_forward<decltype(of), decltype(storage), layout(), pack()>;
+  with_kernel_of(call.formula, problem, [&](auto terms, auto storage, auto layout, auto pack) {
+    const auto kernel = binary_forward<decltype(terms), decltype(storage), layout(), pack()>;
     launch_forward(device, kernel, problem, pack(), call.elements.loss);
   });
 }

@@ -86,8 +86,8 @@ struct Element {
   TORCHCE_HD V by_probability() const { return turned_back(first - second); }
 };
 
-// A formula has the value of one element of a problem and its derivatives by its two operands, named as sigmoid_bce's:
-// the student's logit x and the target t, which for entropies is the logit again.
+// The types of a Formula have the value of one element of a problem and its derivatives by its two operands, named as
+// sigmoid_bce's: the student's logit x and the target t, which for entropies is the logit again.
 
 struct OfLogits {
   template <class V>
@@ -132,7 +132,7 @@ struct Entropy {
   }
 };
 
-// Calls f with the formula of a call.
+// Calls f with a value of the type of a formula.
 template <class F>
 inline __attribute__((always_inline)) void with_formula(Formula formula, F f) {
   switch (formula) {
