@@ -238,8 +238,8 @@ def _binary_truth(kind: Kind, input: Tensor, target: Tensor | None, reduction: s
     smaller, is_yes = torch.minimum(p, not_p), p <= 0.5
     d = torch.where(a == b, 0, torch.where(is_yes, b - a, a - b))
     value = torch.where(d.abs() <= 1, (smaller * d.expm1()).log1p() - smaller * d, value)  # nothing of d is lost
-    of_far = torch.where((a - b).abs() <= 1, 0, torch.minimum(-log_q - log_not_q, -log_p - log_not_p + value.abs()))
-    condition = (times(smaller, torch.where(a == b, 0, a - b)).abs() + of_far + value.abs()).nan_to_num(nan=0)
+    of_far = torch.where(d.abs() <= 1, 0, torch.minimum(-log_q - log_not_q, -log_p - log_not_p + value.abs()))
+    condition = (times(smaller, d).abs() + of_far + value.abs()).nan_to_num(nan=0)
     row_truth, g = reference._reduce(value, condition, torch.tensor(float(b.numel())), reduction, grad_output)
     of_input = Truth(
         g * torch.where(is_yes, q - p, not_p - not_q),
