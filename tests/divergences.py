@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cases
 import reference
 import torch
-from comparison import assert_accurate, grad_output_for, leaf
+from comparison import assert_accurate, assert_bitwise_equal, grad_output_for, leaf
 from reference import Truth, float64, times
 from torch import Tensor
 from torch.nn import functional as F
@@ -318,6 +318,19 @@ def value_and_gradients(
     loss = function(*leaves)
     loss.backward(grad_output_for(loss) if grad_output is None else grad_output)
     return [loss.detach(), *(None if t is None else t.grad for t in leaves)]
+
+
+def assert_same_bits_for_every_number_of_threads(kind: Kind, tensors: tuple[Tensor | None, ...]) -> None:
+    """Of loss and gradients; the caller restores the number."""
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(value_and_gradients(lambda x, t: kind(x, t), tensors))
+    for other in results[1:]:
+        for result, wanted in zip(other, results[0], strict=True):
+            if wanted is not None:
+                assert result is not None
+                assert_bitwise_equal(result, wanted)
 
 
 def check(

@@ -287,16 +287,7 @@ def test_nothing(device: str, kind: Kind) -> None:
 
 @EACH_KIND
 def test_same_bits_for_every_number_of_threads(kind: Kind, restore_threads: None) -> None:
-    tensors = operands(kind, (300, 701))
-    results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        results.append(value_and_gradients(lambda x, t: kind(x, t), tensors))
-    for other in results[1:]:
-        for result, wanted in zip(other, results[0], strict=True):
-            if wanted is not None:
-                assert result is not None
-                assert_bitwise_equal(result, wanted)
+    divergences.assert_same_bits_for_every_number_of_threads(kind, operands(kind, (300, 701)))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
