@@ -1,5 +1,5 @@
-// The CPU kernels of divergences, of rows and of elements, compiled once for every SIMD level (levels.h), in a file of their own: a level's
-// other kernels take the compiler minutes.
+// The CPU kernels of divergences, of rows and of elements, compiled once for every SIMD level (levels.h), in a file of
+// their own: a level's other kernels take the compiler minutes.
 #pragma once
 
 #include "binary_divergence_kernels.h"
