@@ -99,6 +99,15 @@ def test_layouts(device: str, kind: Kind, layout: str, shape: tuple[int, ...]) -
                 assert result.stride() == torch.empty_like(of).stride()
 
 
+@EACH_KIND
+@pytest.mark.parametrize("columns", [slice(0, 16), slice(1, 18)], ids=["words", "elements"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=dtype_id)
+def test_parts_of_rows(device: str, kind: Kind, dtype: torch.dtype, columns: slice) -> None:
+    """Which are no block of memory: whole words of 16 bytes, and elements at odd places."""
+    tensors = operands(kind, (6, 24), dtype, device)
+    check(kind, *(None if t is None else t[:, columns] for t in tensors), reduction="none")
+
+
 def test_more_dimensions_than_kernels_keep_apart() -> None:
     """Formulas in torch's operations answer."""
     shape = (2,) * 18
