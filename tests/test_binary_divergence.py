@@ -162,7 +162,7 @@ def test_certain_and_even_labels() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, 12.0, -12.0])
 @pytest.mark.parametrize("step", [1e-4, 1e-2, 0.5])
-def test_nearly_equal_distributions(device: str, shift: float, step: float) -> None:
+def test_digits_of_nearly_equal_logits(device: str, shift: float, step: float) -> None:
     """All digits but the last few, where torch's float32 composition has none."""
     input = cases.normal((5000,), torch.float32, device) + shift
     target = input + cases.normal((5000,), torch.float32, device, seed=5, scale=step)
@@ -177,7 +177,7 @@ def test_nearly_equal_distributions(device: str, shift: float, step: float) -> N
     assert (result - wanted).abs().mean() <= theirs.mean() / 4
 
 
-def test_nearly_equal_probabilities() -> None:
+def test_digits_of_nearly_equal_probabilities() -> None:
     """No worse than torch's composition, by far."""
     input = cases.normal((5000,), torch.float32, "cpu")
     target = (input + cases.normal((5000,), torch.float32, "cpu", seed=5, scale=1e-4)).sigmoid()
