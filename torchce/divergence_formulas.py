@@ -125,10 +125,11 @@ def _log_of_share(gap: Tensor, share: float, rest: float) -> Tensor:
 
 
 def _x_log_x(x: Tensor) -> Tensor:
-    """``x log x``, 0 at 0, where its derivative is minus infinity; NaN below."""
+    """``x log x``, 0 at 0, where its derivative is minus infinity."""
     if torch.onnx.is_in_onnx_export():  # which has no entr
         return x * torch.where(x == 0, 1, x).log()
-    return torch.where(x < 0, torch.nan, -torch.special.entr(x))
+    entropy: Tensor = torch.special.entr(x)
+    return -entropy
 
 
 def finite_log(distribution: Distribution) -> Tensor:

@@ -99,6 +99,15 @@ def promoted(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def of_dtypes_that_kernels_pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both operands of an elementwise loss, the floating target of the input's dtype or float32."""
+    if target.dtype == torch.float64:
+        input = input.to(torch.float64)
+    elif target.dtype not in (input.dtype, torch.float32):
+        target = target.to(ops.accumulation_dtype(input.dtype))
+    return input, target
+
+
 def explain(problem: str, torch_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Torch's own answer to what the kernels do not take; its refusal is worded by ``problem``."""
     try:

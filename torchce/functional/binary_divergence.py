@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from torchce import calls, ops, overrides
+from torchce import calls, overrides
 from torchce.binary_divergence import Options, binary_divergence, composite
-from torchce.functional._common import autocasts, have_kernels, promoted, reduction_number, refuse_scripting
+from torchce.functional._common import (
+    autocasts,
+    have_kernels,
+    of_dtypes_that_kernels_pair,
+    promoted,
+    reduction_number,
+    refuse_scripting,
+)
 from torchce.functional.divergence import check_bool, check_operands, of_one_dtype_on_cuda
 from torchce.functional.sigmoid_bce import MOST_DIMENSIONS
 
@@ -109,9 +116,6 @@ def _answer(ours: Any, operands: tuple[Tensor, ...], reduction: str, own: dict[s
         calls.note_composite()
         return composite(input, target, dtype, *options)
     input, target = of_one_dtype_on_cuda(input, target)
-    if target is not None and target.dtype not in (input.dtype, torch.float32):
-        acc = ops.divergence_accumulation(input, target)
-        target = target.to(acc)
-    if target is not None and torch.float64 in (input.dtype, target.dtype):
-        input, target = input.to(torch.float64), target.to(torch.float64)
+    if target is not None:
+        input, target = of_dtypes_that_kernels_pair(input, target)
     return binary_divergence(input, target, dtype, options)

@@ -18,6 +18,7 @@ from torchce.functional._common import (
     has_shape,
     have_kernels,
     no_kernels,
+    of_dtypes_that_kernels_pair,
     promoted,
     reduction_number,
     refuse_scripting,
@@ -152,10 +153,7 @@ def _promote(
     if autocasts(input):
         dtype = promoted(dtype, torch.float32)
     if is_float:
-        if target.dtype == torch.float64:
-            input = input.to(torch.float64)
-        elif target.dtype not in (input.dtype, torch.float32):
-            target = target.to(ops.accumulation_dtype(input.dtype))
+        input, target = of_dtypes_that_kernels_pair(input, target)
     elif target.dtype not in (torch.bool, torch.uint8, torch.int64):
         target = target.to(ops.accumulation_dtype(input.dtype))
     if weight is not None:
